@@ -1,0 +1,274 @@
+"""Errors of the domain. They know their reason and its fields, and nothing of gRPC.
+
+One class per value of `loaderd.v1.ErrorReason`. `rpc/status.py` turns them into a
+`google.rpc.Status`; the worker sends them to the daemon as reason and metadata. The
+texts are fixed: whatever a client sees is made of these sentences and the fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, get_type_hints
+
+from loaderd.v1.errors_pb2 import ErrorReason
+
+_PREFIX = "ERROR_REASON_"
+
+
+@dataclass(eq=False)
+class LoaderdError(Exception):
+    """Base of all domain errors.
+
+    Attributes:
+        reason: Name of the `ErrorReason` without its prefix.
+        text: The sentence for people; the error's fields fill its braces.
+    """
+
+    reason: ClassVar[str]
+    text: ClassVar[str]
+
+    def __str__(self) -> str:
+        return self.text.format(**{f.name: getattr(self, f.name) for f in fields(self)})
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The fields as strings, without those that are None."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: str(value) for name, value in values.items() if value is not None}
+
+    @property
+    def number(self) -> ErrorReason.ValueType:
+        """The reason as a value of `loaderd.v1.ErrorReason`."""
+        return ErrorReason.Value(_PREFIX + self.reason)
+
+    @staticmethod
+    def from_metadata(number: ErrorReason.ValueType, metadata: dict[str, str]) -> LoaderdError:
+        """The error that another process described; the inverse of the two properties.
+
+        Raises:
+            KeyError: No error has this reason, or a field of it is missing.
+        """
+        kind = BY_REASON[ErrorReason.Name(number).removeprefix(_PREFIX)]
+        hints = get_type_hints(kind)
+        convert = {f.name: (int if hints[f.name] is int else str) for f in fields(kind)}
+        return kind(**{name: to(metadata[name]) for name, to in convert.items()})
+
+
+@dataclass(eq=False)
+class ModelNotFoundError(LoaderdError):
+    """The hub has no such repository, or there is no such folder."""
+
+    reason = "MODEL_NOT_FOUND"
+    text = (
+        "model {model!r} was not found; check the spelling, and for a private repository "
+        "the daemon's hub token"
+    )
+    model: str
+
+
+@dataclass(eq=False)
+class RevisionNotFoundError(LoaderdError):
+    """The repository has no such branch, tag or commit."""
+
+    reason = "REVISION_NOT_FOUND"
+    text = "model {model!r} has no revision {revision!r}"
+    model: str
+    revision: str
+
+
+@dataclass(eq=False)
+class ModelGatedError(LoaderdError):
+    """The daemon's hub token does not open the repository."""
+
+    reason = "MODEL_GATED"
+    text = (
+        "model {model!r} is gated; accept its terms on the hub and give the daemon a token "
+        "that may read it"
+    )
+    model: str
+
+
+@dataclass(eq=False)
+class InvalidNameError(LoaderdError):
+    """A model name, revision or path is malformed or out of bounds."""
+
+    reason = "INVALID_NAME"
+    text = "{field}: {problem}"
+    field: str
+    problem: str
+
+
+@dataclass(eq=False)
+class InvalidArgumentError(LoaderdError):
+    """A field's value is missing, malformed or out of bounds."""
+
+    reason = "INVALID_ARGUMENT"
+    text = "{field}: {problem}"
+    field: str
+    problem: str
+
+
+@dataclass(eq=False)
+class UnsupportedOptionError(LoaderdError):
+    """A well-formed value that this model, engine or daemon cannot honour."""
+
+    reason = "UNSUPPORTED_OPTION"
+    text = "{field}: {problem}"
+    field: str
+    problem: str
+
+
+@dataclass(eq=False)
+class HubUnreachableError(LoaderdError):
+    """The hub did not answer, or not in time."""
+
+    reason = "HUB_UNREACHABLE"
+    text = "the hub could not be reached for {model!r}; try again, or check the daemon's network"
+    model: str
+
+
+@dataclass(eq=False)
+class HubRateLimitedError(LoaderdError):
+    """The hub asks to wait."""
+
+    reason = "HUB_RATE_LIMITED"
+    text = "the hub limits the rate of requests; try {model!r} again later"
+    model: str
+
+
+@dataclass(eq=False)
+class OfflineNotCachedError(LoaderdError):
+    """The daemon is offline and its cache lacks the model."""
+
+    reason = "OFFLINE_NOT_CACHED"
+    text = "model {model!r} is not in the cache and the daemon is offline; start it without --offline"
+    model: str
+
+
+@dataclass(eq=False)
+class ModelInUseError(LoaderdError):
+    """The model is answering requests or is still loading."""
+
+    reason = "MODEL_IN_USE"
+    text = "model {model!r} is in use ({active_requests} requests); wait, or unload with force"
+    model: str
+    active_requests: int
+
+
+@dataclass(eq=False)
+class ModelNotLoadedError(LoaderdError):
+    """The model is not loaded, or was unloaded while the request ran."""
+
+    reason = "MODEL_NOT_LOADED"
+    text = "model {model!r} is not loaded; load it first"
+    model: str
+
+
+@dataclass(eq=False)
+class ModelUnsupportedError(LoaderdError):
+    """The files are whole, but cannot be served."""
+
+    reason = "MODEL_UNSUPPORTED"
+    text = "model {model!r} cannot be served: {problem}"
+    model: str
+    problem: str
+
+
+@dataclass(eq=False)
+class SnapshotCorruptError(LoaderdError):
+    """A file's content is not what its header, hash or index says."""
+
+    reason = "SNAPSHOT_CORRUPT"
+    text = "{file!r} of {model!r} is corrupt: expected {expected}, found {found}; fetch it again"
+    model: str
+    file: str
+    expected: str
+    found: str
+
+
+@dataclass(eq=False)
+class SnapshotIncompleteError(LoaderdError):
+    """A file that the snapshot needs is not there."""
+
+    reason = "SNAPSHOT_INCOMPLETE"
+    text = "{file!r} of {model!r} is missing; fetch the model again"
+    model: str
+    file: str
+
+
+@dataclass(eq=False)
+class DiskFullError(LoaderdError):
+    """The cache's disk cannot hold the download."""
+
+    reason = "DISK_FULL"
+    text = "the cache's disk needs {needed_bytes} bytes for this, {free_bytes} are free"
+    needed_bytes: int
+    free_bytes: int
+
+
+@dataclass(eq=False)
+class DeviceMemoryError(LoaderdError):
+    """The device's memory cannot hold the model or the request."""
+
+    reason = "DEVICE_MEMORY"
+    text = "not enough device memory for {model!r}; unload another model or choose another device"
+    model: str
+
+
+@dataclass(eq=False)
+class QueueFullError(LoaderdError):
+    """The model's queue is full."""
+
+    reason = "QUEUE_FULL"
+    text = "model {model!r} has {limit} requests already, its limit; try again later"
+    model: str
+    limit: int
+
+
+@dataclass(eq=False)
+class SlowConsumerError(LoaderdError):
+    """The client reads its stream too slowly."""
+
+    reason = "SLOW_CONSUMER"
+    text = "the stream was not read and {limit} bytes, its bound, wait for it"
+    limit: int
+
+
+@dataclass(eq=False)
+class WorkerDiedError(LoaderdError):
+    """The process that holds the model ended or stopped answering."""
+
+    reason = "WORKER_DIED"
+    text = "the process that held {model!r} ended; load the model again"
+    model: str
+
+
+@dataclass(eq=False)
+class DrainingError(LoaderdError):
+    """The daemon is shutting down."""
+
+    reason = "DRAINING"
+    text = "the daemon is shutting down; try again when it is back"
+
+
+@dataclass(eq=False)
+class DeadlineError(LoaderdError):
+    """The call's deadline passed."""
+
+    reason = "DEADLINE"
+    text = "the deadline passed"
+
+
+@dataclass(eq=False)
+class InternalError(LoaderdError):
+    """A defect of the daemon; its log has the cause."""
+
+    reason = "INTERNAL"
+    text = "internal error; the daemon's log has the cause under incident {incident}"
+    incident: str
+
+
+BY_REASON: dict[str, type[LoaderdError]] = {
+    kind.reason: kind for kind in LoaderdError.__subclasses__()
+}
+"""The error classes by reason."""
