@@ -141,7 +141,9 @@ class OfflineNotCachedError(LoaderdError):
     """The daemon is offline and its cache lacks the model."""
 
     reason = "OFFLINE_NOT_CACHED"
-    text = "model {model!r} is not in the cache and the daemon is offline; start it without --offline"
+    text = (
+        "model {model!r} is not in the cache and the daemon is offline; start it without --offline"
+    )
     model: str
 
 

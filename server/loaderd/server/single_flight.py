@@ -1,0 +1,102 @@
+"""One piece of work for all who want the same thing at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from contextlib import asynccontextmanager
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+P = TypeVar("P")
+R = TypeVar("R")
+
+Publish = Callable[[P], None]
+"""Tells all waiters how far the work is."""
+
+
+class Flight(Generic[P, R]):
+    """Work under way, shared by its waiters."""
+
+    def __init__(self, work: Callable[[Publish[P]], Awaitable[R]]) -> None:
+        self.waiters = 0
+        self._progress: P | None = None
+        self._version = 0
+        self._changed = asyncio.Event()
+        self.task = asyncio.ensure_future(work(self._publish))
+        self.task.add_done_callback(self._ended)
+
+    async def progress(self) -> AsyncIterator[P]:
+        """Yields the work's progress until it ends.
+
+        A waiter that is slow, or late, gets the latest value and none of those that it missed.
+        """
+        seen = 0
+        while True:
+            changed = self._changed
+            if self._progress is not None and self._version != seen:
+                seen = self._version
+                yield self._progress
+            elif self.task.done():
+                return
+            else:
+                await changed.wait()
+
+    async def result(self) -> R:
+        """Waits for the work. Cancelling the wait leaves the work alone.
+
+        Raises:
+            BaseException: Whatever the work raised.
+        """
+        return await asyncio.shield(self.task)
+
+    def _publish(self, value: P) -> None:
+        self._progress = value
+        self._version += 1
+        self._wake()
+
+    def _ended(self, task: asyncio.Future[R]) -> None:
+        if not task.cancelled():
+            task.exception()  # seen: asyncio warns of errors that nobody waited for
+        self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+class SingleFlight(Generic[K, P, R]):
+    """Flights by key.
+
+    Who joins a key that has a flight under way shares it. A waiter that leaves does not stop the
+    others; when the last one leaves, the work is cancelled.
+    """
+
+    def __init__(self) -> None:
+        self._flights: dict[K, Flight[P, R]] = {}
+
+    @asynccontextmanager
+    async def join(
+        self, key: K, work: Callable[[Publish[P]], Awaitable[R]]
+    ) -> AsyncIterator[Flight[P, R]]:
+        """Joins the key's flight, or starts one with `work`.
+
+        On leaving, waits for a cancelled flight to end, so that what it held is free again.
+        """
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = Flight(work)
+            flight.task.add_done_callback(lambda _: self._land(key, flight))
+        flight.waiters += 1
+        try:
+            yield flight
+        finally:
+            flight.waiters -= 1
+            if flight.waiters == 0 and not flight.task.done():
+                self._land(key, flight)
+                flight.task.cancel()
+                await asyncio.wait([flight.task])
+
+    def _land(self, key: K, flight: Flight[P, R]) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
