@@ -1,0 +1,112 @@
+"""The command `loaderd`: reads the settings, runs the daemon, says why it could not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import sys
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loaderd.server.config import ServerConfig
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_ADDRESS = 3
+
+_SERVER_PACKAGES = (
+    "accelerate",
+    "grpc_reflection",
+    "huggingface_hub",
+    "jinja2",
+    "psutil",
+    "pydantic_settings",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+
+_EPILOG = """\
+Each option can also be set by a variable (--drain-timeout: LOADERD_DRAIN_TIMEOUT) or in the TOML
+file that --config or LOADERD_CONFIG names (drain_timeout = 10). A flag wins over a variable, a
+variable over the file.
+
+exit codes: 0 stopped by SIGTERM or SIGINT; 1 failed; 2 bad settings or missing packages; 3 the
+address is taken or cannot be bound; 128 + n ended at once by a second signal n.
+"""
+
+
+def main() -> None:
+    """Entry point of the command `loaderd`."""
+    missing = [name for name in _SERVER_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        _fail(
+            EXIT_USAGE,
+            f"the daemon needs packages that are not installed ({', '.join(missing)}): "
+            "pip install 'loaderd[server]'",
+        )
+    from loaderd.server.config import ConfigError, load_config
+
+    flags = vars(_parser().parse_args())
+    try:
+        config = load_config(flags)
+        sys.exit(_run(config))
+    except ConfigError as error:
+        _fail(EXIT_USAGE, str(error))
+
+
+def _run(config: ServerConfig) -> int:
+    import asyncio
+
+    from loaderd.server.daemon import AddressError, Daemon
+
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        asyncio.run(Daemon(config).run())
+    except AddressError as error:
+        _fail(EXIT_ADDRESS, str(error))
+    return EXIT_OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    from loaderd.server.config import ServerConfig
+
+    parser = argparse.ArgumentParser(
+        prog="loaderd",
+        description="The model host of this box: one daemon that owns the Hugging Face cache and "
+        "the GPUs, and serves everything else over gRPC.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"loaderd {version('loaderd')}")
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
+    for name, field in ServerConfig.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        text = (field.description or "").replace("%", "%%")
+        if "Default:" not in text and field.default not in (None, False):
+            text += f" Default: {field.default}."
+        if field.annotation is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif name == "allow_local":
+            parser.add_argument(flag, action="append", metavar="DIR", help=text)
+        else:
+            parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=text)
+    return parser
+
+
+def _fail(code: int, message: str) -> None:
+    print(f"loaderd: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

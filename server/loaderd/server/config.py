@@ -1,0 +1,213 @@
+"""The daemon's settings: flag over LOADERD_* variable over TOML file over default."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+DEFAULT_PORT = 50051
+
+
+class ConfigError(Exception):
+    """The settings do not make a daemon. Its text names the setting and says what to do."""
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _split_paths(value: object) -> object:
+    return value.split(os.pathsep) if isinstance(value, str) else value
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+def _existing_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder")
+    return path.resolve()
+
+
+def _hub_endpoint(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("must be an https:// address")
+    if parts.scheme == "http" and not _is_loopback(parts.hostname):
+        raise ValueError("must be https:// unless it is on this box")
+    return url.rstrip("/")
+
+
+def _hub_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+FilePath = Annotated[Path, AfterValidator(_absolute)]
+Folder = Annotated[Path, AfterValidator(_absolute), AfterValidator(_existing_folder)]
+
+
+class ServerConfig(BaseSettings):
+    """Everything that an operator can set. Immutable; made by `load_config`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LOADERD_", frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Others than loopback need --insecure."""
+
+    port: int | None = Field(default=None, ge=0, le=65535)
+    """TCP port; 0 picks a free one. Default: 50051, or no TCP when --socket is given."""
+
+    socket: FilePath | None = None
+    """Unix socket to listen on, for this user only."""
+
+    insecure: bool = False
+    """Allow a --host that other machines reach: whoever reaches it may use and unload models."""
+
+    cache_dir: FilePath | None = None
+    """Hugging Face cache. Default: as the hub library: HF_HUB_CACHE, else HF_HOME/hub, else
+    ~/.cache/huggingface/hub."""
+
+    allow_local: Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(_split_paths)] = Field(
+        default_factory=lambda: (Path.cwd(),)
+    )
+    """Folder below which local models may be loaded; give it again for more (LOADERD_ALLOW_LOCAL:
+    separated by colons). Default: the folder that the daemon is started in."""
+
+    hub_endpoint: Annotated[str, AfterValidator(_hub_endpoint)] = Field(
+        default_factory=lambda: os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
+        validate_default=True,
+    )
+    """Hub to download from. Default: HF_ENDPOINT, else the public one."""
+
+    hub_token_file: FilePath | None = None
+    """File with the hub token. Default: the variable HF_TOKEN, else the file that the hub library's
+    login wrote."""
+
+    offline: bool = Field(default_factory=_hub_offline)
+    """Never ask the hub. Default: HF_HUB_OFFLINE."""
+
+    standby: int = Field(default=1, ge=0, le=8)
+    """Spare worker processes that have imported everything and wait for a load. With 0 each load
+    starts its own, which takes seconds."""
+
+    max_requests: int = Field(default=256, ge=1, le=100_000)
+    """Most generation requests that one model takes, running and waiting; more are refused."""
+
+    max_stream_buffer: int = Field(default=1 << 20, ge=1 << 12)
+    """Most bytes that wait for a client that does not read its stream; past that it is cut off."""
+
+    load_timeout: float = Field(default=900, gt=0)
+    """Seconds that a worker may take to start and load a model."""
+
+    stall_timeout: float = Field(default=60, gt=0)
+    """Seconds that a download may make no progress."""
+
+    heartbeat_timeout: float = Field(default=20, gt=2)
+    """Seconds without a sign of life after which a worker is ended."""
+
+    drain_timeout: float = Field(default=30, ge=0)
+    """Seconds that running streams get to finish at SIGTERM or SIGINT."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much to log, to standard error."""
+
+    @model_validator(mode="after")
+    def _refuse_exposure(self) -> ServerConfig:
+        if self.tcp_port is not None and not (self.insecure or _is_loopback(self.host)):
+            raise ValueError(
+                f"host {self.host} can be reached from other machines, and this daemon has no "
+                "access control; listen on 127.0.0.1 or a --socket, or add --insecure"
+            )
+        return self
+
+    @property
+    def tcp_port(self) -> int | None:
+        """The port to listen on; None for no TCP."""
+        if self.port is None and self.socket is None:
+            return DEFAULT_PORT
+        return self.port
+
+    def hub_token(self) -> str | None:
+        """The operator's hub token, read now.
+
+        Raises:
+            ConfigError: The file that the operator named cannot be read.
+        """
+        if self.hub_token_file is not None:
+            try:
+                return self.hub_token_file.read_text().strip() or None
+            except OSError as error:
+                raise ConfigError(f"hub_token_file: {error.strerror}") from error
+        if token := os.environ.get("HF_TOKEN", "").strip():
+            return token
+        home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+        try:
+            return Path(os.environ.get("HF_TOKEN_PATH", home / "token")).read_text().strip() or None
+        except OSError:
+            return None  # nobody logged in: the hub's public part is enough
+
+
+def load_config(flags: Mapping[str, object]) -> ServerConfig:
+    """The settings that the command line, the environment and the file make together.
+
+    Args:
+        flags: The settings given on the command line by name; `config` names the TOML file.
+
+    Raises:
+        ConfigError: A setting is unknown or invalid, or the file cannot be read.
+    """
+    given: dict[str, Any] = dict(flags)
+    file: str | None = given.pop("config", None) or os.environ.get("LOADERD_CONFIG")
+
+    class Sources(ServerConfig):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the base's signature
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            if file is None:
+                return init_settings, env_settings
+            path = Path(file)
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, path)
+
+    if file is not None and not Path(file).is_file():
+        raise ConfigError(f"config: there is no file {file}")
+    try:
+        return Sources(**given)
+    except ValidationError as error:
+        problems = (_describe(item["loc"], item["type"], item["msg"]) for item in error.errors())
+        raise ConfigError("; ".join(problems)) from error
+    except (SettingsError, tomllib.TOMLDecodeError, OSError) as error:
+        raise ConfigError(f"config: {error}") from error
+
+
+def _describe(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    if kind == "extra_forbidden":
+        message = "there is no such setting; loaderd --help lists them"
+    message = message.removeprefix("Value error, ")
+    return f"{location[0]}: {message}" if location else message

@@ -1,0 +1,1 @@
+"""The models that the daemon holds: their lifecycle, registry and events."""

@@ -1,0 +1,1 @@
+"""The public services: translate the request, call the domain, translate the result."""

@@ -1,0 +1,1 @@
+"""The daemon's side of worker processes: launch, standby, watch, end; the link to each."""

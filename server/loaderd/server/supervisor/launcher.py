@@ -1,0 +1,91 @@
+"""How worker processes are started. Nothing above this package assumes that they are local."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from typing import Protocol, cast
+
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HF_TOKEN_PATH")
+
+
+class WorkerProcess(Protocol):
+    """A started worker."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id, where it runs."""
+
+    async def wait(self) -> int:
+        """Waits for its end; its exit code, negative for a signal."""
+
+    def kill(self) -> None:
+        """Ends it at once; nothing happens if it has ended."""
+
+
+class WorkerLauncher(Protocol):
+    """Starts workers."""
+
+    async def launch(self, worker_id: str, token: str, link: str) -> WorkerProcess:
+        """Starts a worker that will attach to `link` with this id and token.
+
+        Raises:
+            OSError: It could not be started.
+        """
+
+
+class LocalProcess:
+    """A worker in a process of this box, ended when its standard input closes."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    async def wait(self) -> int:
+        """Waits for its end; its exit code, negative for a signal."""
+        return await self._process.wait()
+
+    def kill(self) -> None:
+        """Ends it with SIGKILL."""
+        if self._process.returncode is None:
+            self._process.kill()
+
+
+class LocalLauncher:
+    """Starts workers as child processes: exec, never a fork of the daemon's state."""
+
+    async def launch(self, worker_id: str, token: str, link: str) -> LocalProcess:
+        """Starts a worker; the token goes through its standard input, which stays open."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",  # the daemon's working folder is no place to import from
+            "-m",
+            "loaderd.server.worker",
+            "--link",
+            link,
+            "--id",
+            worker_id,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            env=_environment(),
+        )
+        stdin = cast(asyncio.StreamWriter, process.stdin)  # there, because it is a pipe
+        stdin.write(token.encode() + b"\n")
+        return LocalProcess(process)
+
+
+def _environment() -> dict[str, str]:
+    """The daemon's environment without the hub token; workers never ask the hub."""
+    environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    return environment | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "GRPC_ENABLE_FORK_SUPPORT": "0",
+        "PYTHONUNBUFFERED": "1",
+    }

@@ -1,0 +1,152 @@
+"""The daemon's end of the stream to one worker: commands out, events to whom they concern."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from loaderd.server.errors import LoaderdError
+from loaderd.server.supervisor.output_stream import OutputStream
+from loaderd.v1 import generation_pb2
+from loaderd.worker.v1 import worker_pb2
+
+
+class WorkerLink:
+    """One worker's stream.
+
+    Everything that waits on the worker waits here, so that `fail` can end all of it at once.
+
+    Args:
+        max_stream_bytes: Most bytes that may wait for one slow client.
+
+    Attributes:
+        standby: What the worker said when it was ready for a load.
+        loaded: What the worker said when it had loaded.
+        memory_bytes: The memory that it held at its last heartbeat.
+        last_seen: Monotonic time of its last event.
+    """
+
+    def __init__(self, max_stream_bytes: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.standby: asyncio.Future[worker_pb2.Standby] = loop.create_future()
+        self.loaded: asyncio.Future[worker_pb2.Loaded] = loop.create_future()
+        self.memory_bytes = 0
+        self.last_seen = time.monotonic()
+        self._max_stream_bytes = max_stream_bytes
+        self._commands: asyncio.Queue[worker_pb2.AttachResponse | None] = asyncio.Queue()
+        self._keys = itertools.count(1)
+        self._streams: dict[int, OutputStream] = {}
+        self._calls: dict[int, asyncio.Future[worker_pb2.Reply]] = {}
+        self._failure: LoaderdError | None = None
+
+    def load(self, load: worker_pb2.Load) -> asyncio.Future[worker_pb2.Loaded]:
+        """Sends the load; the future ends with it."""
+        self._commands.put_nowait(worker_pb2.AttachResponse(load=load))
+        return self.loaded
+
+    def shutdown(self) -> None:
+        """Asks the worker to end."""
+        self._commands.put_nowait(worker_pb2.AttachResponse(shutdown=worker_pb2.Shutdown()))
+        self._commands.put_nowait(None)
+
+    @contextmanager
+    def generate(self, request: generation_pb2.StreamGenerateRequest) -> Iterator[OutputStream]:
+        """Starts a request; leaving before its end cancels it.
+
+        Raises:
+            LoaderdError: The worker has ended.
+        """
+        if self._failure is not None:
+            raise self._failure
+        key = next(self._keys)
+        stream = self._streams[key] = OutputStream(self._max_stream_bytes)
+        command = worker_pb2.Generate(key=key, request=request)
+        self._commands.put_nowait(worker_pb2.AttachResponse(generate=command))
+        try:
+            yield stream
+        finally:
+            # Still here: the worker has not ended it (a slow reader's stream ends on our side).
+            if self._streams.pop(key, None) is not None:
+                cancel = worker_pb2.Cancel(key=key)
+                self._commands.put_nowait(worker_pb2.AttachResponse(cancel=cancel))
+
+    async def call(self, call: worker_pb2.Call) -> worker_pb2.Reply:
+        """Sends tokenizer work and waits for its answer.
+
+        Raises:
+            LoaderdError: The call failed, or the worker ended.
+        """
+        if self._failure is not None:
+            raise self._failure
+        call.key = next(self._keys)
+        answer = self._calls[call.key] = asyncio.get_running_loop().create_future()
+        self._commands.put_nowait(worker_pb2.AttachResponse(call=call))
+        try:
+            reply: worker_pb2.Reply = await answer
+        finally:
+            del self._calls[call.key]
+        if reply.HasField("error"):
+            raise error_from(reply.error)
+        return reply
+
+    async def commands(self) -> AsyncIterator[worker_pb2.AttachResponse]:
+        """The commands to send, as they come, until the last one."""
+        while (command := await self._commands.get()) is not None:
+            yield command
+
+    def receive(self, event: worker_pb2.AttachRequest) -> None:
+        """Takes one event of the worker to whom it concerns."""
+        self.last_seen = time.monotonic()
+        match event.WhichOneof("event"):
+            case "heartbeat":
+                self.memory_bytes = event.heartbeat.memory_bytes
+            case "step":
+                for output in event.step.outputs:
+                    self._deliver(output)
+            case "reply":
+                answer = self._calls.get(event.reply.key)
+                if answer is not None and not answer.done():
+                    answer.set_result(event.reply)
+            case "standby" if not self.standby.done():
+                self.standby.set_result(event.standby)
+            case "loaded" if not self.loaded.done():
+                self.loaded.set_result(event.loaded)
+            case "load_failed" if not self.loaded.done():
+                self.loaded.set_exception(error_from(event.load_failed.error))
+
+    def fail(self, error: LoaderdError) -> None:
+        """Ends everything that waits on the worker with `error`, now and later."""
+        if self._failure is not None:
+            return
+        self._failure = error
+        for stream in self._streams.values():
+            stream.fail(error)
+        waits: list[asyncio.Future[Any]] = [self.standby, self.loaded, *self._calls.values()]
+        for future in waits:
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # seen: it may be that nobody waits for it
+
+    def _deliver(self, output: worker_pb2.Output) -> None:
+        kind = output.WhichOneof("event")
+        if kind in {"finished", "error"}:
+            stream = self._streams.pop(output.key, None)
+        else:
+            stream = self._streams.get(output.key)
+        if stream is None or kind is None:
+            return  # its client has left
+        if kind == "error":
+            stream.fail(error_from(output.error))
+        else:
+            message = generation_pb2.StreamGenerateResponse()
+            getattr(message, kind).CopyFrom(getattr(output, kind))
+            stream.put(message)
+
+
+def error_from(error: worker_pb2.Error) -> LoaderdError:
+    """The domain error that a worker described."""
+    return LoaderdError.from_metadata(error.reason, dict(error.metadata))

@@ -1,0 +1,165 @@
+"""All workers of the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loaderd.server.errors import LoaderdError, WorkerDiedError
+from loaderd.server.supervisor.launcher import WorkerLauncher
+from loaderd.server.supervisor.link_server import LinkServer
+from loaderd.server.supervisor.standby import StandbyPool
+from loaderd.server.supervisor.worker import Worker
+from loaderd.v1 import system_pb2
+from loaderd.worker.v1 import worker_pb2
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerLimits:
+    """Bounds on workers.
+
+    Attributes:
+        standby: Number of spare workers.
+        load_timeout: Seconds that a worker may take to start and load.
+        heartbeat_timeout: Seconds without a sign of life before a worker is ended.
+        max_stream_bytes: Most bytes that may wait for one slow client.
+    """
+
+    standby: int
+    load_timeout: float
+    heartbeat_timeout: float
+    max_stream_bytes: int
+
+
+@dataclass(frozen=True)
+class LoadedWorker:
+    """A worker that holds a model.
+
+    Attributes:
+        worker: The worker.
+        loaded: What it said of the model.
+        wait_s: Seconds until a worker was ready to load.
+    """
+
+    worker: Worker
+    loaded: worker_pb2.Loaded
+    wait_s: float
+
+
+class Supervisor:
+    """Starts, watches and ends workers.
+
+    Args:
+        folder: The daemon's private folder.
+        launcher: Starts worker processes.
+        limits: Bounds on workers.
+    """
+
+    def __init__(self, folder: Path, launcher: WorkerLauncher, limits: WorkerLimits) -> None:
+        self._launcher = launcher
+        self._limits = limits
+        self._server = LinkServer(folder)
+        self._workers: set[Worker] = set()
+        self._watches: set[asyncio.Task[None]] = set()
+        self._pool = StandbyPool(limits.standby, self._start_worker)
+        self._latest: worker_pb2.Standby | None = None
+        self._first_seen = asyncio.Event()
+
+    async def start(self) -> None:
+        """Listens for workers and starts the spares."""
+        await self._server.start()
+        self._pool.open()
+
+    async def close(self) -> None:
+        """Ends all workers."""
+        await self._pool.close()
+        await asyncio.gather(*(worker.close() for worker in self._workers))
+        await self._server.close()
+
+    def kill(self) -> None:
+        """Ends all workers at once."""
+        for worker in self._workers:
+            worker.kill()
+
+    async def load(self, load: worker_pb2.Load) -> LoadedWorker:
+        """Loads a model in a worker of its own. Cancelling it ends that worker.
+
+        Raises:
+            LoaderdError: The load failed; WorkerDiedError when the worker ended, or did not
+                answer within the load time-out.
+        """
+        started = time.monotonic()
+        worker: Worker | None = None
+        try:
+            async with asyncio.timeout(self._limits.load_timeout):
+                worker = await self._pool.take()
+                worker.model = load.model
+                wait_s = time.monotonic() - started
+                loaded = await asyncio.shield(worker.link.load(load))
+                return LoadedWorker(worker, loaded, wait_s)
+        except BaseException as error:
+            if worker is not None:
+                worker.kill()
+            if isinstance(error, TimeoutError | OSError):
+                logger.error("no worker for %s: %r", load.model, error)
+                raise WorkerDiedError(model=load.model) from error
+            if isinstance(error, WorkerDiedError):
+                raise WorkerDiedError(model=load.model) from error
+            raise
+        finally:
+            self._pool.replenish()
+
+    @property
+    def standby_workers(self) -> int:
+        """Number of spares that could load now."""
+        return self._pool.ready
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Releases of the workers' libraries; empty until the first worker is up."""
+        return {} if self._latest is None else self._latest.versions
+
+    async def devices(self) -> list[system_pb2.Device]:
+        """The devices as the latest worker saw them; waits for the first worker.
+
+        Raises:
+            WorkerDiedError: No worker could be started within the load time-out.
+        """
+        if self._latest is None and not self._limits.standby:
+            worker = await self._pool.take()
+            await worker.close()
+        try:
+            async with asyncio.timeout(self._limits.load_timeout):
+                await self._first_seen.wait()
+        except TimeoutError as error:
+            raise WorkerDiedError(model="") from error
+        return [] if self._latest is None else list(self._latest.devices)
+
+    async def _start_worker(self) -> Worker:
+        worker = await Worker.start(
+            self._launcher,
+            self._server,
+            self._limits.heartbeat_timeout,
+            self._limits.max_stream_bytes,
+        )
+        self._workers.add(worker)
+        watch = asyncio.create_task(self._watch(worker))
+        self._watches.add(watch)
+        watch.add_done_callback(self._watches.discard)
+        return worker
+
+    async def _watch(self, worker: Worker) -> None:
+        try:
+            self._latest = await asyncio.shield(worker.link.standby)
+            self._first_seen.set()
+        except LoaderdError:
+            pass  # it died while it started: whoever wanted it is told by the link
+        await worker.wait()
+        self._workers.discard(worker)
+        self._pool.replenish()
