@@ -232,8 +232,9 @@ class SlowConsumerError(LoaderdError):
     """The client reads its stream too slowly."""
 
     reason = "SLOW_CONSUMER"
-    text = "the stream was not read and {limit} bytes, its bound, wait for it"
+    text = "the stream was read too slowly: more than {limit} {unit} waited for it"
     limit: int
+    unit: str
 
 
 @dataclass(eq=False)

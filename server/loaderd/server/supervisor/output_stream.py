@@ -44,7 +44,7 @@ class OutputStream:
             self._waiting.append(message)
         self._waiting_bytes += message.ByteSize()
         if self._waiting_bytes > self._max_bytes:
-            self.fail(SlowConsumerError(limit=self._max_bytes))
+            self.fail(SlowConsumerError(limit=self._max_bytes, unit="bytes"))
         self.ended = self.ended or message.HasField("finished")
         self._changed.set()
 

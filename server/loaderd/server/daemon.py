@@ -1,0 +1,159 @@
+"""The daemon: wires the parts, serves until a signal, shuts down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from loaderd.server.config import ServerConfig
+from loaderd.server.models.loads import Loads
+from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.rpc.server import RpcServer
+from loaderd.server.store.cache import default_cache_dir
+from loaderd.server.store.store import ModelStore, StoreSettings
+from loaderd.server.supervisor.launcher import LocalLauncher
+from loaderd.server.supervisor.runtime_folder import RuntimeFolder
+from loaderd.server.supervisor.supervisor import Supervisor, WorkerLimits
+
+logger = logging.getLogger(__name__)
+
+_LAST_MESSAGES_S = 1.0
+
+
+class AddressError(Exception):
+    """The address cannot be listened on. Its text says which and what to do."""
+
+
+class Daemon:
+    """One loaderd, from start to exit.
+
+    Args:
+        config: The operator's settings.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serves until SIGTERM or SIGINT, then drains.
+
+        Raises:
+            AddressError: An address cannot be listened on.
+            ConfigError: The hub token cannot be read.
+        """
+        config = self._config
+        with RuntimeFolder() as runtime, _socket_lock(config.socket):
+            supervisor = Supervisor(
+                runtime.path,
+                LocalLauncher(),
+                WorkerLimits(
+                    standby=config.standby,
+                    load_timeout=config.load_timeout,
+                    heartbeat_timeout=config.heartbeat_timeout,
+                    max_stream_bytes=config.max_stream_buffer,
+                ),
+            )
+            store = ModelStore(
+                StoreSettings(
+                    cache_dir=config.cache_dir or default_cache_dir(),
+                    local_roots=config.allow_local,
+                    hub_endpoint=config.hub_endpoint,
+                    hub_token=config.hub_token(),
+                    offline=config.offline,
+                    stall_timeout=config.stall_timeout,
+                )
+            )
+            registry = ModelRegistry(config.max_requests)
+            server = RpcServer(registry, Loads(registry, store, supervisor), store, supervisor)
+            addresses = self._bind(server)
+            self._catch_signals(supervisor)
+            health = asyncio.create_task(server.health.follow())
+            await supervisor.start()
+            await server.start()
+            try:
+                print(f"loaderd {version('loaderd')} listening on {' and '.join(addresses)}")
+                sys.stdout.flush()
+                await self._stop.wait()
+                logger.info("draining")
+                await registry.drain(config.drain_timeout)
+                await health
+            finally:
+                await registry.close()
+                await store.close()
+                await server.stop(_LAST_MESSAGES_S)
+                await supervisor.close()
+
+    def _bind(self, server: RpcServer) -> list[str]:
+        config, addresses = self._config, []
+        if config.tcp_port is not None:
+            host = f"[{config.host}]" if ":" in config.host else config.host
+            try:
+                port = server.bind(f"{host}:{config.tcp_port}")
+            except RuntimeError as error:
+                raise AddressError(
+                    f"cannot listen on {host}:{config.tcp_port}; is another daemon there? "
+                    "Choose another --port, or 0 for a free one"
+                ) from error
+            addresses.append(f"{host}:{port}")
+        if config.socket is not None:
+            before = os.umask(0o177)
+            try:
+                server.bind(f"unix:{config.socket}")
+            except RuntimeError as error:
+                raise AddressError(f"cannot listen on the socket {config.socket}") from error
+            finally:
+                os.umask(before)
+            addresses.append(f"unix:{config.socket}")
+        return addresses
+
+    def _catch_signals(self, supervisor: Supervisor) -> None:
+        loop = asyncio.get_running_loop()
+
+        def on_signal(number: int) -> None:
+            if not self._stop.is_set():
+                self._stop.set()
+                return
+            logger.warning("second signal: ending at once")
+            supervisor.kill()
+            os._exit(128 + number)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal, number)
+
+
+@contextmanager
+def _socket_lock(socket: Path | None) -> Iterator[None]:
+    """Holds the socket's path: a second server would take it from the first without a word.
+
+    Raises:
+        AddressError: Another daemon holds it, or its folder cannot be written to.
+    """
+    if socket is None:
+        yield
+        return
+    lock = socket.with_name(socket.name + ".lock")
+    try:
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise AddressError(f"cannot use the socket {socket}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise AddressError(f"another daemon listens on the socket {socket}") from error
+        if socket.exists() and not socket.is_socket():
+            raise AddressError(f"{socket} exists and is not a socket")
+        socket.unlink(missing_ok=True)  # left by a daemon that was killed
+        yield
+        socket.unlink(missing_ok=True)
+    finally:
+        os.close(handle)

@@ -1,0 +1,186 @@
+"""From a name to a model that answers: resolve, download, load."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from loaderd.server.errors import InternalError, LoaderdError
+from loaderd.server.models.lifecycle import ModelState
+from loaderd.server.models.record import LoadOptions, ModelRecord, identity_of
+from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.single_flight import Flight, Publish, SingleFlight
+from loaderd.server.store.names import HubName, LocalName, parse_name
+from loaderd.server.store.resolve import CachedSnapshot, LocalFolder, NotCached
+from loaderd.server.store.store import DownloadProgress, ModelStore
+from loaderd.server.supervisor.supervisor import Supervisor
+from loaderd.v1 import model_pb2
+from loaderd.worker.v1 import worker_pb2
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """What a load is doing.
+
+    Attributes:
+        model_id: The record's id.
+        state: RESOLVING, DOWNLOADING or LOADING.
+        download: How far the download is, while DOWNLOADING.
+        elapsed_s: Seconds since the load began.
+    """
+
+    model_id: str
+    state: ModelState
+    download: DownloadProgress | None
+    elapsed_s: float
+
+
+LoadFlight = Flight[LoadProgress, ModelRecord]
+
+
+class Loads:
+    """Loads models; all who ask for one model at the same time share one load.
+
+    Args:
+        registry: Where the models are kept.
+        store: Where their files are.
+        supervisor: Where their workers come from.
+    """
+
+    def __init__(self, registry: ModelRegistry, store: ModelStore, supervisor: Supervisor) -> None:
+        self._registry = registry
+        self._store = store
+        self._supervisor = supervisor
+        self._flights: SingleFlight[tuple[str, LoadOptions], LoadProgress, ModelRecord] = (
+            SingleFlight()
+        )
+
+    @asynccontextmanager
+    async def join(self, text: str, options: LoadOptions) -> AsyncIterator[LoadFlight]:
+        """Joins the model's load, or starts it; a model that is READY is there at once.
+
+        Leaving early stops the load, unless others wait for it.
+
+        Raises:
+            LoaderdError: The name is invalid, or its files cannot be used.
+        """
+        self._registry.check_open()
+        name = parse_name(text)
+        files = await self._store.resolve(name)
+        if isinstance(files, NotCached):
+            # The commit is not known yet: one load of this name and revision, until it is.
+            key = f"{files.name.repo_id}@{files.name.revision}?"
+            work = partial(self._fetch, files.name, options)
+        else:
+            key = identity_of(files)
+            work = partial(self._load, name, files, None, options)
+        async with self._flights.join((key, options), work) as flight:
+            yield flight
+
+    async def _fetch(
+        self, name: HubName, options: LoadOptions, publish: Publish[LoadProgress]
+    ) -> ModelRecord:
+        """Downloads, then joins the load of the commit that came."""
+        record = self._registry.add(name, options)
+        record.carried_by(asyncio.current_task())
+        with self._settled(record):
+            files = await self._download(name, record, publish)
+            work = partial(self._load, name, files, record, options)
+            async with self._flights.join((identity_of(files), options), work) as flight:
+                async for progress in flight.progress():
+                    publish(progress)
+                loaded = await flight.result()
+            if loaded is not record:  # another name of the same commit was faster
+                self._registry.to(record, ModelState.UNLOADED)
+            return loaded
+
+    async def _download(
+        self, name: HubName, record: ModelRecord, publish: Publish[LoadProgress]
+    ) -> CachedSnapshot:
+        publish(_progress(record, None))
+        async with self._store.download(name) as download:
+            async for progress in download.progress():
+                if record.state is ModelState.RESOLVING and progress.total_bytes:
+                    self._registry.to(record, ModelState.DOWNLOADING)
+                publish(_progress(record, progress))
+            snapshot: CachedSnapshot = await download.result()
+            return snapshot
+
+    async def _load(
+        self,
+        name: HubName | LocalName,
+        files: LocalFolder | CachedSnapshot,
+        record: ModelRecord | None,
+        options: LoadOptions,
+        publish: Publish[LoadProgress],
+    ) -> ModelRecord:
+        """Loads files that are there, in a worker of their own."""
+        held = self._registry.held(identity_of(files), options)
+        if held is not None and held.state is ModelState.UNLOADING:
+            await held.gone.wait()
+        elif held is not None and held.state is ModelState.READY:
+            held.aliases.add(name)
+            return held
+        if record is None:
+            record = self._registry.add(name, options)
+        record.carried_by(asyncio.current_task())
+        with self._settled(record):
+            record.found(files)
+            self._registry.to(record, ModelState.LOADING)
+            publish(_progress(record, None))
+            model = await self._supervisor.load(
+                worker_pb2.Load(
+                    path=str(files.path),
+                    model=str(name),
+                    options=model_pb2.LoadOptions(
+                        dtype=options.dtype, device_map=options.device_map
+                    ),
+                )
+            )
+            record.details = model.loaded.details
+            record.details.worker_pid = model.worker.pid
+            record.worker_wait_s = model.wait_s
+            record.weights_s = model.loaded.weights.ToTimedelta().total_seconds()
+            self._registry.ready(record, model.worker)
+            return record
+
+    @contextmanager
+    def _settled(self, record: ModelRecord) -> Iterator[None]:
+        """Gives a load that ends early its last state, and its waiters the reason."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            if record.state.is_loading:
+                self._registry.to(record, ModelState.UNLOADED)
+            if record.abort_error is not None:
+                raise record.abort_error from None
+            raise
+        except LoaderdError as error:
+            self._fail(record, error)
+            raise
+        except Exception as error:
+            incident = secrets.token_hex(4)
+            logger.exception("load of %s failed, incident %s", record.id, incident)
+            self._fail(record, InternalError(incident=incident))
+            raise InternalError(incident=incident) from error
+
+    def _fail(self, record: ModelRecord, error: LoaderdError) -> None:
+        if not record.state.is_loading:
+            return
+        unknown = record.state is ModelState.RESOLVING
+        self._registry.to(record, ModelState.FAILED, error)
+        if unknown:  # watchers were told; a name that is no model need not stay in the list
+            self._registry.to(record, ModelState.UNLOADED)
+
+
+def _progress(record: ModelRecord, download: DownloadProgress | None) -> LoadProgress:
+    elapsed = time.monotonic() - record.lifecycle.entered[ModelState.RESOLVING]
+    return LoadProgress(record.id, record.state, download, elapsed)

@@ -1,0 +1,181 @@
+"""What the daemon knows of one model."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+
+from loaderd.server.errors import InvalidArgumentError, LoaderdError
+from loaderd.server.models.lifecycle import Lifecycle, ModelState
+from loaderd.server.store.names import HubName, LocalName
+from loaderd.server.store.resolve import CachedSnapshot, LocalFolder
+from loaderd.server.supervisor.worker import Worker
+from loaderd.v1 import model_pb2
+
+_DEVICE_MAP = re.compile(r"auto|cpu|mps|(cuda|xpu):\d{1,3}")
+
+
+class ModelSource(Enum):
+    """Where a model's files come from."""
+
+    LOCAL = "local"
+    CACHED = "cached"
+    HUB = "hub"
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load; part of a loaded model's key.
+
+    Attributes:
+        dtype: DTYPE_UNSPECIFIED is the policy's choice.
+        device_map: "auto", "cpu" or one accelerator.
+
+    Raises:
+        InvalidArgumentError: A value is out of bounds.
+    """
+
+    dtype: model_pb2.Dtype.ValueType = model_pb2.DTYPE_UNSPECIFIED
+    device_map: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in model_pb2.Dtype.values():
+            raise InvalidArgumentError("options.dtype", f"there is no dtype number {self.dtype}")
+        if not _DEVICE_MAP.fullmatch(self.device_map):
+            problem = 'must be "auto", "cpu", "mps", "cuda:N" or "xpu:N"'
+            raise InvalidArgumentError("options.device_map", problem)
+
+
+@dataclass(frozen=True)
+class LoadTimings:
+    """Seconds that the steps of a load took; None for those not done."""
+
+    resolve: float | None
+    download: float | None
+    worker: float | None
+    weights: float | None
+    total: float | None
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """A record as it is at one moment."""
+
+    id: str
+    name: str
+    source: ModelSource
+    repo_id: str
+    commit: str
+    state: ModelState
+    options: LoadOptions
+    details: model_pb2.ModelDetails | None
+    active_requests: int
+    created_at: datetime
+    ready_at: datetime | None
+    timings: LoadTimings
+    failure: LoaderdError | None
+
+
+class ModelRecord:
+    """One model, from the request to load it until it is gone.
+
+    Only the registry changes its state.
+
+    Attributes:
+        id: Unique; never a valid name of the hub's, since it has a colon.
+        name: The name that it was asked for by.
+        aliases: All names that it was asked for by.
+        identity: Real path or repository and commit; empty while the commit is not known.
+        worker: The process that holds it, while it is READY.
+        active_requests: Generation requests that run or wait.
+        gone: Set when it is UNLOADED.
+    """
+
+    def __init__(self, name: HubName | LocalName, options: LoadOptions) -> None:
+        self.id = f"m:{secrets.token_hex(6)}"
+        self.name = name
+        self.aliases = {name}
+        self.options = options
+        self.source = ModelSource.LOCAL if isinstance(name, LocalName) else ModelSource.HUB
+        self.identity = ""
+        self.commit = ""
+        self.lifecycle = Lifecycle(time.monotonic)
+        self.worker: Worker | None = None
+        self.details: model_pb2.ModelDetails | None = None
+        self.failure: LoaderdError | None = None
+        self.active_requests = 0
+        self.worker_wait_s: float | None = None
+        self.weights_s: float | None = None
+        self.created_at = datetime.now(UTC)
+        self.ready_at: datetime | None = None
+        self.gone = asyncio.Event()
+        self.abort_error: LoaderdError | None = None
+        self._load: asyncio.Task[object] | None = None
+
+    @property
+    def state(self) -> ModelState:
+        """Where it is in its life."""
+        return self.lifecycle.state
+
+    def found(self, files: LocalFolder | CachedSnapshot) -> None:
+        """Notes which files it is."""
+        self.identity = identity_of(files)
+        if isinstance(files, CachedSnapshot):
+            self.commit = files.commit
+            if self.lifecycle.state is ModelState.RESOLVING:
+                self.source = ModelSource.CACHED
+
+    def is_named(self, name: HubName | LocalName) -> bool:
+        """Whether a request by this name means this model."""
+        if name in self.aliases:
+            return True
+        if isinstance(name, LocalName) or isinstance(self.name, LocalName):
+            return isinstance(name, LocalName) and self.identity == str(name.path.resolve())
+        return name.repo_id == self.name.repo_id and name.revision == self.commit
+
+    def carried_by(self, task: asyncio.Task[object] | None) -> None:
+        """Notes the task that loads it."""
+        self._load = task
+
+    def abort(self, error: LoaderdError) -> None:
+        """Stops its load; whoever waits for it gets `error`."""
+        self.abort_error = error
+        if self._load is not None:
+            self._load.cancel()
+
+    def view(self) -> ModelView:
+        """The record as it is now."""
+        ran = self.lifecycle.between
+        return ModelView(
+            id=self.id,
+            name=str(self.name),
+            source=self.source,
+            repo_id=self.name.repo_id if isinstance(self.name, HubName) else "",
+            commit=self.commit,
+            state=self.state,
+            options=self.options,
+            details=self.details,
+            active_requests=self.active_requests,
+            created_at=self.created_at,
+            ready_at=self.ready_at,
+            timings=LoadTimings(
+                resolve=ran(ModelState.RESOLVING, ModelState.DOWNLOADING, ModelState.LOADING),
+                download=ran(ModelState.DOWNLOADING, ModelState.LOADING),
+                worker=self.worker_wait_s,
+                weights=self.weights_s,
+                total=ran(ModelState.RESOLVING, ModelState.READY),
+            ),
+            failure=self.failure,
+        )
+
+
+def identity_of(files: LocalFolder | CachedSnapshot) -> str:
+    """What makes two requests mean the same files: the real path, or repository and commit."""
+    if isinstance(files, LocalFolder):
+        return str(files.path)
+    return f"{files.repo_id}@{files.commit}"

@@ -1,0 +1,237 @@
+"""The models that the daemon holds: who they are, who uses them, and their end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from loaderd.server.errors import (
+    DrainingError,
+    InvalidArgumentError,
+    LoaderdError,
+    ModelInUseError,
+    ModelNotLoadedError,
+    QueueFullError,
+    WorkerDiedError,
+)
+from loaderd.server.models.events import EventBus
+from loaderd.server.models.lifecycle import ModelState
+from loaderd.server.models.record import LoadOptions, ModelRecord, ModelView
+from loaderd.server.store.names import HubName, LocalName, parse_name
+from loaderd.server.supervisor.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+_MAX_FAILED = 16
+
+
+class ModelRegistry:
+    """All models of the daemon.
+
+    Args:
+        max_requests: Most generation requests that one model takes, running and waiting.
+
+    Attributes:
+        events: Every change of a model's state.
+    """
+
+    def __init__(self, max_requests: int) -> None:
+        self.events = EventBus()
+        self._max_requests = max_requests
+        self._records: dict[str, ModelRecord] = {}
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._active_requests = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def views(self) -> list[ModelView]:
+        """All models as they are now, oldest first."""
+        return [record.view() for record in self._records.values()]
+
+    def find(self, text: str) -> ModelRecord:
+        """The model that a request names by id or name.
+
+        Raises:
+            InvalidNameError: It is no name.
+            InvalidArgumentError: Several models have it.
+            ModelNotLoadedError: None has it.
+        """
+        if record := self._records.get(text):
+            return record
+        name = parse_name(text)
+        named = [record for record in self._records.values() if record.is_named(name)]
+        found = [record for record in named if record.state.is_held] or named[-1:]
+        if not found:
+            raise ModelNotLoadedError(model=text)
+        if len(found) > 1:
+            ids = ", ".join(record.id for record in found)
+            raise InvalidArgumentError("model", f"several models have this name; use an id: {ids}")
+        return found[0]
+
+    def held(self, identity: str, options: LoadOptions) -> ModelRecord | None:
+        """The model of these files and options that is loaded, loading or unloading."""
+        for record in self._records.values():
+            if (record.identity, record.options) == (identity, options) and record.state.is_held:
+                return record
+        return None
+
+    def add(self, name: HubName | LocalName, options: LoadOptions) -> ModelRecord:
+        """A new model, RESOLVING; it replaces one of the same name and options that failed.
+
+        Raises:
+            DrainingError: The daemon is shutting down.
+        """
+        self.check_open()
+        failed = [each for each in self._records.values() if each.state is ModelState.FAILED]
+        for stale in failed:
+            if stale.is_named(name) and stale.options == options:
+                self.to(stale, ModelState.UNLOADED)
+        record = ModelRecord(name, options)
+        self._records[record.id] = record
+        self._publish(record, None)
+        return record
+
+    def to(
+        self, record: ModelRecord, state: ModelState, failure: LoaderdError | None = None
+    ) -> None:
+        """Moves a model to `state` and tells all watchers; the only writer of state."""
+        previous = record.lifecycle.to(state)
+        record.failure = failure
+        if state is ModelState.READY:
+            record.ready_at = datetime.now(UTC)
+        elif state is ModelState.UNLOADED:
+            del self._records[record.id]
+            record.gone.set()
+        elif state is ModelState.FAILED:
+            record.worker = None
+        logger.info("%s %s: %s", record.id, record.name, state.value)
+        self._publish(record, previous)
+        if state is ModelState.FAILED:
+            self._forget_old_failures()
+
+    def ready(self, record: ModelRecord, worker: Worker) -> None:
+        """Makes a model READY; from now on the end of its worker is its failure."""
+        record.worker = worker
+        self.to(record, ModelState.READY)
+        self._spawn(self._watch(record, worker))
+
+    @contextmanager
+    def use(self, text: str) -> Iterator[tuple[str, Worker]]:
+        """Counts a request on a READY model while it runs.
+
+        Yields:
+            The model's id and the worker that holds it.
+
+        Raises:
+            LoaderdError: As `find`, and QueueFullError, DrainingError.
+        """
+        self.check_open()
+        record = self.find(text)
+        if record.state is not ModelState.READY or record.worker is None:
+            raise ModelNotLoadedError(model=text)
+        if record.active_requests >= self._max_requests:
+            raise QueueFullError(model=str(record.name), limit=self._max_requests)
+        self._count(record, 1)
+        try:
+            yield record.id, record.worker
+        finally:
+            self._count(record, -1)
+
+    async def unload(self, text: str, force: bool) -> tuple[ModelView, int]:
+        """Ends a model. Cancelling the call does not stop what has begun.
+
+        Returns:
+            The model, UNLOADED, and the bytes that its process held.
+
+        Raises:
+            LoaderdError: As `find`, and ModelInUseError.
+        """
+        record = self.find(text)
+        if record.state is ModelState.UNLOADING:
+            raise ModelNotLoadedError(model=text)
+        if not force and (record.active_requests or record.state.is_loading):
+            raise ModelInUseError(model=text, active_requests=record.active_requests)
+        freed = await asyncio.shield(self._spawn(self._end(record)))
+        return record.view(), freed
+
+    @property
+    def draining(self) -> bool:
+        """Whether new work is refused because the daemon is shutting down."""
+        return self._draining
+
+    def check_open(self) -> None:
+        """Raises DrainingError when the daemon is shutting down."""
+        if self._draining:
+            raise DrainingError
+
+    async def drain(self, patience_s: float) -> None:
+        """Refuses new work, stops loads, and waits for running requests, at most `patience_s`."""
+        self._draining = True
+        self.events.end(DrainingError())
+        for record in list(self._records.values()):
+            if record.state.is_loading:
+                record.abort(DrainingError())
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.warning("cutting %d requests that still run", self._active_requests)
+
+    async def close(self) -> None:
+        """Ends all models; requests that still run end with DrainingError."""
+        for record in list(self._records.values()):
+            if record.worker is not None:
+                record.worker.link.fail(DrainingError())
+        ends = [self._spawn(self._end(record)) for record in list(self._records.values())]
+        await asyncio.gather(*ends)
+
+    async def _end(self, record: ModelRecord) -> int:
+        error = ModelNotLoadedError(model=str(record.name))
+        if record.state.is_loading:
+            record.abort(error)
+            await record.gone.wait()
+        elif record.state is ModelState.FAILED:
+            self.to(record, ModelState.UNLOADED)
+        elif record.state is ModelState.UNLOADING:
+            await record.gone.wait()
+        elif record.worker is not None:
+            worker, record.worker = record.worker, None
+            self.to(record, ModelState.UNLOADING)
+            await worker.close(error)
+            self.to(record, ModelState.UNLOADED)
+            return worker.link.memory_bytes
+        return 0
+
+    async def _watch(self, record: ModelRecord, worker: Worker) -> None:
+        await worker.wait()
+        if record.state is ModelState.READY:
+            self.to(record, ModelState.FAILED, WorkerDiedError(model=str(record.name)))
+
+    def _forget_old_failures(self) -> None:
+        failed = [each for each in self._records.values() if each.state is ModelState.FAILED]
+        for record in failed[:-_MAX_FAILED]:
+            self.to(record, ModelState.UNLOADED)
+
+    def _count(self, record: ModelRecord, change: int) -> None:
+        record.active_requests += change
+        self._active_requests += change
+        if self._active_requests:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+    def _publish(self, record: ModelRecord, previous: ModelState | None) -> None:
+        self.events.publish(datetime.now(UTC), previous, record.view())
+
+    def _spawn(self, work: Coroutine[None, None, R]) -> asyncio.Task[R]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

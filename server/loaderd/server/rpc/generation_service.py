@@ -1,0 +1,103 @@
+"""loaderd.v1.GenerationService."""
+
+from __future__ import annotations
+
+import secrets
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from loaderd.server.errors import InvalidArgumentError
+from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.supervisor.output_stream import OutputStream
+from loaderd.v1 import generation_pb2, generation_pb2_grpc
+from loaderd.worker.v1 import worker_pb2
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_MAX_REQUEST_ID = 128
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """Text from loaded models. The model's worker reads and checks the parameters."""
+
+    def __init__(self, registry: ModelRegistry) -> None:
+        self._registry = registry
+
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> generation_pb2.GenerateResponse:
+        """Generates and answers once."""
+        # The two requests are equal on the wire, field by field.
+        streamed = generation_pb2.StreamGenerateRequest.FromString(request.SerializeToString())
+        response = generation_pb2.GenerateResponse()
+        texts: defaultdict[int, list[str]] = defaultdict(list)
+        token_ids: defaultdict[int, list[int]] = defaultdict(list)
+        with self._run(streamed) as (model_id, stream):
+            response.model_id = model_id
+            response.request_id = streamed.request_id
+            async for message in stream:
+                if message.HasField("delta"):
+                    texts[message.delta.index].append(message.delta.text)
+                    token_ids[message.delta.index].extend(message.delta.token_ids)
+                elif message.HasField("finished"):
+                    end = message.finished
+        response.usage.CopyFrom(end.usage)
+        response.timings.CopyFrom(end.timings)
+        response.seed = end.seed
+        for index, finish in enumerate(end.finishes):
+            response.completions.add(
+                index=index, text="".join(texts[index]), token_ids=token_ids[index], finish=finish
+            )
+        return response
+
+    async def StreamGenerate(
+        self, request: generation_pb2.StreamGenerateRequest, context: Context
+    ) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
+        """Streams text as it comes."""
+        with self._run(request) as (model_id, stream):
+            async for message in stream:
+                if message.HasField("started"):
+                    message.started.model_id = model_id
+                yield message
+
+    async def Tokenize(
+        self, request: generation_pb2.TokenizeRequest, context: Context
+    ) -> generation_pb2.TokenizeResponse:
+        """Text or messages -> token ids."""
+        with self._registry.use(request.model) as (_, worker):
+            return (await worker.link.call(worker_pb2.Call(tokenize=request))).tokenize
+
+    async def Detokenize(
+        self, request: generation_pb2.DetokenizeRequest, context: Context
+    ) -> generation_pb2.DetokenizeResponse:
+        """Token ids -> text."""
+        with self._registry.use(request.model) as (_, worker):
+            return (await worker.link.call(worker_pb2.Call(detokenize=request))).detokenize
+
+    async def ApplyChatTemplate(
+        self, request: generation_pb2.ApplyChatTemplateRequest, context: Context
+    ) -> generation_pb2.ApplyChatTemplateResponse:
+        """Messages -> prompt."""
+        with self._registry.use(request.model) as (_, worker):
+            call = worker_pb2.Call(apply_chat_template=request)
+            return (await worker.link.call(call)).apply_chat_template
+
+    @contextmanager
+    def _run(
+        self, request: generation_pb2.StreamGenerateRequest
+    ) -> Iterator[tuple[str, OutputStream]]:
+        if not request.HasField("request_id"):
+            request.request_id = secrets.token_hex(8)
+        name = request.request_id
+        if not (0 < len(name) <= _MAX_REQUEST_ID and name.isascii() and name.isprintable()):
+            problem = f"must be 1 to {_MAX_REQUEST_ID} printable ASCII characters"
+            raise InvalidArgumentError("request_id", problem)
+        with (
+            self._registry.use(request.model) as (model_id, worker),
+            worker.link.generate(request) as stream,
+        ):
+            yield model_id, stream

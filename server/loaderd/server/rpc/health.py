@@ -1,0 +1,52 @@
+"""grpc.health.v1 for the daemon (""), each service and each model that was loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio
+
+from loaderd.server.errors import DrainingError
+from loaderd.server.models.lifecycle import ModelState
+from loaderd.server.models.registry import ModelRegistry
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Health:
+    """Keeps the health service in step with the registry.
+
+    A model is known by its name and its id from the first time that it is READY; it is SERVING
+    while a model of this name is READY.
+
+    Attributes:
+        servicer: The standard service.
+    """
+
+    def __init__(self, registry: ModelRegistry, services: Iterable[str]) -> None:
+        self.servicer = aio.HealthServicer()
+        self._registry = registry
+        self._services = ("", *services)
+        self._models: set[str] = set()
+
+    async def follow(self) -> None:
+        """Runs until the daemon drains."""
+        for service in self._services:
+            await self.servicer.set(service, SERVING)
+        with self._registry.events.subscribe() as events:
+            try:
+                async for _ in events:
+                    await self._update()
+            except DrainingError:
+                await self.servicer.enter_graceful_shutdown()
+
+    async def _update(self) -> None:
+        ready = [view for view in self._registry.views() if view.state is ModelState.READY]
+        serving = {name for view in ready for name in (view.name, view.id)}
+        for name in serving - self._models:
+            await self.servicer.set(name, SERVING)
+        for name in self._models - serving:
+            await self.servicer.set(name, NOT_SERVING)
+        self._models = serving

@@ -1,0 +1,145 @@
+"""The one place where a failure becomes a status."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_status import rpc_status
+
+from loaderd.server.errors import InternalError, InvalidArgumentError, LoaderdError
+from loaderd.server.rpc.status import status_of
+
+logger = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+
+class _Malformed:
+    """Stands for a request whose bytes are no message of its type."""
+
+
+class StatusInterceptor(grpc.aio.ServerInterceptor):
+    """Ends every call in a status of ours, whatever its handler raises.
+
+    Domain errors become their status. Anything else is a defect: the log gets the cause, the client
+    INTERNAL with an incident number. Malformed requests, which gRPC would answer with UNKNOWN and
+    the exception's text, become INVALID_ARGUMENT.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Q, R] | None]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Q, R] | None:
+        """Wraps the call's handler."""
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return None  # UNIMPLEMENTED
+        method = str(handler_call_details.method)
+        decode = _tolerant(handler.request_deserializer)
+        encode = handler.response_serializer
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                _streaming(handler.stream_stream, method, _checked_all), decode, encode
+            )
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                _streaming(handler.unary_stream, method, _checked), decode, encode
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            _unary(handler.unary_unary, method), decode, encode
+        )
+
+
+def _unary(handler: Any, method: str) -> Any:
+    async def call(request: Any, context: Context) -> Any:
+        async with _ends_in_status(method, context):
+            return await handler(_checked(request), context)
+
+    return call
+
+
+def _streaming(handler: Any, method: str, check: Callable[[Any], Any]) -> Any:
+    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+        async with _ends_in_status(method, context):
+            if not inspect.isasyncgenfunction(handler):  # writes through the context (health)
+                await handler(check(request), context)
+                return
+            responses = handler(check(request), context)
+            try:
+                async for response in responses:
+                    yield response
+            finally:
+                await responses.aclose()
+
+    return call
+
+
+@asynccontextmanager
+async def _ends_in_status(method: str, context: Context) -> AsyncIterator[None]:
+    started = time.monotonic()
+    outcome = "OK"
+    try:
+        yield
+    except grpc.aio.AbortError:
+        outcome = "aborted"
+        raise
+    except LoaderdError as error:
+        outcome = error.reason
+        await context.abort_with_status(rpc_status.to_status(status_of(error)))
+    except (asyncio.CancelledError, GeneratorExit) as error:
+        outcome = "CANCELLED"
+        task = asyncio.current_task()
+        if isinstance(error, GeneratorExit) or (task is not None and task.cancelling()):
+            raise  # the client left, or the server stops: gRPC knows
+        # Raised by the handler itself: without a status the client would wait for its deadline.
+        outcome = await _abort_as_defect(context)
+    except Exception:
+        outcome = await _abort_as_defect(context)
+    finally:
+        elapsed_ms = (time.monotonic() - started) * 1000
+        logger.debug("%s %s %.1f ms", method, outcome, elapsed_ms)
+
+
+async def _abort_as_defect(context: Context) -> str:
+    error = InternalError(incident=secrets.token_hex(4))
+    logger.exception("incident %s", error.incident)
+    await context.abort_with_status(rpc_status.to_status(status_of(error)))
+    return error.reason
+
+
+def _tolerant(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if decode is None:
+        return None
+
+    def decode_or_mark(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError:
+            return _Malformed()
+
+    return decode_or_mark
+
+
+def _checked(request: Any) -> Any:
+    if isinstance(request, _Malformed):
+        raise InvalidArgumentError("request", "its bytes are not a message of this method's type")
+    return request
+
+
+async def _checked_all(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _checked(request)

@@ -1,0 +1,65 @@
+"""loaderd.v1.ModelService."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from loaderd.server.models.loads import Loads
+from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.rpc import convert
+from loaderd.v1 import model_pb2, model_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ModelService(model_pb2_grpc.ModelServiceServicer):
+    """Models in memory: load, unload, list, watch."""
+
+    def __init__(self, registry: ModelRegistry, loads: Loads) -> None:
+        self._registry = registry
+        self._loads = loads
+
+    async def LoadModel(
+        self, request: model_pb2.LoadModelRequest, context: Context
+    ) -> AsyncIterator[model_pb2.LoadModelResponse]:
+        """Streams progress, then the model."""
+        options = convert.load_options(request.options)
+        async with self._loads.join(request.model, options) as load:
+            async for progress in load.progress():
+                yield model_pb2.LoadModelResponse(progress=convert.load_progress(progress))
+            record = await load.result()
+        yield model_pb2.LoadModelResponse(model=convert.model(record.view()))
+
+    async def UnloadModel(
+        self, request: model_pb2.UnloadModelRequest, context: Context
+    ) -> model_pb2.UnloadModelResponse:
+        """Ends a model's process."""
+        view, freed = await self._registry.unload(request.model, request.force)
+        return model_pb2.UnloadModelResponse(model=convert.model(view), freed_bytes=freed)
+
+    async def GetModel(
+        self, request: model_pb2.GetModelRequest, context: Context
+    ) -> model_pb2.GetModelResponse:
+        """One model."""
+        view = self._registry.find(request.model).view()
+        return model_pb2.GetModelResponse(model=convert.model(view))
+
+    async def ListModels(
+        self, request: model_pb2.ListModelsRequest, context: Context
+    ) -> model_pb2.ListModelsResponse:
+        """All models."""
+        return model_pb2.ListModelsResponse(models=map(convert.model, self._registry.views()))
+
+    async def WatchModels(
+        self, request: model_pb2.WatchModelsRequest, context: Context
+    ) -> AsyncIterator[model_pb2.WatchModelsResponse]:
+        """All models, then every change."""
+        self._registry.check_open()
+        with self._registry.events.subscribe() as events:
+            models = model_pb2.ModelList(models=map(convert.model, self._registry.views()))
+            yield model_pb2.WatchModelsResponse(snapshot=models)
+            async for event in events:
+                yield model_pb2.WatchModelsResponse(event=convert.model_event(event))

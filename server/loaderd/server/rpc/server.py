@@ -1,0 +1,90 @@
+"""The public gRPC server: services, interceptor, settings, listeners."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from loaderd.server.models.loads import Loads
+from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.rpc.cache_service import CacheService
+from loaderd.server.rpc.generation_service import GenerationService
+from loaderd.server.rpc.health import Health
+from loaderd.server.rpc.interceptor import StatusInterceptor
+from loaderd.server.rpc.model_service import ModelService
+from loaderd.server.rpc.reflection import add_reflection
+from loaderd.server.rpc.system_service import SystemService
+from loaderd.server.store.store import ModelStore
+from loaderd.server.supervisor.supervisor import Supervisor
+from loaderd.v1 import (
+    cache_pb2,
+    cache_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    system_pb2,
+    system_pb2_grpc,
+)
+
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a second daemon on the port must fail, not share it
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+)
+
+
+class RpcServer:
+    """Everything that clients reach.
+
+    Attributes:
+        health: The health service; its `follow` is to be run.
+    """
+
+    def __init__(
+        self, registry: ModelRegistry, loads: Loads, store: ModelStore, supervisor: Supervisor
+    ) -> None:
+        self._server = grpc.aio.server(options=_OPTIONS, interceptors=[StatusInterceptor()])
+        model_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelService(registry, loads), self._server
+        )
+        cache_pb2_grpc.add_CacheServiceServicer_to_server(
+            CacheService(registry, store), self._server
+        )
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+            GenerationService(registry), self._server
+        )
+        system_pb2_grpc.add_SystemServiceServicer_to_server(
+            SystemService(registry, supervisor, store.settings), self._server
+        )
+        services = [
+            file.DESCRIPTOR.services_by_name[name].full_name
+            for file, name in (
+                (model_pb2, "ModelService"),
+                (cache_pb2, "CacheService"),
+                (generation_pb2, "GenerationService"),
+                (system_pb2, "SystemService"),
+            )
+        ]
+        self.health = Health(registry, services)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        add_reflection(self._server, (*services, health_name))
+
+    def bind(self, address: str) -> int:
+        """Binds `host:port` or `unix:path`; the port that it got.
+
+        Raises:
+            RuntimeError: The address cannot be bound.
+        """
+        return self._server.add_insecure_port(address)
+
+    async def start(self) -> None:
+        """Serves."""
+        await self._server.start()
+
+    async def stop(self, grace: float) -> None:
+        """Refuses new calls, cuts those that still run after `grace` seconds."""
+        await self._server.stop(grace)

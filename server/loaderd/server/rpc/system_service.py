@@ -1,0 +1,68 @@
+"""loaderd.v1.SystemService."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+
+from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.rpc import convert
+from loaderd.server.store.store import StoreSettings
+from loaderd.server.supervisor.supervisor import Supervisor
+from loaderd.v1 import system_pb2, system_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+CAPABILITIES = (
+    "cache.download",
+    "cache.resolve",
+    "generation.chat",
+    "generation.stream",
+    "models.watch",
+)
+"""Optional abilities that clients may ask for before they rely on them."""
+
+
+class SystemService(system_pb2_grpc.SystemServiceServicer):
+    """The daemon and the box that it runs on."""
+
+    def __init__(
+        self, registry: ModelRegistry, supervisor: Supervisor, store: StoreSettings
+    ) -> None:
+        self._registry = registry
+        self._supervisor = supervisor
+        self._store = store
+        self._started_at = datetime.now(UTC)
+        self._started = time.monotonic()
+
+    async def GetServerInfo(
+        self, request: system_pb2.GetServerInfoRequest, context: Context
+    ) -> system_pb2.GetServerInfoResponse:
+        """Version, uptime, settings, abilities."""
+        info = system_pb2.GetServerInfoResponse(
+            version=version("loaderd"),
+            uptime=convert.duration(time.monotonic() - self._started),
+            pid=os.getpid(),
+            cache_dir=str(self._store.cache_dir),
+            local_roots=map(str, self._store.local_roots),
+            hub_endpoint=self._store.hub_endpoint,
+            offline=self._store.offline,
+            draining=self._registry.draining,
+            standby_workers=self._supervisor.standby_workers,
+            versions={"python": platform.python_version(), **self._supervisor.versions},
+            capabilities=CAPABILITIES,
+        )
+        info.started_at.FromDatetime(self._started_at)
+        return info
+
+    async def ListDevices(
+        self, request: system_pb2.ListDevicesRequest, context: Context
+    ) -> system_pb2.ListDevicesResponse:
+        """Accelerators, then the CPU."""
+        return system_pb2.ListDevicesResponse(devices=await self._supervisor.devices())
