@@ -1,0 +1,95 @@
+# Every target sets up what it needs, so any of them works in a fresh clone.
+
+PYTHON ?= python3
+PORT ?= 50051
+ARGS ?=
+BUF_VERSION := 1.75.0
+
+BIN := .venv/bin
+PROTO_BIN := .venv-protos/bin
+SETUP := .venv/.complete
+PROTO_SETUP := .venv-protos/.complete
+BUF := .cache/buf-$(BUF_VERSION)/node_modules/.bin/buf
+MODEL := .cache/models/SmolLM2-135M-Instruct
+CODE := server client tests benchmarks examples
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo run test check protos model bench clean
+.PHONY: check-style check-types check-protos check-stubs
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(SETUP) ## Make .venv with everything for running and developing
+
+demo: $(SETUP) $(MODEL) ## From an empty cache to an answer: a hub, a daemon, a model, a question
+	@$(BIN)/python -m examples.demo.demo
+
+run: $(SETUP) ## Run the daemon (PORT=50051, ARGS="more options")
+	$(BIN)/loaderd --port $(PORT) $(ARGS)
+
+test: $(SETUP) $(MODEL) ## Run the tests (ARGS="tests/unit -k name")
+	$(BIN)/pytest $(ARGS)
+
+check: check-style check-types check-protos check-stubs ## Style, types, wire contract, stubs
+
+protos: $(PROTO_SETUP) ## Generate the stubs from protos/**/*.proto
+	$(call generate,protos)
+
+model: $(MODEL) ## Build the demo model (fetches a 100 MB package once)
+
+bench: $(SETUP) $(MODEL) ## Run the benchmarks (ARGS="options")
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## Remove everything that make made: environments, model, caches
+	rm -rf .venv .venv-protos .cache dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find $(wildcard $(CODE)) protos -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(SETUP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(MODEL): | $(SETUP)
+	$(BIN)/python examples/demo/model.py $@
+
+check-style: $(SETUP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+check-types: $(SETUP)
+	$(BIN)/mypy $(wildcard $(CODE))
+
+ifneq ($(shell command -v npm),)
+check-protos: $(BUF)
+	$(BUF) lint protos
+else
+check-protos:
+	@echo "buf lint: skipped, because npm is not installed here"
+endif
+
+$(BUF):
+	npm install --loglevel=error --no-save --prefix .cache/buf-$(BUF_VERSION) @bufbuild/buf@$(BUF_VERSION)
+
+# The committed stubs must be what the generator makes of the .proto files today.
+check-stubs: $(PROTO_SETUP)
+	rm -rf .cache/stubs
+	mkdir -p .cache/stubs
+	$(call generate,.cache/stubs)
+	diff -ru --exclude='*.proto' --exclude=__pycache__ .cache/stubs/loaderd protos/loaderd \
+	  || { echo "the stubs are not those of the .proto files: run 'make protos' and commit"; exit 1; }
+
+$(PROTO_SETUP): protos/requirements.txt
+	test -x $(PROTO_BIN)/python || $(PYTHON) -m venv .venv-protos
+	$(PROTO_BIN)/python -m pip install --quiet -r protos/requirements.txt
+	@touch $@
+
+# $(call generate,FOLDER): the stubs of all .proto files, below FOLDER.
+define generate
+$(PROTO_BIN)/python -m grpc_tools.protoc -I protos \
+  --plugin=protoc-gen-mypy=$(PROTO_BIN)/protoc-gen-mypy \
+  --plugin=protoc-gen-mypy_grpc=$(PROTO_BIN)/protoc-gen-mypy_grpc \
+  --python_out=$(1) --grpc_python_out=$(1) \
+  --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) \
+  $(shell find protos/loaderd -name '*.proto' | sort)
+endef
