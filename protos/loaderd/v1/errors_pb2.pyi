@@ -95,8 +95,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_SLOW_CONSUMER: _ErrorReason.ValueType  # 18
     """RESOURCE_EXHAUSTED. The client reads its stream too slowly and the bound on
-    what the daemon keeps for it was reached. Metadata: limit.
-    Details: QuotaFailure.
+    what the daemon keeps for it was reached. Metadata: limit, unit ("bytes" or
+    "events"). Details: QuotaFailure.
     """
     ERROR_REASON_WORKER_DIED: _ErrorReason.ValueType  # 19
     """UNAVAILABLE. The process that holds the model ended or stopped answering.
@@ -193,8 +193,8 @@ Metadata: model, limit. Details: QuotaFailure, RetryInfo.
 """
 ERROR_REASON_SLOW_CONSUMER: ErrorReason.ValueType  # 18
 """RESOURCE_EXHAUSTED. The client reads its stream too slowly and the bound on
-what the daemon keeps for it was reached. Metadata: limit.
-Details: QuotaFailure.
+what the daemon keeps for it was reached. Metadata: limit, unit ("bytes" or
+"events"). Details: QuotaFailure.
 """
 ERROR_REASON_WORKER_DIED: ErrorReason.ValueType  # 19
 """UNAVAILABLE. The process that holds the model ended or stopped answering.

@@ -61,6 +61,7 @@ def _hub_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
 FilePath = Annotated[Path, AfterValidator(_absolute)]
 Folder = Annotated[Path, AfterValidator(_absolute), AfterValidator(_existing_folder)]
 
@@ -117,16 +118,16 @@ class ServerConfig(BaseSettings):
     max_stream_buffer: int = Field(default=1 << 20, ge=1 << 12)
     """Most bytes that wait for a client that does not read its stream; past that it is cut off."""
 
-    load_timeout: float = Field(default=900, gt=0)
+    load_timeout: Seconds = Field(default=900, gt=0)
     """Seconds that a worker may take to start and load a model."""
 
-    stall_timeout: float = Field(default=60, gt=0)
+    stall_timeout: Seconds = Field(default=60, gt=0)
     """Seconds that a download may make no progress."""
 
-    heartbeat_timeout: float = Field(default=20, gt=2)
+    heartbeat_timeout: Seconds = Field(default=20, gt=2)
     """Seconds without a sign of life after which a worker is ended."""
 
-    drain_timeout: float = Field(default=30, ge=0)
+    drain_timeout: Seconds = Field(default=30, ge=0)
     """Seconds that running streams get to finish at SIGTERM or SIGINT."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -1,0 +1,106 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loaderd.server.config import ConfigError, ServerConfig, load_config
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith(("LOADERD_", "HF_", "HUGGING")):
+            monkeypatch.delenv(name)
+
+
+def test_defaults_are_safe() -> None:
+    config = load_config({})
+    assert (config.host, config.tcp_port, config.socket) == ("127.0.0.1", 50051, None)
+    assert config.allow_local == (Path.cwd(),)
+    assert not config.insecure
+
+
+def test_a_flag_wins_over_a_variable_and_a_variable_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "loaderd.toml"
+    file.write_text("port = 1\ndrain_timeout = 1\nstandby = 0\n")
+    monkeypatch.setenv("LOADERD_PORT", "2")
+    monkeypatch.setenv("LOADERD_DRAIN_TIMEOUT", "2")
+    config = load_config({"config": str(file), "port": "3"})
+    assert (config.port, config.drain_timeout, config.standby) == (3, 2, 0)
+    monkeypatch.setenv("LOADERD_CONFIG", str(file))
+    assert load_config({}).standby == 0
+
+
+def test_several_local_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.mkdir()
+    second.mkdir()
+    monkeypatch.setenv("LOADERD_ALLOW_LOCAL", f"{first}:{second}")
+    assert load_config({}).allow_local == (first, second)
+    assert load_config({"allow_local": [str(second)]}).allow_local == (second,)
+
+
+def test_a_socket_replaces_tcp_unless_a_port_is_asked_for(tmp_path: Path) -> None:
+    assert load_config({"socket": str(tmp_path / "s")}).tcp_port is None
+    assert load_config({"socket": str(tmp_path / "s"), "port": "0"}).tcp_port == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"port": "70000"}, "port"),
+        ({"port": "x"}, "port"),
+        ({"standby": "-1"}, "standby"),
+        ({"drain_timeout": "-1"}, "drain_timeout"),
+        ({"drain_timeout": "nan"}, "drain_timeout"),
+        ({"load_timeout": "inf"}, "load_timeout"),
+        ({"log_level": "loud"}, "log_level"),
+        ({"allow_local": ["/no/such/folder"]}, "allow_local"),
+        ({"host": "0.0.0.0"}, "--insecure"),
+        ({"hub_endpoint": "http://example.com"}, "https"),
+        ({"hub_endpoint": "ftp://example.com"}, "https"),
+        ({"config": "/no/such/file"}, "config"),
+        ({"bogus": "1"}, "bogus"),
+    ],
+)
+def test_a_bad_setting_is_named(flags: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_config(flags)
+
+
+def test_an_unknown_setting_in_the_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "loaderd.toml"
+    file.write_text("prot = 1\n")
+    with pytest.raises(ConfigError, match="prot"):
+        load_config({"config": str(file)})
+    file.write_text("port = ")
+    with pytest.raises(ConfigError, match="config"):
+        load_config({"config": str(file)})
+
+
+def test_the_token_comes_from_the_file_the_variable_or_the_login(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert load_config({}).hub_token() is None
+    (tmp_path / "token").write_text("from-login\n")
+    assert load_config({}).hub_token() == "from-login"
+    monkeypatch.setenv("HF_TOKEN", "from-variable")
+    assert load_config({}).hub_token() == "from-variable"
+    file = tmp_path / "mine"
+    file.write_text("from-file\n")
+    assert load_config({"hub_token_file": str(file)}).hub_token() == "from-file"
+    with pytest.raises(ConfigError, match="hub_token_file"):
+        load_config({"hub_token_file": str(tmp_path / "none")}).hub_token()
+
+
+def test_help_explains_every_setting() -> None:
+    command = [sys.executable, "-m", "loaderd.server.cli", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    for name, field in ServerConfig.model_fields.items():
+        assert "--" + name.replace("_", "-") in text
+        assert field.description

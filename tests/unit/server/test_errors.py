@@ -1,0 +1,74 @@
+import dataclasses
+from typing import get_type_hints
+
+import pytest
+from google.rpc import error_details_pb2
+
+from loaderd.server import errors
+from loaderd.server.rpc.status import status_of
+from loaderd.v1.errors_pb2 import ErrorReason
+
+_DETAILS = {
+    "MODEL_NOT_FOUND": "ResourceInfo",
+    "REVISION_NOT_FOUND": "ResourceInfo",
+    "MODEL_GATED": "ResourceInfo",
+    "INVALID_NAME": "BadRequest",
+    "INVALID_ARGUMENT": "BadRequest",
+    "UNSUPPORTED_OPTION": "BadRequest",
+    "HUB_UNREACHABLE": "RetryInfo",
+    "HUB_RATE_LIMITED": "RetryInfo",
+    "OFFLINE_NOT_CACHED": "PreconditionFailure",
+    "MODEL_IN_USE": "PreconditionFailure",
+    "MODEL_NOT_LOADED": "PreconditionFailure",
+    "MODEL_UNSUPPORTED": "PreconditionFailure",
+    "DISK_FULL": "QuotaFailure",
+    "DEVICE_MEMORY": "QuotaFailure",
+    "QUEUE_FULL": "QuotaFailure",
+    "SLOW_CONSUMER": "QuotaFailure",
+    "WORKER_DIED": "RetryInfo",
+    "DRAINING": "RetryInfo",
+}
+
+
+def example(kind: type[errors.LoaderdError]) -> errors.LoaderdError:
+    hints = get_type_hints(kind)
+    values = {
+        f.name: 7 if hints[f.name] is int else f"some {f.name}" for f in dataclasses.fields(kind)
+    }
+    return kind(**values)
+
+
+def test_every_reason_of_the_contract_has_one_error() -> None:
+    reasons = {name.removeprefix("ERROR_REASON_") for name, _ in ErrorReason.items()}
+    assert set(errors.BY_REASON) == reasons - {"UNSPECIFIED"}
+
+
+@pytest.mark.parametrize("reason", sorted(errors.BY_REASON))
+def test_an_error_survives_the_way_between_processes(reason: str) -> None:
+    error = example(errors.BY_REASON[reason])
+    copy = errors.LoaderdError.from_metadata(error.number, error.metadata)
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert copy.metadata == error.metadata
+
+
+@pytest.mark.parametrize("reason", sorted(errors.BY_REASON))
+def test_a_status_holds_the_reason_its_fields_and_the_details_that_fit(reason: str) -> None:
+    error = example(errors.BY_REASON[reason])
+    status = status_of(error)
+    assert status.message == str(error)
+    assert status.code not in {0, 2}  # neither OK nor UNKNOWN
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    assert (info.reason, info.domain) == (reason, "loaderd")
+    assert dict(info.metadata) == error.metadata
+    kinds = {detail.TypeName().removeprefix("google.rpc.") for detail in status.details}
+    assert _DETAILS.get(reason, "ErrorInfo") in kinds
+
+
+def test_texts_say_the_fields() -> None:
+    for kind in errors.BY_REASON.values():
+        error = example(kind)
+        for name, value in error.metadata.items():
+            if name not in {"expected", "found"}:
+                assert value in str(error), (kind, name)

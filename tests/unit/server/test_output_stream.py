@@ -1,0 +1,88 @@
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loaderd.server.errors import SlowConsumerError, WorkerDiedError
+from loaderd.server.supervisor.output_stream import OutputStream
+from loaderd.v1.generation_pb2 import (
+    GenerationDelta,
+    GenerationFinished,
+    GenerationStarted,
+    StreamGenerateResponse,
+)
+
+
+def delta(text: str, *token_ids: int, index: int = 0) -> StreamGenerateResponse:
+    return StreamGenerateResponse(
+        delta=GenerationDelta(index=index, text=text, token_ids=token_ids)
+    )
+
+
+STARTED = StreamGenerateResponse(started=GenerationStarted(prompt_tokens=3))
+FINISHED = StreamGenerateResponse(finished=GenerationFinished(seed=7))
+
+
+async def collect(stream: OutputStream) -> list[StreamGenerateResponse]:
+    return [message async for message in stream]
+
+
+async def test_text_that_was_not_taken_comes_in_one_message() -> None:
+    stream = OutputStream(1000)
+    for message in (STARTED, delta("a", 1), delta("b", 2), delta("c", 3), FINISHED):
+        stream.put(message)
+    started, joined, finished = await collect(stream)
+    assert started.started.prompt_tokens == 3
+    assert (joined.delta.text, list(joined.delta.token_ids)) == ("abc", [1, 2, 3])
+    assert finished.finished.seed == 7
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.text(max_size=3), st.booleans()), max_size=30))
+def test_each_index_keeps_its_text_in_order_however_slow_the_reader(
+    parts: list[tuple[int, str, bool]],
+) -> None:
+    async def run() -> dict[int, str]:
+        stream = OutputStream(1 << 20)
+        texts: dict[int, str] = {0: "", 1: "", 2: ""}
+
+        async def read() -> None:
+            async for message in stream:
+                texts[message.delta.index] += message.delta.text
+
+        reader = asyncio.create_task(read())
+        for index, text, pause in parts:
+            stream.put(delta(text, index=index))
+            if pause:
+                await asyncio.sleep(0)
+        stream.put(FINISHED)
+        await reader
+        return texts
+
+    texts = asyncio.run(run())
+    for index, text in texts.items():
+        assert text == "".join(part for at, part, _ in parts if at == index)
+
+
+async def test_a_reader_that_is_too_slow_is_cut_off_and_memory_stays_bounded() -> None:
+    stream = OutputStream(1000)
+    for _ in range(100):
+        stream.put(delta("x" * 100))
+    assert stream.ended
+    received = 0
+    with pytest.raises(SlowConsumerError):
+        async for message in stream:
+            received += len(message.delta.text)
+    assert 0 < received <= 1100
+
+
+async def test_text_before_a_failure_still_arrives() -> None:
+    stream = OutputStream(1000)
+    stream.put(delta("so far"))
+    stream.fail(WorkerDiedError(model="org/name"))
+    stream.put(delta("too late"))
+    texts = []
+    with pytest.raises(WorkerDiedError):
+        async for message in stream:
+            texts.append(message.delta.text)
+    assert texts == ["so far"]
