@@ -1,0 +1,173 @@
+"""The handle of a model."""
+# ruff: noqa: ASYNC109 - `timeout` is the call's deadline, which travels to the daemon
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Unpack
+
+from loaderd.client import responses
+from loaderd.client.aio.stream import AsyncGenerationStream
+from loaderd.client.aio.transport import AsyncTransport
+from loaderd.client.handle import ModelHandle
+from loaderd.client.parameters import GenerationParameters
+from loaderd.client.requests import ChatMessages
+from loaderd.client.types import (
+    GenerationResult,
+    ModelInfo,
+    RenderedPrompt,
+    Tokenization,
+    UnloadResult,
+)
+from loaderd.v1 import generation_pb2, model_pb2
+
+
+class AsyncModel(ModelHandle):
+    """A model that the daemon holds. Made by `AsyncClient.load`, `.model` and `.models`.
+
+    Calls after the model was unloaded raise `ModelNotLoadedError`.
+    """
+
+    def __init__(self, transport: AsyncTransport, info: ModelInfo) -> None:
+        super().__init__(info)
+        self._transport = transport
+
+    async def generate(
+        self,
+        text: str | None = None,
+        *,
+        messages: ChatMessages | None = None,
+        token_ids: Sequence[int] | None = None,
+        timeout: float | None = None,
+        **parameters: Unpack[GenerationParameters],
+    ) -> GenerationResult:
+        """Generates and returns everything at once. Give exactly one input.
+
+        Args:
+            text: A text to continue.
+            messages: A chat to answer, rendered by the model's chat template.
+            token_ids: Ready token ids to continue.
+            timeout: Seconds; None: as long as it takes. `max_time` ends the generation in time
+                and keeps what there is; this gives it up.
+            **parameters: See `GenerationParameters`.
+
+        Raises:
+            TypeError: A parameter does not exist or has the wrong type.
+            LoaderdError: See `errors`; for example `UnsupportedOptionError`.
+        """
+        request = self._generation_request(
+            generation_pb2.GenerateRequest, text, messages, token_ids, parameters
+        )
+        return responses.generation_result(
+            await self._transport.call(
+                self._transport.stubs.generation.Generate,
+                request,
+                math.inf if timeout is None else timeout,
+            )
+        )
+
+    def stream(
+        self,
+        text: str | None = None,
+        *,
+        messages: ChatMessages | None = None,
+        token_ids: Sequence[int] | None = None,
+        timeout: float | None = None,
+        **parameters: Unpack[GenerationParameters],
+    ) -> AsyncGenerationStream:
+        """Generates and yields text as it comes. Takes what `generate` takes.
+
+        Stopping to iterate cancels the computation.
+
+        Raises:
+            TypeError: A parameter does not exist or has the wrong type.
+            LoaderdError: As `generate`, from this call or while iterating.
+        """
+        request = self._generation_request(
+            generation_pb2.StreamGenerateRequest, text, messages, token_ids, parameters
+        )
+        return AsyncGenerationStream(
+            self._transport.stream(
+                self._transport.stubs.generation.StreamGenerate, request, timeout
+            )
+        )
+
+    async def tokenize(
+        self,
+        text: str | None = None,
+        *,
+        messages: ChatMessages | None = None,
+        add_special_tokens: bool | None = None,
+        timeout: float | None = None,
+    ) -> Tokenization:
+        """Token ids of a text, or of a chat as the chat template renders it."""
+        request = self._tokenize_request(text, messages, add_special_tokens)
+        return responses.tokenization(
+            await self._transport.call(self._transport.stubs.generation.Tokenize, request, timeout)
+        )
+
+    async def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool | None = None,
+        timeout: float | None = None,
+    ) -> str:
+        """The text of token ids. Special tokens stay in it unless they are to be skipped."""
+        request = self._detokenize_request(token_ids, skip_special_tokens)
+        response = await self._transport.call(
+            self._transport.stubs.generation.Detokenize, request, timeout
+        )
+        return response.text
+
+    async def apply_chat_template(
+        self,
+        messages: ChatMessages,
+        *,
+        add_generation_prompt: bool | None = None,
+        timeout: float | None = None,
+    ) -> RenderedPrompt:
+        """The prompt that the model's chat template makes of messages.
+
+        Raises:
+            UnsupportedOptionError: The model has no chat template.
+        """
+        request = self._apply_chat_template_request(messages, add_generation_prompt)
+        return responses.rendered_prompt(
+            await self._transport.call(
+                self._transport.stubs.generation.ApplyChatTemplate, request, timeout
+            )
+        )
+
+    async def refresh(self, *, timeout: float | None = None) -> ModelInfo:
+        """Asks the daemon about the model again; updates and returns `info`.
+
+        Raises:
+            ModelNotLoadedError: It is gone.
+        """
+        request = model_pb2.GetModelRequest(model=self.id)
+        response = await self._transport.call(
+            self._transport.stubs.models.GetModel, request, timeout
+        )
+        self._info = responses.model_info(response.model)
+        return self._info
+
+    async def unload(self, *, force: bool = False, timeout: float | None = None) -> UnloadResult:
+        """Ends the model's process and gives its memory back.
+
+        Args:
+            force: End requests that run on it, rather than refuse.
+            timeout: Seconds; None: the client's default.
+
+        Raises:
+            ModelInUseError: Requests run on it, and `force` is false.
+            ModelNotLoadedError: It is gone already.
+        """
+        request = model_pb2.UnloadModelRequest(model=self.id, force=force)
+        response = await self._transport.call(
+            self._transport.stubs.models.UnloadModel, request, timeout
+        )
+        result = responses.unload_result(response)
+        self._info = result.model
+        return result

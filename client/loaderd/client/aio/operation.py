@@ -1,0 +1,89 @@
+"""Handles of loads and downloads under way."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from loaderd.client.aio.model import AsyncModel
+from loaderd.client.aio.stream import AsyncStream
+from loaderd.client.aio.transport import AsyncResponseStream, AsyncTransport
+from loaderd.client.receivers import DownloadReceiver, LoadReceiver
+from loaderd.client.types import DownloadProgress, LoadProgress, Snapshot
+from loaderd.v1 import cache_pb2, model_pb2
+
+Message = TypeVar("Message")
+Progress = TypeVar("Progress")
+Result = TypeVar("Result")
+
+
+class AsyncOperation(AsyncStream[Message, Progress], ABC, Generic[Message, Progress, Result]):
+    """Work of the daemon that reports progress and ends in a result.
+
+    Iterate for progress; `result` waits for the end. Dropping the handle gives up waiting, and
+    the daemon stops the work when nobody else waits for it.
+    """
+
+    @abstractmethod
+    async def result(self) -> Result:
+        """Waits for the end and returns what came out."""
+
+    async def wait(self, on_progress: Callable[[Progress], object] | None) -> Result:
+        """Reports each progress to `on_progress`, and returns the result.
+
+        What `on_progress` returns is awaited if that is possible.
+        """
+        async with self:
+            async for progress in self:
+                if on_progress is not None:
+                    outcome = on_progress(progress)
+                    if inspect.isawaitable(outcome):
+                        await outcome
+            return await self.result()
+
+    async def _read_to_end(self) -> None:
+        async for _ in self:
+            pass
+
+
+class AsyncLoadOperation(AsyncOperation[model_pb2.LoadModelResponse, LoadProgress, AsyncModel]):
+    """A load under way; made by `AsyncClient.start_load`."""
+
+    def __init__(
+        self,
+        transport: AsyncTransport,
+        responses: AsyncResponseStream[model_pb2.LoadModelResponse],
+    ) -> None:
+        self._transport = transport
+        self._load = LoadReceiver()
+        super().__init__(responses, self._load)
+
+    async def result(self) -> AsyncModel:
+        """Waits for the model and returns it, READY.
+
+        Raises:
+            LoaderdError: The load failed, or was cancelled.
+        """
+        await self._read_to_end()
+        return AsyncModel(self._transport, self._load.result)
+
+
+class AsyncDownloadOperation(
+    AsyncOperation[cache_pb2.DownloadModelResponse, DownloadProgress, Snapshot]
+):
+    """A download under way; made by `AsyncCacheClient.start_download`."""
+
+    def __init__(self, responses: AsyncResponseStream[cache_pb2.DownloadModelResponse]) -> None:
+        self._download = DownloadReceiver()
+        super().__init__(responses, self._download)
+
+    async def result(self) -> Snapshot:
+        """Waits for the snapshot and returns it, complete.
+
+        Raises:
+            LoaderdError: The download failed, or was cancelled.
+        """
+        await self._read_to_end()
+        return self._download.result

@@ -1,0 +1,91 @@
+"""What both model handles know and build without asking the daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loaderd.client.parameters import GenerationParameters
+from loaderd.client.requests import (
+    ChatMessages,
+    GenerationRequest,
+    chat_messages,
+    generation_request,
+    tokenize_request,
+)
+from loaderd.client.types import ModelDetails, ModelInfo, ModelState
+from loaderd.v1 import generation_pb2
+
+
+class ModelHandle:
+    """Base of `Model` and `AsyncModel`. All calls of a handle name the model by its id."""
+
+    def __init__(self, info: ModelInfo) -> None:
+        self._info = info
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the daemon last told this handle about the model; `refresh` asks again."""
+        return self._info
+
+    @property
+    def id(self) -> str:
+        """The model's id."""
+        return self._info.id
+
+    @property
+    def name(self) -> str:
+        """The name that it was loaded by."""
+        return self._info.name
+
+    @property
+    def state(self) -> ModelState:
+        """Where it was in its life when the daemon last told."""
+        return self._info.state
+
+    @property
+    def details(self) -> ModelDetails | None:
+        """What its worker found; None before it was READY."""
+        return self._info.details
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, id={self.id!r}, state={self.state.name})"
+
+    def _generation_request(
+        self,
+        kind: type[GenerationRequest],
+        text: str | None,
+        messages: ChatMessages | None,
+        token_ids: Sequence[int] | None,
+        parameters: GenerationParameters,
+    ) -> GenerationRequest:
+        return generation_request(
+            kind,
+            self.id,
+            text=text,
+            messages=messages,
+            token_ids=token_ids,
+            parameters=parameters,
+        )
+
+    def _tokenize_request(
+        self, text: str | None, messages: ChatMessages | None, add_special_tokens: bool | None
+    ) -> generation_pb2.TokenizeRequest:
+        return tokenize_request(
+            self.id, text=text, messages=messages, add_special_tokens=add_special_tokens
+        )
+
+    def _detokenize_request(
+        self, token_ids: Sequence[int], skip_special_tokens: bool | None
+    ) -> generation_pb2.DetokenizeRequest:
+        return generation_pb2.DetokenizeRequest(
+            model=self.id, token_ids=token_ids, skip_special_tokens=skip_special_tokens
+        )
+
+    def _apply_chat_template_request(
+        self, messages: ChatMessages, add_generation_prompt: bool | None
+    ) -> generation_pb2.ApplyChatTemplateRequest:
+        return generation_pb2.ApplyChatTemplateRequest(
+            model=self.id,
+            messages=chat_messages(messages),
+            add_generation_prompt=add_generation_prompt,
+        )

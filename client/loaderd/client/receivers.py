@@ -1,0 +1,143 @@
+"""What to make of a server stream's messages, one by one. No I/O here: both clients use these."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
+
+from loaderd.client import responses
+from loaderd.client.errors import UnexpectedAnswerError
+from loaderd.client.types import (
+    Completion,
+    Delta,
+    DownloadProgress,
+    GenerationResult,
+    GenerationStarted,
+    LoadProgress,
+    ModelInfo,
+    ModelList,
+    Snapshot,
+    WatchUpdate,
+)
+from loaderd.v1 import cache_pb2, generation_pb2, model_pb2
+
+Message = TypeVar("Message")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Receiver(ABC, Generic[Message, Item, Result]):
+    """Takes the messages of one stream in order; the last one holds the result."""
+
+    def __init__(self) -> None:
+        self._result: Result | None = None
+
+    @abstractmethod
+    def take(self, message: Message) -> Item | None:
+        """The item that the message brings the caller; None when it brings none."""
+
+    def end(self) -> None:
+        """Called when the stream has ended well.
+
+        Raises:
+            UnexpectedAnswerError: The result did not come.
+        """
+        if self._result is None:
+            raise UnexpectedAnswerError("the daemon ended the call without a result or an error")
+
+    @property
+    def result(self) -> Result:
+        """The result, once the stream has ended well.
+
+        Raises:
+            RuntimeError: It has not.
+        """
+        if self._result is None:
+            raise RuntimeError("there is no result yet; iterate to the end first")
+        return self._result
+
+
+class LoadReceiver(Receiver[model_pb2.LoadModelResponse, LoadProgress, ModelInfo]):
+    """A load: progress, then the model."""
+
+    def take(self, message: model_pb2.LoadModelResponse) -> LoadProgress | None:
+        """See `Receiver`."""
+        match message.WhichOneof("update"):
+            case "progress":
+                return responses.load_progress(message.progress)
+            case "model":
+                self._result = responses.model_info(message.model)
+        return None
+
+
+class DownloadReceiver(Receiver[cache_pb2.DownloadModelResponse, DownloadProgress, Snapshot]):
+    """A download: progress, then the snapshot."""
+
+    def take(self, message: cache_pb2.DownloadModelResponse) -> DownloadProgress | None:
+        """See `Receiver`."""
+        match message.WhichOneof("update"):
+            case "progress":
+                return responses.download_progress(message.progress)
+            case "snapshot":
+                self._result = responses.snapshot(message.snapshot)
+        return None
+
+
+class WatchReceiver(Receiver[model_pb2.WatchModelsResponse, WatchUpdate, None]):
+    """A watch: all models, then events."""
+
+    def take(self, message: model_pb2.WatchModelsResponse) -> WatchUpdate | None:
+        """See `Receiver`."""
+        match message.WhichOneof("update"):
+            case "snapshot":
+                return ModelList(tuple(map(responses.model_info, message.snapshot.models)))
+            case "event":
+                return responses.model_event(message.event)
+        return None
+
+    def end(self) -> None:
+        """See `Receiver`. A watch has no result: it ends when the daemon shuts down."""
+
+
+class GenerationReceiver(Receiver[generation_pb2.StreamGenerateResponse, Delta, GenerationResult]):
+    """A generation: what is known at its start, deltas, then how it ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: GenerationStarted | None = None
+        self._texts: dict[int, list[str]] = {}
+        self._token_ids: dict[int, list[int]] = {}
+
+    def take(self, message: generation_pb2.StreamGenerateResponse) -> Delta | None:
+        """See `Receiver`."""
+        match message.WhichOneof("event"):
+            case "started":
+                self.started = responses.generation_started(message.started)
+            case "delta":
+                delta = responses.delta(message.delta)
+                self._texts.setdefault(delta.index, []).append(delta.text)
+                self._token_ids.setdefault(delta.index, []).extend(delta.token_ids)
+                return delta
+            case "finished":
+                self._result = self._put_together(message.finished)
+        return None
+
+    def _put_together(self, finished: generation_pb2.GenerationFinished) -> GenerationResult:
+        if self.started is None or not finished.finishes:
+            raise UnexpectedAnswerError("the daemon's stream lacks its start or its finish")
+        return GenerationResult(
+            request_id=self.started.request_id,
+            model_id=self.started.model_id,
+            completions=tuple(
+                Completion(
+                    index=index,
+                    text="".join(self._texts.get(index, ())),
+                    token_ids=tuple(self._token_ids.get(index, ())),
+                    finish=responses.finish(finish),
+                )
+                for index, finish in enumerate(finished.finishes)
+            ),
+            usage=responses.usage(finished.usage),
+            timings=responses.generation_timings(finished.timings),
+            seed=finished.seed,
+        )

@@ -1,0 +1,290 @@
+"""From the messages of loaderd.v1 to the types of the SDK. Shared by both clients."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from enum import IntEnum
+from typing import TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message as ProtoMessage
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from loaderd.client import types
+from loaderd.client.errors import UnexpectedAnswerError
+from loaderd.v1 import cache_pb2, errors_pb2, generation_pb2, model_pb2, system_pb2
+
+E = TypeVar("E", bound=IntEnum)
+
+
+def member(kind: type[E], number: int) -> E:
+    """The enumeration's member; its zero for a number of a newer daemon."""
+    return kind(number) if number in kind.__members__.values() else kind(0)
+
+
+def model_info(model: model_pb2.Model) -> types.ModelInfo:
+    """A model."""
+    return types.ModelInfo(
+        id=model.id,
+        name=model.name,
+        source=member(types.ModelSource, model.source),
+        repo_id=model.repo_id or None,
+        commit=model.commit or None,
+        state=member(types.ModelState, model.state),
+        options=_load_options(model.options),
+        details=_model_details(model.details) if model.HasField("details") else None,
+        active_requests=model.active_requests,
+        created_at=_time(model, "created_at", model.created_at),
+        ready_at=_time(model, "ready_at", model.ready_at),
+        timings=_load_timings(model.timings),
+        failure=_model_failure(model.failure) if model.HasField("failure") else None,
+    )
+
+
+def _load_options(options: model_pb2.LoadOptions) -> types.LoadOptions:
+    return types.LoadOptions(
+        dtype=member(types.Dtype, options.dtype) if options.dtype else None,
+        device_map=options.device_map if options.HasField("device_map") else None,
+    )
+
+
+def _model_details(details: model_pb2.ModelDetails) -> types.ModelDetails:
+    return types.ModelDetails(
+        architecture=details.architecture,
+        dtype=member(types.Dtype, details.dtype),
+        dtype_reason=details.dtype_reason,
+        engine=details.engine,
+        engine_reason=details.engine_reason,
+        context_length=details.context_length or None,
+        parameter_count=details.parameter_count,
+        weight_bytes=details.weight_bytes,
+        device_map=dict(details.device_map),
+        has_chat_template=details.has_chat_template,
+        supported_parameters=tuple(details.supported_parameters),
+        worker_pid=details.worker_pid,
+    )
+
+
+def _load_timings(timings: model_pb2.LoadTimings) -> types.LoadTimings:
+    return types.LoadTimings(
+        resolve=_span(timings, "resolve", timings.resolve),
+        download=_span(timings, "download", timings.download),
+        worker=_span(timings, "worker", timings.worker),
+        weights=_span(timings, "weights", timings.weights),
+        total=_span(timings, "total", timings.total),
+    )
+
+
+def _model_failure(failure: model_pb2.ModelFailure) -> types.ModelFailure:
+    number = int(failure.reason)
+    name = errors_pb2.ErrorReason.DESCRIPTOR.values_by_number.get(number)
+    reason = name.name.removeprefix("ERROR_REASON_") if name else str(number)
+    return types.ModelFailure(reason=reason, message=failure.message)
+
+
+def load_progress(progress: model_pb2.LoadProgress) -> types.LoadProgress:
+    """A load's progress."""
+    return types.LoadProgress(
+        model_id=progress.model_id,
+        state=member(types.ModelState, progress.state),
+        download=download_progress(progress.download) if progress.HasField("download") else None,
+        elapsed=progress.elapsed.ToTimedelta(),
+    )
+
+
+def model_event(event: model_pb2.ModelEvent) -> types.ModelEvent:
+    """A change of a model's state."""
+    return types.ModelEvent(
+        sequence=event.sequence,
+        time=event.time.ToDatetime(UTC),
+        previous_state=member(types.ModelState, event.previous_state),
+        model=model_info(event.model),
+    )
+
+
+def unload_result(response: model_pb2.UnloadModelResponse) -> types.UnloadResult:
+    """What an unload gave back."""
+    return types.UnloadResult(model=model_info(response.model), freed_bytes=response.freed_bytes)
+
+
+def download_progress(progress: cache_pb2.DownloadProgress) -> types.DownloadProgress:
+    """A download's progress."""
+    return types.DownloadProgress(
+        downloaded_bytes=progress.downloaded_bytes,
+        total_bytes=progress.total_bytes or None,
+        completed_files=progress.completed_files,
+        total_files=progress.total_files or None,
+        bytes_per_second=progress.bytes_per_second,
+    )
+
+
+def snapshot(message: cache_pb2.Snapshot) -> types.Snapshot:
+    """A snapshot in the cache."""
+    return types.Snapshot(
+        repo_id=message.repo_id,
+        commit=message.commit,
+        refs=tuple(message.refs),
+        size_bytes=message.size_bytes,
+        file_count=message.file_count,
+        complete=message.complete,
+        modified_at=_time(message, "modified_at", message.modified_at),
+        accessed_at=_time(message, "accessed_at", message.accessed_at),
+        path=message.path,
+    )
+
+
+def snapshot_list(response: cache_pb2.ListSnapshotsResponse) -> types.SnapshotList:
+    """All snapshots."""
+    return types.SnapshotList(
+        snapshots=tuple(map(snapshot, response.snapshots)), total_bytes=response.total_bytes
+    )
+
+
+def resolution(response: cache_pb2.ResolveModelResponse) -> types.Resolution:
+    """Where a name's files are.
+
+    Raises:
+        UnexpectedAnswerError: The daemon says so in a way that this release does not know.
+    """
+    match response.WhichOneof("resolution"):
+        case "local":
+            local = response.local
+            return types.LocalFolder(path=local.path, size_bytes=local.size_bytes)
+        case "cached":
+            return snapshot(response.cached)
+        case "download":
+            return _download_plan(response.download)
+    raise UnexpectedAnswerError("the daemon's answer has no resolution that this release knows")
+
+
+def _download_plan(plan: cache_pb2.DownloadPlan) -> types.DownloadPlan:
+    return types.DownloadPlan(
+        repo_id=plan.repo_id,
+        revision=plan.revision,
+        commit=plan.commit,
+        files=tuple(
+            types.PlannedFile(path=file.path, size_bytes=file.size_bytes, cached=file.cached)
+            for file in plan.files
+        ),
+        total_bytes=plan.total_bytes,
+        missing_bytes=plan.missing_bytes,
+    )
+
+
+def generation_started(started: generation_pb2.GenerationStarted) -> types.GenerationStarted:
+    """What is known when computation begins."""
+    return types.GenerationStarted(
+        request_id=started.request_id,
+        model_id=started.model_id,
+        prompt_tokens=started.prompt_tokens,
+        seed=started.seed,
+    )
+
+
+def delta(message: generation_pb2.GenerationDelta) -> types.Delta:
+    """New text."""
+    return types.Delta(text=message.text, token_ids=tuple(message.token_ids), index=message.index)
+
+
+def finish(message: generation_pb2.Finish) -> types.Finish:
+    """How a completion ended."""
+    stop = message.WhichOneof("stop_reason")
+    return types.Finish(
+        reason=member(types.FinishReason, message.reason),
+        eos_token_id=message.eos_token_id if stop == "eos_token_id" else None,
+        stop_token_id=message.stop_token_id if stop == "stop_token_id" else None,
+        stop_string=message.stop_string if stop == "stop_string" else None,
+    )
+
+
+def usage(message: generation_pb2.Usage) -> types.Usage:
+    """Token counts."""
+    return types.Usage(
+        prompt_tokens=message.prompt_tokens,
+        cached_prompt_tokens=message.cached_prompt_tokens,
+        generated_tokens=message.generated_tokens,
+    )
+
+
+def generation_timings(message: generation_pb2.GenerationTimings) -> types.GenerationTimings:
+    """How long a request took."""
+    return types.GenerationTimings(
+        queue=message.queue.ToTimedelta(),
+        prefill=message.prefill.ToTimedelta(),
+        decode=message.decode.ToTimedelta(),
+        time_to_first_token=message.time_to_first_token.ToTimedelta(),
+    )
+
+
+def generation_result(response: generation_pb2.GenerateResponse) -> types.GenerationResult:
+    """A finished generation.
+
+    Raises:
+        UnexpectedAnswerError: It has no completion.
+    """
+    if not response.completions:
+        raise UnexpectedAnswerError("the daemon's answer has no completion")
+    return types.GenerationResult(
+        request_id=response.request_id,
+        model_id=response.model_id,
+        completions=tuple(
+            types.Completion(
+                index=completion.index,
+                text=completion.text,
+                token_ids=tuple(completion.token_ids),
+                finish=finish(completion.finish),
+            )
+            for completion in response.completions
+        ),
+        usage=usage(response.usage),
+        timings=generation_timings(response.timings),
+        seed=response.seed,
+    )
+
+
+def tokenization(response: generation_pb2.TokenizeResponse) -> types.Tokenization:
+    """A text as tokens."""
+    return types.Tokenization(token_ids=tuple(response.token_ids), tokens=tuple(response.tokens))
+
+
+def rendered_prompt(response: generation_pb2.ApplyChatTemplateResponse) -> types.RenderedPrompt:
+    """What a chat template made of messages."""
+    return types.RenderedPrompt(text=response.text, token_ids=tuple(response.token_ids))
+
+
+def server_info(response: system_pb2.GetServerInfoResponse) -> types.ServerInfo:
+    """The daemon."""
+    return types.ServerInfo(
+        version=response.version,
+        started_at=_time(response, "started_at", response.started_at),
+        uptime=response.uptime.ToTimedelta(),
+        pid=response.pid,
+        cache_dir=response.cache_dir,
+        local_roots=tuple(response.local_roots),
+        hub_endpoint=response.hub_endpoint,
+        offline=response.offline,
+        draining=response.draining,
+        standby_workers=response.standby_workers,
+        versions=dict(response.versions),
+        capabilities=tuple(response.capabilities),
+    )
+
+
+def device(message: system_pb2.Device) -> types.Device:
+    """A device."""
+    return types.Device(
+        id=message.id,
+        type=member(types.DeviceType, message.type),
+        name=message.name,
+        total_bytes=message.total_bytes,
+        free_bytes=message.free_bytes,
+        cores=message.cores or None,
+    )
+
+
+def _time(owner: ProtoMessage, field: str, value: Timestamp) -> datetime | None:
+    return value.ToDatetime(UTC) if owner.HasField(field) else None
+
+
+def _span(owner: ProtoMessage, field: str, value: Duration) -> timedelta | None:
+    return value.ToTimedelta() if owner.HasField(field) else None

@@ -1,0 +1,173 @@
+"""The client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from grpc import StatusCode
+from grpc_health.v1 import health_pb2
+
+from loaderd.client import responses
+from loaderd.client.channel import DEFAULT_TIMEOUT
+from loaderd.client.errors import LoaderdError
+from loaderd.client.requests import ModelName, load_request, model_name
+from loaderd.client.sync.cache import CacheClient
+from loaderd.client.sync.model import Model
+from loaderd.client.sync.operation import LoadOperation
+from loaderd.client.sync.stream import ModelWatch
+from loaderd.client.sync.transport import Stubs, Transport
+from loaderd.client.types import (
+    Device,
+    Dtype,
+    DtypeName,
+    HealthStatus,
+    LoadProgress,
+    ServerInfo,
+    UnloadResult,
+)
+from loaderd.v1 import model_pb2, system_pb2
+
+
+class Client:
+    """A client of one loaderd daemon.
+
+    It connects when it is first used, and again when the connection was lost. It may be shared by
+    threads. All calls raise subclasses of `LoaderdError`.
+
+    Args:
+        address: `host:port`, `unix:/path` or the path of a unix socket. None: `$LOADERD_ADDRESS`,
+            else `localhost:50051`.
+        timeout: Seconds that a call may take unless it says otherwise; None: no limit. Loads,
+            downloads, generations and watches have no limit unless one is given.
+    """
+
+    def __init__(
+        self, address: str | None = None, *, timeout: float | None = DEFAULT_TIMEOUT
+    ) -> None:
+        self._transport = Transport(address, timeout)
+        self._cache = CacheClient(self._transport)
+
+    @property
+    def address(self) -> str:
+        """The daemon's address, as a gRPC target."""
+        return self._transport.address
+
+    @property
+    def cache(self) -> CacheClient:
+        """The daemon's cache of model files."""
+        return self._cache
+
+    @property
+    def raw(self) -> Stubs:
+        """The generated stubs."""
+        return self._transport.stubs
+
+    def load(
+        self,
+        name: ModelName,
+        *,
+        dtype: Dtype | DtypeName | None = None,
+        device_map: str | None = None,
+        on_progress: Callable[[LoadProgress], object] | None = None,
+        timeout: float | None = None,
+    ) -> Model:
+        """Resolves a name, downloads what the cache lacks, loads the model and returns it.
+
+        A model that is loaded already with the same options comes back at once.
+
+        Args:
+            name: `org/name`, `org/name@revision`, or the path of a local folder.
+            dtype: Number type of weights and computation. None: the daemon's choice.
+            device_map: "auto", "cpu", or one accelerator such as "cuda:0". None: "auto".
+            on_progress: Called with each progress. What it raises cancels the load.
+            timeout: Seconds; None: as long as it takes.
+        """
+        operation = self.start_load(name, dtype=dtype, device_map=device_map, timeout=timeout)
+        return operation.wait(on_progress)
+
+    def start_load(
+        self,
+        name: ModelName,
+        *,
+        dtype: Dtype | DtypeName | None = None,
+        device_map: str | None = None,
+        timeout: float | None = None,
+    ) -> LoadOperation:
+        """Starts what `load` does and returns its handle."""
+        request = load_request(name, dtype=dtype, device_map=device_map)
+        return LoadOperation(
+            self._transport,
+            self._transport.stream(self.raw.models.LoadModel, request, timeout),
+        )
+
+    def unload(
+        self, name: ModelName, *, force: bool = False, timeout: float | None = None
+    ) -> UnloadResult:
+        """Unloads a model by its name or id; see `Model.unload`."""
+        request = model_pb2.UnloadModelRequest(model=model_name(name), force=force)
+        return responses.unload_result(
+            self._transport.call(self.raw.models.UnloadModel, request, timeout)
+        )
+
+    def model(self, name: ModelName, *, timeout: float | None = None) -> Model:
+        """The model of this name or id that is loaded, loading or failed.
+
+        Raises:
+            ModelNotLoadedError: There is none.
+            InvalidArgumentError: There are several; use the id.
+        """
+        request = model_pb2.GetModelRequest(model=model_name(name))
+        response = self._transport.call(self.raw.models.GetModel, request, timeout)
+        return Model(self._transport, responses.model_info(response.model))
+
+    def models(self, *, timeout: float | None = None) -> list[Model]:
+        """All models that are loaded, loading or failed, oldest first."""
+        request = model_pb2.ListModelsRequest()
+        response = self._transport.call(self.raw.models.ListModels, request, timeout)
+        return [Model(self._transport, responses.model_info(model)) for model in response.models]
+
+    def watch(self, *, timeout: float | None = None) -> ModelWatch:
+        """Yields a `ModelList` of all models as they are now, then a `ModelEvent` per change."""
+        request = model_pb2.WatchModelsRequest()
+        return ModelWatch(self._transport.stream(self.raw.models.WatchModels, request, timeout))
+
+    def info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Version, uptime, settings and abilities of the daemon."""
+        request = system_pb2.GetServerInfoRequest()
+        return responses.server_info(
+            self._transport.call(self.raw.system.GetServerInfo, request, timeout)
+        )
+
+    def devices(self, *, timeout: float | None = None) -> list[Device]:
+        """Accelerators and the CPU of the daemon's box."""
+        request = system_pb2.ListDevicesRequest()
+        response = self._transport.call(self.raw.system.ListDevices, request, timeout)
+        return [responses.device(device) for device in response.devices]
+
+    def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
+        """What grpc.health.v1 says of a service; "" is the daemon as a whole."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            response = self._transport.call(self.raw.health.Check, request, timeout)
+        except LoaderdError as error:
+            if error.code is StatusCode.NOT_FOUND:
+                return HealthStatus.SERVICE_UNKNOWN
+            raise
+        return responses.member(HealthStatus, response.status)
+
+    def close(self) -> None:
+        """Closes the connection; calls under way end with `CallCancelledError`."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,88 @@
+"""Streams that the caller iterates over."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from loaderd.client.receivers import GenerationReceiver, Receiver, WatchReceiver
+from loaderd.client.sync.transport import ResponseStream
+from loaderd.client.types import Delta, GenerationResult, GenerationStarted, WatchUpdate
+from loaderd.v1 import generation_pb2, model_pb2
+
+Message = TypeVar("Message")
+Item = TypeVar("Item")
+
+
+class Stream(Generic[Message, Item]):
+    """Items as they come from the daemon.
+
+    Iterate over it to the end, or use it as a context manager, or call `cancel`. Dropping it
+    before its end cancels the call, so that the daemon stops working for it. Calling `cancel`
+    from another thread is fine; iterating in two threads at once is not.
+    """
+
+    def __init__(
+        self, responses: ResponseStream[Message], receiver: Receiver[Message, Item, Any]
+    ) -> None:
+        self._responses = responses
+        self._receiver = receiver
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Item:
+        for message in self._responses:
+            item = self._receiver.take(message)
+            if item is not None:
+                return item
+        self._receiver.end()
+        raise StopIteration
+
+    def cancel(self) -> None:
+        """Stops the call. Going on to iterate raises `CallCancelledError`."""
+        self._responses.cancel()
+
+    def close(self) -> None:
+        """Stops the call if it has not ended."""
+        self._responses.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class ModelWatch(Stream[model_pb2.WatchModelsResponse, WatchUpdate]):
+    """All models, then every change; made by `Client.watch`."""
+
+    def __init__(self, responses: ResponseStream[model_pb2.WatchModelsResponse]) -> None:
+        super().__init__(responses, WatchReceiver())
+
+
+class GenerationStream(Stream[generation_pb2.StreamGenerateResponse, Delta]):
+    """Text as it comes; made by `Model.stream`."""
+
+    def __init__(self, responses: ResponseStream[generation_pb2.StreamGenerateResponse]) -> None:
+        self._generation = GenerationReceiver()
+        super().__init__(responses, self._generation)
+
+    @property
+    def started(self) -> GenerationStarted | None:
+        """What is known of the request; None before the first delta."""
+        return self._generation.started
+
+    @property
+    def result(self) -> GenerationResult:
+        """All deltas put together, with usage, timings and how it ended.
+
+        Raises:
+            RuntimeError: The stream has not been read to its end.
+        """
+        return self._generation.result

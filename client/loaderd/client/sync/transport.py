@@ -1,0 +1,155 @@
+"""The one seam that every call of the blocking client passes: deadlines in, typed errors out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar, cast
+
+import grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from loaderd.client.address import resolve_address
+from loaderd.client.channel import CHANNEL_OPTIONS, call_context, check_timeout
+from loaderd.client.status import CallContext, error_from_rpc
+from loaderd.v1 import cache_pb2_grpc, generation_pb2_grpc, model_pb2_grpc, system_pb2_grpc
+
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response")
+Response_co = TypeVar("Response_co", covariant=True)
+
+
+class HealthStub(Protocol):
+    """The stub of grpc.health.v1, whose published types leave its methods out."""
+
+    Check: grpc.UnaryUnaryMultiCallable[
+        health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
+    ]
+    Watch: grpc.UnaryStreamMultiCallable[
+        health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
+    ]
+
+
+@dataclass(frozen=True)
+class Stubs:
+    """The generated stubs, for calls that the client does not wrap. They raise grpc's errors."""
+
+    models: model_pb2_grpc.ModelServiceStub
+    cache: cache_pb2_grpc.CacheServiceStub
+    generation: generation_pb2_grpc.GenerationServiceStub
+    system: system_pb2_grpc.SystemServiceStub
+    health: HealthStub
+
+    @staticmethod
+    def of(channel: grpc.Channel) -> Stubs:
+        """The stubs of a channel."""
+        return Stubs(
+            models=model_pb2_grpc.ModelServiceStub(channel),
+            cache=cache_pb2_grpc.CacheServiceStub(channel),
+            generation=generation_pb2_grpc.GenerationServiceStub(channel),
+            system=system_pb2_grpc.SystemServiceStub(channel),
+            health=cast("HealthStub", health_pb2_grpc.HealthStub(channel)),
+        )
+
+
+class Transport:
+    """A channel to one daemon."""
+
+    def __init__(self, address: str | None, timeout: float | None) -> None:
+        self.address = resolve_address(address)
+        self._timeout = check_timeout(timeout)
+        self._channel = grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        self._closed = False
+        self.stubs = Stubs.of(self._channel)
+
+    def call(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[Request, Response],
+        request: Request,
+        timeout: float | None,
+    ) -> Response:
+        """Makes a call and waits for its answer. Being interrupted while waiting cancels it.
+
+        Args:
+            method: Of `stubs`.
+            request: What to send.
+            timeout: Seconds; None: the client's default.
+        """
+        self._require_open()
+        seconds = self._timeout if timeout is None else check_timeout(timeout)
+        future = method.future(request, timeout=seconds)
+        try:
+            return future.result()
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            # The future of a failed call is its RpcError, also where result() raises another.
+            failure = cast("grpc.RpcError", future)
+            raise error_from_rpc(failure, call_context(self.address, request, seconds)) from error
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stream(
+        self,
+        method: grpc.UnaryStreamMultiCallable[Request, Response],
+        request: Request,
+        timeout: float | None,
+    ) -> ResponseStream[Response]:
+        """Starts a streaming call.
+
+        Args:
+            method: Of `stubs`.
+            request: What to send.
+            timeout: Seconds until it must have ended; None: it has no deadline.
+        """
+        self._require_open()
+        seconds = check_timeout(timeout)
+        call = method(request, timeout=seconds)
+        return ResponseStream(call, call_context(self.address, request, seconds))
+
+    def close(self) -> None:
+        """Closes the channel; calls under way end with `CallCancelledError`."""
+        self._closed = True
+        self._channel.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this client is closed")
+
+
+class _StreamingCall(Protocol[Response_co]):
+    def __next__(self) -> Response_co: ...
+    def cancel(self) -> bool: ...
+
+
+class ResponseStream(Generic[Response]):
+    """The messages of one streaming call.
+
+    gRPC keeps a call alive whose iterator was dropped, and the daemon goes on with it; this one
+    cancels the call when nobody holds it any more.
+    """
+
+    def __init__(self, call: _StreamingCall[Response], context: CallContext) -> None:
+        self._call = call
+        self._context = context
+
+    def __iter__(self) -> Iterator[Response]:
+        return self
+
+    def __next__(self) -> Response:
+        try:
+            return next(self._call)
+        except StopIteration:
+            raise
+        except grpc.RpcError as failure:
+            raise error_from_rpc(failure, self._context) from failure
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Cancels the call; nothing happens when it has ended."""
+        self._call.cancel()
+
+    def __del__(self) -> None:
+        self.cancel()

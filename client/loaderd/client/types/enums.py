@@ -1,0 +1,104 @@
+"""Enumerations. Their values are those of loaderd.v1."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Literal, TypeAlias
+
+from grpc_health.v1 import health_pb2
+
+from loaderd.v1 import generation_pb2, model_pb2, system_pb2
+
+
+class ModelState(IntEnum):
+    """Where a model is in its life."""
+
+    UNSPECIFIED = model_pb2.MODEL_STATE_UNSPECIFIED
+    """No state yet, or one that this release does not know."""
+    RESOLVING = model_pb2.MODEL_STATE_RESOLVING
+    """Its files are being looked for."""
+    DOWNLOADING = model_pb2.MODEL_STATE_DOWNLOADING
+    """Files are coming from the hub."""
+    LOADING = model_pb2.MODEL_STATE_LOADING
+    """A worker process is reading the weights."""
+    READY = model_pb2.MODEL_STATE_READY
+    """It answers requests."""
+    UNLOADING = model_pb2.MODEL_STATE_UNLOADING
+    """Its process is ending."""
+    UNLOADED = model_pb2.MODEL_STATE_UNLOADED
+    """Gone. Seen in events only."""
+    FAILED = model_pb2.MODEL_STATE_FAILED
+    """It could not be loaded, or its worker ended."""
+
+
+class Dtype(IntEnum):
+    """The number type of a model's weights and computation."""
+
+    UNSPECIFIED = model_pb2.DTYPE_UNSPECIFIED
+    """The daemon chooses: float16 on accelerators, what computes fastest on a CPU."""
+    FLOAT16 = model_pb2.DTYPE_FLOAT16
+    """IEEE 754 half precision."""
+    BFLOAT16 = model_pb2.DTYPE_BFLOAT16
+    """bfloat16."""
+    FLOAT32 = model_pb2.DTYPE_FLOAT32
+    """IEEE 754 single precision."""
+
+
+DtypeName: TypeAlias = Literal["float16", "bfloat16", "float32"]
+"""The names that are accepted where a `Dtype` is."""
+
+
+class ModelSource(IntEnum):
+    """Where a model's files come from."""
+
+    UNSPECIFIED = model_pb2.MODEL_SOURCE_UNSPECIFIED
+    """Not known yet, or one that this release does not know."""
+    LOCAL = model_pb2.MODEL_SOURCE_LOCAL
+    """A local folder."""
+    CACHED = model_pb2.MODEL_SOURCE_CACHED
+    """A snapshot in the daemon's cache."""
+    HUB = model_pb2.MODEL_SOURCE_HUB
+    """The hub; a download came first."""
+
+
+class FinishReason(IntEnum):
+    """Why a completion ended."""
+
+    UNSPECIFIED = generation_pb2.FINISH_REASON_UNSPECIFIED
+    """One that this release does not know."""
+    STOP = generation_pb2.FINISH_REASON_STOP
+    """At a stop; the other fields of `Finish` say at which."""
+    LENGTH = generation_pb2.FINISH_REASON_LENGTH
+    """At `max_new_tokens`, or at the end of the model's context."""
+    TIME = generation_pb2.FINISH_REASON_TIME
+    """At `max_time`."""
+    CANCELLED = generation_pb2.FINISH_REASON_CANCELLED
+    """It was cancelled."""
+
+
+class DeviceType(IntEnum):
+    """The kind of a device."""
+
+    UNSPECIFIED = system_pb2.DEVICE_TYPE_UNSPECIFIED
+    """One that this release does not know."""
+    CPU = system_pb2.DEVICE_TYPE_CPU
+    """The box's processors and main memory."""
+    CUDA = system_pb2.DEVICE_TYPE_CUDA
+    """An NVIDIA GPU, or an AMD one under ROCm."""
+    MPS = system_pb2.DEVICE_TYPE_MPS
+    """An Apple GPU."""
+    XPU = system_pb2.DEVICE_TYPE_XPU
+    """An Intel GPU."""
+
+
+class HealthStatus(IntEnum):
+    """What grpc.health.v1 says of a service."""
+
+    UNKNOWN = health_pb2.HealthCheckResponse.UNKNOWN
+    """Nothing is known of it yet."""
+    SERVING = health_pb2.HealthCheckResponse.SERVING
+    """It answers."""
+    NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+    """It exists and does not answer now."""
+    SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    """The daemon has no service of this name."""

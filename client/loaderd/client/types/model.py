@@ -1,0 +1,171 @@
+"""Models in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import TypeAlias, overload
+
+from loaderd.client.types.cache import DownloadProgress
+from loaderd.client.types.enums import Dtype, ModelSource, ModelState
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """The options that a model was loaded with, as asked."""
+
+    dtype: Dtype | None
+    """None: left to the daemon."""
+    device_map: str | None
+    """None: left to the daemon."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDetails:
+    """What the worker knows of the model that it loaded."""
+
+    architecture: str
+    """The class that serves it, for example "LlamaForCausalLM"."""
+    dtype: Dtype
+    """The dtype in use."""
+    dtype_reason: str
+    """Why this dtype."""
+    engine: str
+    """The engine that serves it."""
+    engine_reason: str
+    """Why this engine."""
+    context_length: int | None
+    """Most tokens that prompt and output may have together; None: no fixed limit."""
+    parameter_count: int
+    """Number of weights."""
+    weight_bytes: int
+    """Memory of the weights, in bytes."""
+    device_map: Mapping[str, str] = field(hash=False)
+    """Module name to device; one entry with an empty name when it is all on one."""
+    has_chat_template: bool
+    """Whether it takes `messages`."""
+    supported_parameters: tuple[str, ...]
+    """Generation parameters that its engine honours; others are refused."""
+    worker_pid: int
+    """The worker's process id on the daemon's box."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadTimings:
+    """How long the steps of a load took; None for a step that was not done."""
+
+    resolve: timedelta | None
+    """Looking for the files."""
+    download: timedelta | None
+    """Downloading."""
+    worker: timedelta | None
+    """Waiting for a worker process."""
+    weights: timedelta | None
+    """Reading weights and tokenizer."""
+    total: timedelta | None
+    """From the request to READY."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFailure:
+    """Why a model failed."""
+
+    reason: str
+    """As in `LoaderdError.reason`."""
+    message: str
+    """One sentence for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """A model that the daemon holds, or tried to."""
+
+    id: str
+    """Unique in the daemon's life. Usable wherever a model is named."""
+    name: str
+    """The name that it was loaded by."""
+    source: ModelSource
+    """Where its files come from."""
+    repo_id: str | None
+    """`org/name`; None for a local folder."""
+    commit: str | None
+    """40 hex digits; None for a local folder, or while it is not known."""
+    state: ModelState
+    """Where it is in its life."""
+    options: LoadOptions
+    """The options that it was loaded with."""
+    details: ModelDetails | None
+    """What the worker found; set from READY on."""
+    active_requests: int
+    """Generation requests that run or wait now."""
+    created_at: datetime | None
+    """When the load was asked for, in UTC."""
+    ready_at: datetime | None
+    """When it became READY, in UTC; None before."""
+    timings: LoadTimings
+    """How long the steps of its load took."""
+    failure: ModelFailure | None
+    """Why it FAILED; None otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadProgress:
+    """What a load is doing now."""
+
+    model_id: str
+    """The loading model's id."""
+    state: ModelState
+    """RESOLVING, DOWNLOADING or LOADING."""
+    download: DownloadProgress | None
+    """Set while DOWNLOADING."""
+    elapsed: timedelta
+    """Since the load began."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnloadResult:
+    """What an unload gave back."""
+
+    model: ModelInfo
+    """The model as it was, now UNLOADED."""
+    freed_bytes: int
+    """Memory that its process held: resident, and on accelerators."""
+
+
+@dataclass(frozen=True)
+class ModelList(Sequence[ModelInfo]):
+    """All models of the daemon at one moment, oldest first; the first item of a watch."""
+
+    models: tuple[ModelInfo, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> ModelInfo: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[ModelInfo, ...]: ...
+    def __getitem__(self, index: int | slice) -> ModelInfo | tuple[ModelInfo, ...]:
+        return self.models[index]
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    def __iter__(self) -> Iterator[ModelInfo]:
+        return iter(self.models)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEvent:
+    """One change of a model's state."""
+
+    sequence: int
+    """Grows by one with each event of the daemon's life."""
+    time: datetime
+    """When it happened, in UTC."""
+    previous_state: ModelState
+    """The state before; UNSPECIFIED for a model's first event."""
+    model: ModelInfo
+    """The model after the change."""
+
+
+WatchUpdate: TypeAlias = ModelList | ModelEvent
+"""An item of a watch: the list once, first; then events."""

@@ -1,0 +1,57 @@
+"""The daemon and its box."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from loaderd.client.types.enums import DeviceType
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerInfo:
+    """Version, uptime, settings and abilities of the daemon."""
+
+    version: str
+    """Its release."""
+    started_at: datetime | None
+    """When it started, in UTC."""
+    uptime: timedelta
+    """How long it has been running."""
+    pid: int
+    """Its process id."""
+    cache_dir: str
+    """The folder of its Hugging Face cache."""
+    local_roots: tuple[str, ...]
+    """Folders below which local models may be loaded."""
+    hub_endpoint: str
+    """The hub that it downloads from."""
+    offline: bool
+    """Whether it never asks the hub."""
+    draining: bool
+    """Whether it is shutting down and refuses new work."""
+    standby_workers: int
+    """Worker processes that wait for a load."""
+    versions: Mapping[str, str] = field(hash=False)
+    """Releases of Python and of the workers' libraries, by name."""
+    capabilities: tuple[str, ...]
+    """Optional abilities of this daemon."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One device."""
+
+    id: str
+    """Its name as a `device_map`, for example "cuda:0"."""
+    type: DeviceType
+    """Its kind."""
+    name: str
+    """Its name for people."""
+    total_bytes: int
+    """Its memory."""
+    free_bytes: int
+    """Memory that was free when last looked at."""
+    cores: int | None
+    """Cores that the daemon may use; None for accelerators."""
