@@ -84,7 +84,8 @@ class StandbyPool:
                     await asyncio.shield(worker.link.standby)
                     backoff = _FIRST_BACKOFF_S
             except (OSError, LoaderdError) as error:
-                logger.error("a standby worker did not start (%s); again in %.0f s", error, backoff)
+                reason = error.reason if isinstance(error, LoaderdError) else error
+                logger.error("a standby worker did not start: %s; again in %.0f s", reason, backoff)
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, _LONGEST_BACKOFF_S)
                 self._wanted.set()
