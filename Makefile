@@ -76,7 +76,7 @@ check-stubs: $(PROTO_SETUP)
 	rm -rf .cache/stubs
 	mkdir -p .cache/stubs
 	$(call generate,.cache/stubs)
-	diff -ru --exclude='*.proto' --exclude=__pycache__ .cache/stubs/loaderd protos/loaderd \
+	diff -ru --exclude='*.proto' --exclude=py.typed --exclude=__pycache__ .cache/stubs/loaderd protos/loaderd \
 	  || { echo "the stubs are not those of the .proto files: run 'make protos' and commit"; exit 1; }
 
 $(PROTO_SETUP): protos/requirements.txt
