@@ -1,0 +1,1 @@
+"""Measurements of the daemon beside what people would do without it."""
