@@ -2,7 +2,7 @@
 
 from tests.hub import faults
 from tests.hub.exchange import HubRequest, Response
+from tests.hub.hub import Hub
 from tests.hub.repo import Access, HubRepo, files_below
-from tests.hub.server import Hub
 
 __all__ = ["Access", "Hub", "HubRepo", "HubRequest", "Response", "faults", "files_below"]
