@@ -1,0 +1,1 @@
+"""The child process that holds one model: loads it, and generates with it."""

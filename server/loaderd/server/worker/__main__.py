@@ -1,0 +1,5 @@
+"""Entry point of `python -m loaderd.server.worker`."""
+
+from loaderd.server.worker.main import main
+
+main()

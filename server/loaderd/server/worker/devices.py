@@ -1,0 +1,168 @@
+"""The devices of this box, as torch sees them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import psutil
+import torch
+
+from loaderd.server.errors import InvalidArgumentError, UnsupportedOptionError
+from loaderd.server.worker.cgroup import core_bounds, memory_bounds
+from loaderd.v1.system_pb2 import Device, DeviceType
+
+AUTO = "auto"
+CPU = "cpu"
+
+_ACCELERATORS = {
+    "cuda": DeviceType.DEVICE_TYPE_CUDA,
+    "mps": DeviceType.DEVICE_TYPE_MPS,
+    "xpu": DeviceType.DEVICE_TYPE_XPU,
+}
+_DEVICE_MAP = "options.device_map"
+
+
+def inventory() -> list[Device]:
+    """Accelerators first, the CPU last."""
+    return [*accelerators(), cpu()]
+
+
+def accelerators() -> list[Device]:
+    """The accelerators that this release of torch can use."""
+    kind = _accelerator_kind()
+    if kind is None:
+        return []
+    return [_accelerator(kind, index) for index in range(torch.accelerator.device_count())]
+
+
+def cpu() -> Device:
+    """The processors and the main memory, within what control groups allow."""
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for bound in memory_bounds():
+        total = min(total, bound.limit)
+        free = min(free, max(bound.limit - bound.used, 0))
+    return Device(
+        id=CPU,
+        type=DeviceType.DEVICE_TYPE_CPU,
+        name=_cpu_name(),
+        total_bytes=total,
+        free_bytes=free,
+        cores=cores(),
+    )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return max(1, min([allowed or os.cpu_count() or 1, *core_bounds()]))
+
+
+def allocated_bytes() -> int:
+    """Memory that torch holds on accelerators for this process."""
+    kind = _accelerator_kind()
+    if kind is None:
+        return 0
+    if kind == "mps":
+        return int(torch.mps.driver_allocated_memory())
+    devices = range(torch.accelerator.device_count())
+    return sum(int(torch.get_device_module(kind).memory_reserved(index)) for index in devices)
+
+
+def release_cached_memory() -> None:
+    """Gives back accelerator memory that torch keeps for later."""
+    if _accelerator_kind() is not None:
+        torch.accelerator.empty_cache()
+
+
+def check_device_map(device_map: str) -> None:
+    """Checks LoadOptions.device_map.
+
+    Raises:
+        InvalidArgumentError: It is neither "auto" nor a device's name.
+        UnsupportedOptionError: The box has no such device.
+    """
+    kind, colon, index = device_map.partition(":")
+    if device_map in {AUTO, CPU}:
+        return
+    if kind not in _ACCELERATORS or (colon and not (index.isascii() and index.isdigit())):
+        raise InvalidArgumentError(
+            _DEVICE_MAP, f'{device_map!r} is not "auto", "cpu" or a device such as "cuda:0"'
+        )
+    count = torch.accelerator.device_count() if _accelerator_kind() == kind else 0
+    if int(index or 0) >= count:
+        raise UnsupportedOptionError(_DEVICE_MAP, f"this box has no device {device_map!r}")
+
+
+def uses_accelerator(device_map: str) -> bool:
+    """Whether a model with this device map has layers on an accelerator."""
+    return device_map != CPU and _accelerator_kind() is not None
+
+
+def free_bytes(device_map: str) -> int:
+    """Memory that a model with this device map can have."""
+    devices = inventory()
+    if device_map != AUTO:
+        wanted = device_map if ":" in device_map or device_map == CPU else f"{device_map}:0"
+        devices = [device for device in devices if device.id == wanted]
+    return sum(device.free_bytes for device in devices)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device could not hold what was asked of it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # The CPU's allocator and Metal's have no exception class of their own.
+    texts = ("DefaultCPUAllocator", "MPS backend out of memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def _accelerator_kind() -> str | None:
+    if not torch.accelerator.is_available():
+        return None
+    kind = torch.accelerator.current_accelerator().type
+    return kind if kind in _ACCELERATORS else None
+
+
+def _accelerator(kind: str, index: int) -> Device:
+    if kind == "mps":
+        total = int(torch.mps.recommended_max_memory())
+        used = int(torch.mps.driver_allocated_memory())
+        name = "Apple GPU"
+    else:
+        properties = torch.get_device_module(kind).get_device_properties(index)
+        total, name = int(properties.total_memory), properties.name
+        used = _used_bytes(kind, index, total)
+    return Device(
+        id=f"{kind}:{index}",
+        type=_ACCELERATORS[kind],
+        name=name,
+        total_bytes=total,
+        free_bytes=max(total - used, 0),
+    )
+
+
+def _used_bytes(kind: str, index: int, total: int) -> int:
+    """Memory in use on a device, by all processes.
+
+    The driver's management library tells it without opening a context on the device, which
+    takes hundreds of megabytes that a standby should not hold; it is an optional package.
+    """
+    module = torch.get_device_module(kind)
+    try:
+        return int(module.device_memory_used(index))
+    except (ImportError, RuntimeError):
+        free, _ = module.mem_get_info(index)
+        return total - int(free)
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

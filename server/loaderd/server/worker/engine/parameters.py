@@ -1,0 +1,253 @@
+"""From a client's StreamGenerateRequest to a typed request with every default resolved."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from loaderd.server.errors import InvalidArgumentError, UnsupportedOptionError
+from loaderd.server.worker.engine.protocol import GenerationRequest, Sampling, Stopping
+from loaderd.v1.generation_pb2 import StreamGenerateRequest
+
+_IDENTITY = frozenset({"model", "request_id"})
+"""Fields that concern no engine."""
+
+_ASKS_FOR_NOTHING = {
+    "priority": 0,
+    "n": 1,
+    "best_of": 1,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "num_beams": 1,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "bypass_prefix_cache": False,
+}
+"""Values that every engine honours by doing nothing."""
+
+_SAMPLES = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+"""Fields that only make sense when sampling."""
+
+_DEFAULT_NEW_TOKENS = 256
+_MAX_REQUEST_ID = 128
+_MAX_STOPS = 16
+_MAX_STOP_CHARACTERS = 256
+_MAX_STOP_TOKENS = 64
+_UINT32 = 2**32
+_UINT64 = 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What the model's own generation config says, else what leaves the distribution alone."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What requests are checked against.
+
+    Attributes:
+        context_length: Most tokens of prompt and output together; 0 for no fixed limit.
+        vocabulary_size: Token ids are below it.
+        eos_token_ids: The model's end-of-sequence tokens.
+        defaults: Sampling options of the model's own generation config.
+    """
+
+    context_length: int
+    vocabulary_size: int
+    eos_token_ids: tuple[int, ...]
+    defaults: SamplingDefaults
+
+
+def check_supported(request: StreamGenerateRequest, engine: str, supported: frozenset[str]) -> None:
+    """Refuses what the engine would have to ignore.
+
+    It walks the fields that are set, so a field that is new to the protocol is refused too.
+
+    Raises:
+        UnsupportedOptionError: An option asks for something that the engine cannot do.
+    """
+    for field, value in request.ListFields():
+        if field.name in supported or field.name in _IDENTITY:
+            continue
+        if field.name in _ASKS_FOR_NOTHING and value == _ASKS_FOR_NOTHING[field.name]:
+            continue
+        raise UnsupportedOptionError(field.name, f"the {engine} engine does not support it")
+    unknown = UnknownFieldSet(request)
+    if len(unknown):
+        raise UnsupportedOptionError(
+            f"field {unknown[0].field_number}", "this release of the daemon does not know it"
+        )
+
+
+def typed_request(
+    request: StreamGenerateRequest,
+    *,
+    key: int,
+    prompt: Sequence[int],
+    arrived: float,
+    facts: ModelFacts,
+) -> GenerationRequest:
+    """Checks every bound and resolves every default.
+
+    Args:
+        request: What the client asked; `check_supported` has passed it.
+        key: The daemon's key of the request.
+        prompt: Its input as token ids.
+        arrived: Monotonic time of its arrival.
+        facts: Of the model.
+
+    Raises:
+        InvalidArgumentError: A value is out of bounds or contradicts another.
+    """
+    given = {field.name: value for field, value in request.ListFields()}
+    request_id = request.request_id
+    _require(
+        len(request_id) <= _MAX_REQUEST_ID and request_id.isascii() and request_id.isprintable(),
+        "request_id",
+        f"at most {_MAX_REQUEST_ID} printable ASCII characters",
+    )
+    tokens = _kept_prompt(request, prompt, facts)
+    return GenerationRequest(
+        key=key,
+        request_id=request_id,
+        prompt=tokens,
+        sampling=_sampling(given, facts.defaults),
+        stopping=_stopping(request, given, len(tokens), facts),
+        echo=request.echo,
+        skip_special_tokens=given.get("skip_special_tokens", True),
+        return_token_ids=request.return_token_ids,
+        arrived=arrived,
+    )
+
+
+def _kept_prompt(
+    request: StreamGenerateRequest, prompt: Sequence[int], facts: ModelFacts
+) -> tuple[int, ...]:
+    field = request.WhichOneof("input") or "text"
+    _require(len(prompt) > 0, field, "the prompt has no tokens; give at least one")
+    _require_vocabulary(prompt, field, facts)
+    if request.HasField("truncate_prompt_tokens"):
+        keep = request.truncate_prompt_tokens
+        _require(keep >= 1, "truncate_prompt_tokens", "at least 1")
+        prompt = prompt[-keep:]
+    limit = facts.context_length
+    _require(
+        not limit or len(prompt) < limit,
+        field,
+        f"the prompt has {len(prompt)} tokens, the model's context is {limit} and must hold at "
+        "least one more; shorten the prompt or set truncate_prompt_tokens",
+    )
+    return tuple(prompt)
+
+
+def _sampling(given: Mapping[str, Any], defaults: SamplingDefaults) -> Sampling:
+    sampling = Sampling(
+        do_sample=_do_sample(given, defaults),
+        temperature=given.get("temperature", defaults.temperature),
+        top_k=given.get("top_k", defaults.top_k),
+        top_p=given.get("top_p", defaults.top_p),
+        min_p=given.get("min_p", defaults.min_p),
+        typical_p=given.get("typical_p", defaults.typical_p),
+        repetition_penalty=given.get("repetition_penalty", defaults.repetition_penalty),
+        no_repeat_ngram_size=given.get("no_repeat_ngram_size", defaults.no_repeat_ngram_size),
+        seed=given.get("seed", secrets.randbelow(_UINT64)),
+    )
+    # Written so that NaN fails.
+    _require(0 <= sampling.temperature <= 100, "temperature", "from 0 to 100")
+    _require(0 < sampling.top_p <= 1, "top_p", "above 0, at most 1")
+    _require(0 <= sampling.min_p <= 1, "min_p", "from 0 to 1")
+    _require(0 < sampling.typical_p <= 1, "typical_p", "above 0, at most 1")
+    _require(0 < sampling.repetition_penalty <= 100, "repetition_penalty", "above 0, at most 100")
+    return sampling
+
+
+def _do_sample(given: Mapping[str, Any], defaults: SamplingDefaults) -> bool:
+    greedy = given.get("temperature", defaults.temperature) == 0
+    samples = [
+        name for name in _SAMPLES if name in given and not (name == "temperature" and greedy)
+    ]
+    if "do_sample" not in given:
+        return not greedy and (bool(samples) or defaults.do_sample)
+    if given["do_sample"]:
+        _require(not greedy, "temperature", "0 is greedy, which contradicts do_sample = true")
+    else:
+        _require(not samples, "do_sample", f"false contradicts {', '.join(samples)}")
+    return bool(given["do_sample"])
+
+
+def _stopping(
+    request: StreamGenerateRequest,
+    given: Mapping[str, Any],
+    prompt_tokens: int,
+    facts: ModelFacts,
+) -> Stopping:
+    room = facts.context_length - prompt_tokens if facts.context_length else _UINT32
+    max_new = given.get("max_new_tokens", min(_DEFAULT_NEW_TOKENS, room))
+    _require(max_new >= 1, "max_new_tokens", "at least 1")
+    _require(
+        max_new <= room,
+        "max_new_tokens",
+        f"the prompt has {prompt_tokens} tokens and {max_new} more exceed the model's context of "
+        f"{facts.context_length}",
+    )
+    _require(
+        request.min_new_tokens <= max_new,
+        "min_new_tokens",
+        f"at most max_new_tokens, which is {max_new}",
+    )
+    _require(len(request.stop) <= _MAX_STOPS, "stop", f"at most {_MAX_STOPS} strings")
+    _require(
+        all(1 <= len(stop) <= _MAX_STOP_CHARACTERS for stop in request.stop),
+        "stop",
+        f"each string has from 1 to {_MAX_STOP_CHARACTERS} characters",
+    )
+    stop_ids = request.stop_token_ids
+    _require(len(stop_ids) <= _MAX_STOP_TOKENS, "stop_token_ids", f"at most {_MAX_STOP_TOKENS}")
+    _require_vocabulary(stop_ids, "stop_token_ids", facts)
+    return Stopping(
+        max_new_tokens=max_new,
+        min_new_tokens=request.min_new_tokens,
+        eos_token_ids=() if request.ignore_eos else facts.eos_token_ids,
+        stop_token_ids=tuple(stop_ids),
+        stop_strings=tuple(request.stop),
+        include_stop_string=request.include_stop_str_in_output,
+        max_seconds=_max_seconds(request),
+    )
+
+
+def _max_seconds(request: StreamGenerateRequest) -> float | None:
+    if not request.HasField("max_time"):
+        return None
+    seconds = request.max_time.seconds + request.max_time.nanos / 1e9
+    _require(seconds > 0, "max_time", "above 0")
+    return seconds
+
+
+def _require_vocabulary(token_ids: Sequence[int], field: str, facts: ModelFacts) -> None:
+    highest = max(token_ids, default=0)
+    _require(
+        highest < facts.vocabulary_size,
+        field,
+        f"token id {highest} is not below the vocabulary's size of {facts.vocabulary_size}",
+    )
+
+
+def _require(condition: bool, field: str, problem: str) -> None:
+    if not condition:
+        raise InvalidArgumentError(field, problem)

@@ -1,0 +1,299 @@
+"""The engine for every causal language model: transformers' `generate`, one request at a time."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from google.protobuf.duration_pb2 import Duration
+from transformers import PreTrainedModel, StoppingCriteriaList
+
+from loaderd.server.errors import DeviceMemoryError, LoaderdError
+from loaderd.server.worker import devices
+from loaderd.server.worker.engine.completion import Completion, Tokenizer
+from loaderd.server.worker.engine.protocol import Emit, GenerationRequest
+from loaderd.server.worker.failures import error_message, incident
+from loaderd.v1.generation_pb2 import (
+    Finish,
+    FinishReason,
+    GenerationDelta,
+    GenerationFinished,
+    GenerationStarted,
+    GenerationTimings,
+    Usage,
+)
+from loaderd.worker.v1.worker_pb2 import Output
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_SECONDS = 5.0
+
+_PLAIN_DECODING: dict[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "return_dict_in_generate": False,
+    "max_time": None,
+    "stop_strings": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+    "cache_implementation": None,
+}
+"""Against a model's own generation config that wants another mode of decoding, or a limit."""
+
+
+@dataclass
+class _Clock:
+    """Monotonic times of one request, in seconds; None for what did not happen."""
+
+    arrived: float
+    turn: float | None = None
+    first: float | None = None
+    last: float | None = None
+
+    def token(self) -> None:
+        self.last = time.monotonic()
+        self.first = self.last if self.first is None else self.first
+
+    def timings(self) -> GenerationTimings:
+        turn = time.monotonic() if self.turn is None else self.turn
+        timings = GenerationTimings(queue=_duration(turn - self.arrived))
+        if self.first is not None and self.last is not None:
+            timings.prefill.CopyFrom(_duration(self.first - turn))
+            timings.decode.CopyFrom(_duration(self.last - self.first))
+            timings.time_to_first_token.CopyFrom(_duration(self.first - self.arrived))
+        return timings
+
+
+@dataclass
+class _Job:
+    """A request that waits or runs."""
+
+    request: GenerationRequest
+    clock: _Clock
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class SequentialEngine:
+    """Serves requests in the order of their arrival, each alone.
+
+    Args:
+        model: Any model with `generate`.
+        tokenizer: Its tokenizer's part that completions need.
+        model_name: For errors.
+        emit: Takes the outputs, from the engine's thread and from those that call it.
+    """
+
+    name = "sequential"
+    supported_parameters = frozenset(
+        {
+            "text",
+            "token_ids",
+            "messages",
+            "add_special_tokens",
+            "truncate_prompt_tokens",
+            "do_sample",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "typical_p",
+            "seed",
+            "repetition_penalty",
+            "no_repeat_ngram_size",
+            "max_new_tokens",
+            "min_new_tokens",
+            "stop",
+            "stop_token_ids",
+            "include_stop_str_in_output",
+            "ignore_eos",
+            "max_time",
+            "echo",
+            "skip_special_tokens",
+            "return_token_ids",
+        }
+    )
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, model_name: str, emit: Emit
+    ) -> None:
+        self._model = model
+        self._takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
+        self._tokenizer = tokenizer
+        self._model_name = model_name
+        self._emit = emit
+        self._waiting: deque[_Job] = deque()
+        self._running: _Job | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queues a request."""
+        job = _Job(request, _Clock(request.arrived))
+        with self._changed:
+            if not self._closed:
+                self._waiting.append(job)
+                self._changed.notify()
+                return
+        self._end_unserved(job)
+
+    def cancel(self, key: int) -> None:
+        """Ends a request before its next token."""
+        with self._changed:
+            if self._running is not None and self._running.request.key == key:
+                self._running.cancelled.set()
+            found = [job for job in self._waiting if job.request.key == key]
+            for job in found:
+                self._waiting.remove(job)
+        for job in found:
+            self._end_unserved(job)
+
+    def close(self) -> None:
+        """Cancels all requests and ends the engine's thread."""
+        with self._changed:
+            self._closed = True
+            left = list(self._waiting)
+            self._waiting.clear()
+            if self._running is not None:
+                self._running.cancelled.set()
+            self._changed.notify()
+        for job in left:
+            self._end_unserved(job)
+        self._thread.join(_CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        while (job := self._next()) is not None:
+            failure = self._serve(job)
+            if failure is not None:
+                self._output(job, error=error_message(failure))
+                devices.release_cached_memory()
+
+    def _next(self) -> _Job | None:
+        with self._changed:
+            self._running = None
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
+                return None
+            self._running = self._waiting.popleft()
+            return self._running
+
+    def _serve(self, job: _Job) -> LoaderdError | None:
+        """Generates up to the last output; gives the error that takes its place, if any."""
+        request = job.request
+        job.clock.turn = time.monotonic()
+        try:
+            completion = Completion(request, self._tokenizer)
+            self._start(job)
+            self._show(job, completion.echo())
+            self._generate(job, completion)
+            if completion.finish is None:
+                self._show(job, completion.close(FinishReason.FINISH_REASON_LENGTH))
+        except Exception as error:
+            if devices.is_out_of_memory(error):
+                logger.warning("request %s: out of memory", request.request_id)
+                return DeviceMemoryError(self._model_name)
+            return incident(error, f"generating for request {request.request_id}")
+        self._finish(job, completion.finish, completion.generated_tokens)
+        return None
+
+    def _generate(self, job: _Job, completion: Completion) -> None:
+        request, clock = job.request, job.clock
+        seconds = request.stopping.max_seconds
+        deadline = time.monotonic() + (math.inf if seconds is None else seconds)
+
+        # A stopping criterion sees each token before the next one is computed; a streamer gets
+        # it after the decision to go on.
+        def take(input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+            if completion.finish is None:
+                clock.token()
+                self._show(job, completion.push(int(input_ids[0, -1])))
+            if completion.finish is None and job.cancelled.is_set():
+                self._show(job, completion.close(FinishReason.FINISH_REASON_CANCELLED))
+            if completion.finish is None and time.monotonic() >= deadline:
+                self._show(job, completion.close(FinishReason.FINISH_REASON_TIME))
+            return torch.full((1,), completion.finish is not None, device=input_ids.device)
+
+        prompt = torch.tensor([request.prompt], device=self._model.device)
+        mask = {"attention_mask": torch.ones_like(prompt)} if self._takes_mask else {}
+        if request.sampling.do_sample:
+            torch.manual_seed(request.sampling.seed)
+        with torch.inference_mode():
+            self._model.generate(
+                prompt,
+                stopping_criteria=StoppingCriteriaList([take]),
+                **mask,
+                **_arguments(request),
+            )
+
+    def _start(self, job: _Job) -> None:
+        started = GenerationStarted(
+            request_id=job.request.request_id,
+            prompt_tokens=len(job.request.prompt),
+            seed=job.request.sampling.seed,
+        )
+        self._output(job, started=started)
+
+    def _show(self, job: _Job, delta: GenerationDelta | None) -> None:
+        if delta is not None:
+            self._output(job, delta=delta)
+
+    def _finish(self, job: _Job, finish: Finish | None, generated: int) -> None:
+        finished = GenerationFinished(
+            finishes=[finish] if finish else [],
+            usage=Usage(prompt_tokens=len(job.request.prompt), generated_tokens=generated),
+            timings=job.clock.timings(),
+            seed=job.request.sampling.seed,
+        )
+        self._output(job, finished=finished)
+        logger.info(
+            "request %s: %d prompt tokens, %d generated",
+            job.request.request_id,
+            len(job.request.prompt),
+            generated,
+        )
+
+    def _end_unserved(self, job: _Job) -> None:
+        self._finish(job, Finish(reason=FinishReason.FINISH_REASON_CANCELLED), generated=0)
+
+    def _output(self, job: _Job, **event: Any) -> None:
+        self._emit([Output(key=job.request.key, **event)])
+
+
+def _arguments(request: GenerationRequest) -> dict[str, Any]:
+    """The request in terms of `generate`; what it leaves out is the model's own default."""
+    sampling, stopping = request.sampling, request.stopping
+    arguments = _PLAIN_DECODING | {
+        "max_new_tokens": stopping.max_new_tokens,
+        "min_new_tokens": stopping.min_new_tokens,
+        "eos_token_id": list(stopping.eos_token_ids) or None,
+        # Never used, for nothing is padded; unset, it draws a warning.
+        "pad_token_id": 0,
+        "do_sample": sampling.do_sample,
+        "repetition_penalty": sampling.repetition_penalty,
+        "no_repeat_ngram_size": sampling.no_repeat_ngram_size,
+    }
+    if sampling.do_sample:
+        arguments |= {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p or None,
+            "typical_p": sampling.typical_p,
+        }
+    return arguments
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration

@@ -1,0 +1,106 @@
+"""What is known of a loaded model: for checking requests, and for clients to see."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loaderd.server.worker.dtype import DtypeChoice
+from loaderd.server.worker.engine.parameters import ModelFacts, SamplingDefaults
+from loaderd.server.worker.engine.protocol import Engine
+from loaderd.v1.model_pb2 import Dtype, ModelDetails
+
+TORCH_DTYPES = {
+    Dtype.DTYPE_FLOAT16: torch.float16,
+    Dtype.DTYPE_BFLOAT16: torch.bfloat16,
+    Dtype.DTYPE_FLOAT32: torch.float32,
+}
+"""Dtypes of the protocol, as torch calls them."""
+
+# Configurations have one of these, or map it to a name of their own; recurrent ones have none.
+_CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len")
+
+
+def model_facts(model: PreTrainedModel) -> ModelFacts:
+    """What requests to this model are checked against."""
+    config = model.config.get_text_config(decoder=True)
+    lengths = (getattr(config, name, None) for name in _CONTEXT_NAMES)
+    return ModelFacts(
+        context_length=next((int(length) for length in lengths if length), 0),
+        vocabulary_size=int(config.vocab_size),
+        eos_token_ids=_token_ids(model.generation_config.eos_token_id),
+        defaults=_sampling_defaults(model.generation_config),
+    )
+
+
+def model_details(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: DtypeChoice,
+    engine: Engine,
+    engine_reason: str,
+) -> ModelDetails:
+    """What clients get to know of this model."""
+    parameters = list(model.parameters())
+    return ModelDetails(
+        architecture=type(model).__name__,
+        dtype=dtype.dtype,
+        dtype_reason=dtype.reason,
+        engine=engine.name,
+        engine_reason=engine_reason,
+        context_length=model_facts(model).context_length,
+        parameter_count=sum(parameter.numel() for parameter in parameters),
+        weight_bytes=sum(parameter.numel() * parameter.itemsize for parameter in parameters),
+        device_map=_device_map(model),
+        has_chat_template=tokenizer.chat_template is not None,
+        supported_parameters=sorted(engine.supported_parameters),
+        worker_pid=os.getpid(),
+    )
+
+
+def _token_ids(token_ids: int | list[int] | None) -> tuple[int, ...]:
+    if token_ids is None:
+        return ()
+    return (token_ids,) if isinstance(token_ids, int) else tuple(token_ids)
+
+
+def _sampling_defaults(config: Any) -> SamplingDefaults:
+    neutral = SamplingDefaults()
+
+    def own(name: str) -> Any:
+        value = getattr(config, name)
+        return getattr(neutral, name) if value is None else value
+
+    return SamplingDefaults(
+        do_sample=bool(own("do_sample")),
+        temperature=float(own("temperature")),
+        top_k=int(own("top_k")),
+        top_p=float(own("top_p")),
+        min_p=float(own("min_p")),
+        typical_p=float(own("typical_p")),
+        repetition_penalty=float(own("repetition_penalty")),
+        no_repeat_ngram_size=int(own("no_repeat_ngram_size")),
+    )
+
+
+def _device_map(model: PreTrainedModel) -> dict[str, str]:
+    """Module name -> device; one entry with an empty name when it is all on one."""
+    placed = {name: _device_name(place) for name, place in _placements(model).items()}
+    if len(set(placed.values())) == 1:
+        return {"": next(iter(placed.values()))}
+    return placed
+
+
+def _placements(model: PreTrainedModel) -> dict[str, Any]:
+    placements: dict[str, Any] = getattr(model, "hf_device_map", None) or {"": model.device}
+    return placements
+
+
+def _device_name(place: int | str | torch.device) -> str:
+    device = torch.device(place)
+    if device.type != "cpu" and device.index is None:
+        return f"{device.type}:0"
+    return str(device)

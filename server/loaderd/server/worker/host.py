@@ -1,0 +1,163 @@
+"""What the daemon's commands do. Importing this module pays all import time that loading needs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import accelerate  # noqa: F401 - loading imports it
+import torch
+import transformers
+from google.protobuf.duration_pb2 import Duration
+from transformers import PreTrainedTokenizerBase
+from transformers.models.llama import modeling_llama  # noqa: F401 - most models build on it
+from transformers.models.qwen2 import modeling_qwen2  # noqa: F401 - as above
+
+from loaderd.server.errors import LoaderdError, ModelNotLoadedError
+from loaderd.server.worker import devices
+from loaderd.server.worker.dtype import choose_dtype, cpu_flags
+from loaderd.server.worker.engine.completion import Tokenizer
+from loaderd.server.worker.engine.parameters import ModelFacts, check_supported, typed_request
+from loaderd.server.worker.engine.protocol import Engine
+from loaderd.server.worker.engine.sequential import SequentialEngine
+from loaderd.server.worker.facts import TORCH_DTYPES, model_details, model_facts
+from loaderd.server.worker.failures import error_message, incident
+from loaderd.server.worker.link import Link
+from loaderd.server.worker.loader import ModelLoader
+from loaderd.server.worker.tokenization import Tokenization
+from loaderd.worker.v1 import worker_pb2
+
+logger = logging.getLogger(__name__)
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate")
+_ENGINE_REASON = "it serves every causal language model"
+
+
+@dataclass(frozen=True)
+class _Hosted:
+    """The loaded model."""
+
+    facts: ModelFacts
+    engine: Engine
+    tokenization: Tokenization
+
+
+class ModelHost:
+    """Holds at most one model and answers for it. No error leaves it but as an event.
+
+    Args:
+        link: Takes the events.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._hosted: _Hosted | None = None
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_num_threads(min(torch.get_num_threads(), devices.cores()))
+
+    def stand_by(self) -> None:
+        """Tells the daemon that a load can come."""
+        versions = {library: version(library) for library in _LIBRARIES}
+        standby = worker_pb2.Standby(devices=devices.inventory(), versions=versions)
+        self._link.send(standby=standby)
+
+    def load(self, command: worker_pb2.Load) -> None:
+        """Loads the model; after a failure the stream ends."""
+        if self._hosted is not None:
+            logger.error("asked to load %s, but a model is loaded already", command.model)
+            return
+        try:
+            self._link.send(loaded=self._load(command))
+        except LoaderdError as error:
+            self._fail(error)
+        except Exception as error:
+            self._fail(incident(error, f"loading {command.model}", quotes_prompts=False))
+
+    def generate(self, command: worker_pb2.Generate, arrived: float) -> None:
+        """Starts a generation request.
+
+        Args:
+            command: The request.
+            arrived: Monotonic time of its arrival.
+        """
+        request = command.request
+        try:
+            hosted = self._model(request.model)
+            check_supported(request, hosted.engine.name, hosted.engine.supported_parameters)
+            prompt = hosted.tokenization.prompt(request)
+            hosted.engine.submit(
+                typed_request(
+                    request, key=command.key, prompt=prompt, arrived=arrived, facts=hosted.facts
+                )
+            )
+        except LoaderdError as error:
+            self._refuse(command.key, error)
+        except Exception as error:
+            self._refuse(command.key, incident(error, f"taking request {request.request_id}"))
+
+    def cancel(self, command: worker_pb2.Cancel) -> None:
+        """Stops a generation request."""
+        if self._hosted is not None:
+            self._hosted.engine.cancel(command.key)
+
+    def call(self, command: worker_pb2.Call) -> None:
+        """Does tokenizer work."""
+        try:
+            reply = self._model("").tokenization.answer(command)
+        except LoaderdError as error:
+            reply = worker_pb2.Reply(error=error_message(error))
+        except Exception as error:
+            reply = worker_pb2.Reply(error=error_message(incident(error, "doing tokenizer work")))
+        reply.key = command.key
+        self._link.send(reply=reply)
+
+    def _load(self, command: worker_pb2.Load) -> worker_pb2.Loaded:
+        begin = time.monotonic()
+        options = command.options
+        device_map = options.device_map if options.HasField("device_map") else devices.AUTO
+        dtype = choose_dtype(
+            options.dtype,
+            on_accelerator=devices.uses_accelerator(device_map),
+            flags=cpu_flags(),
+        )
+        loader = ModelLoader(
+            command.path,
+            dtype=TORCH_DTYPES[dtype.dtype],
+            device_map=device_map,
+            shown_name=command.model,
+        )
+        model, tokenizer = loader.load_model(), loader.load_tokenizer()
+        weights = Duration()
+        weights.FromNanoseconds(round((time.monotonic() - begin) * 1e9))
+        facts = model_facts(model)
+        completions = Tokenizer(tokenizer, _special_ids(tokenizer))
+        engine = SequentialEngine(model, completions, command.model, self._emit)
+        self._hosted = _Hosted(facts, engine, Tokenization(tokenizer, facts.vocabulary_size))
+        details = model_details(model, tokenizer, dtype, engine, _ENGINE_REASON)
+        return worker_pb2.Loaded(details=details, weights=weights)
+
+    def _fail(self, error: LoaderdError) -> None:
+        logger.error("load failed: %s", error.reason)
+        self._link.send(load_failed=worker_pb2.LoadFailed(error=error_message(error)))
+        self._link.close()
+
+    def _model(self, name: str) -> _Hosted:
+        if self._hosted is None:
+            raise ModelNotLoadedError(name)
+        return self._hosted
+
+    def _refuse(self, key: int, error: LoaderdError) -> None:
+        self._emit([worker_pb2.Output(key=key, error=error_message(error))])
+
+    def _emit(self, outputs: Sequence[worker_pb2.Output]) -> None:
+        self._link.send(step=worker_pb2.Step(outputs=outputs))
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """What decoding leaves out when special tokens are to be left out."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset(token_id for token_id, token in added.items() if token.special)

@@ -1,0 +1,100 @@
+"""ModelLoader: a name in, a loaded model and its tokenizer out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import huggingface_hub.constants
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loaderd.server.errors import LoaderdError, OfflineNotCachedError
+from loaderd.server.store import hub
+from loaderd.server.store.cache import default_cache_dir
+from loaderd.server.store.hub_access import HubAccess
+from loaderd.server.store.names import HubName, parse_name_or_path
+from loaderd.server.store.resolve import NotCached, resolve
+from loaderd.server.worker import devices
+from loaderd.server.worker.failures import incident
+from loaderd.server.worker.pretrained import ModelFolder
+
+
+class ModelLoader:
+    """Loads a model by its name: from a local folder, the Hugging Face cache, or the hub.
+
+    The first of these that has it: an existing local folder; the snapshot in the cache that the
+    revision points to there; a download into that cache. Only safetensors weights are read, and
+    no code that comes with a model is run.
+
+    Args:
+        model_name: A folder, `org/name`, or `org/name@revision` (branch, tag or commit).
+        cache_dir: The Hugging Face cache; default: the one that the hub library uses.
+        dtype: Of the weights and of the computation.
+        device_map: "auto" (accelerators first, then the CPU), "cpu", or a device such as "cuda:0".
+        token: The hub token; default: the one that the hub library uses.
+        shown_name: What errors call the model; default: `model_name`.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        cache_dir: Path | None = None,
+        dtype: torch.dtype = torch.float16,
+        device_map: str = devices.AUTO,
+        token: str | None = None,
+        shown_name: str | None = None,
+    ) -> None:
+        self.model_name = model_name
+        self.cache_dir = cache_dir or default_cache_dir()
+        self.dtype = dtype
+        self.device_map = device_map
+        self._token = token
+        self._shown_name = shown_name or model_name
+
+    def load_model(self) -> PreTrainedModel:
+        """Loads the model, ready for inference.
+
+        Raises:
+            LoaderdError: The name leads to no model that can be loaded here; the class says why.
+        """
+        with self._domain_errors("loading a model"):
+            return self._folder.load_model(self.dtype, self.device_map)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Loads the tokenizer; without a padding token, the end-of-sequence token pads.
+
+        Raises:
+            LoaderdError: The name leads to no tokenizer that can be loaded; the class says why.
+        """
+        with self._domain_errors("loading a tokenizer"):
+            return self._folder.load_tokenizer()
+
+    @cached_property
+    def _folder(self) -> ModelFolder:
+        name = parse_name_or_path(self.model_name)
+        found = resolve(name, cache_dir=self.cache_dir, local_roots=None)
+        path = self._download(found) if isinstance(found, NotCached) else found.path
+        return ModelFolder(path, self._shown_name)
+
+    def _download(self, missing: NotCached) -> Path:
+        name: HubName = missing.name
+        if huggingface_hub.is_offline_mode():
+            raise missing.problem or OfflineNotCachedError(str(name))
+        access = HubAccess(
+            endpoint=huggingface_hub.constants.ENDPOINT,
+            token=self._token or huggingface_hub.get_token(),
+        )
+        return hub.download(hub.plan(name, self.cache_dir, access), self.cache_dir, access)
+
+    @contextmanager
+    def _domain_errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except LoaderdError:
+            raise
+        except Exception as error:
+            raise incident(error, f"{doing}: {self._shown_name}", quotes_prompts=False) from error

@@ -1,0 +1,192 @@
+"""transformers' from_pretrained, made to take only whole models and to run no code of theirs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from loaderd.server.errors import (
+    DeviceMemoryError,
+    ModelUnsupportedError,
+    SnapshotCorruptError,
+    SnapshotIncompleteError,
+)
+from loaderd.server.store.selection import CONFIG, SINGLE_WEIGHTS, weights_index
+from loaderd.server.store.weights import check_weights, read_shards
+from loaderd.server.worker import devices
+
+logger = logging.getLogger(__name__)
+
+_ADAPTER = "adapter_config.json"
+_TRUST = {"trust_remote_code": False, "local_files_only": True}
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder that holds a model.
+
+    Attributes:
+        path: The folder; everything that loading needs is in it.
+        name: The model's name, for errors.
+    """
+
+    path: Path
+    name: str
+
+    def load_model(self, dtype: torch.dtype, device_map: str) -> PreTrainedModel:
+        """Loads the model, ready for inference.
+
+        Args:
+            dtype: Of the weights and of the computation.
+            device_map: "auto", "cpu" or a device such as "cuda:0".
+
+        Raises:
+            SnapshotIncompleteError: A file is missing.
+            SnapshotCorruptError: A file is damaged, or a tensor is missing or of another shape.
+            ModelUnsupportedError: It is no causal language model that transformers knows.
+            DeviceMemoryError: It does not fit.
+            InvalidArgumentError, UnsupportedOptionError: See `devices.check_device_map`.
+        """
+        devices.check_device_map(device_map)
+        listing, shards = self._weight_files()
+        config = self._config()
+        model_class = self._model_class(config)
+        if self._weight_bytes(shards, dtype, config) > devices.free_bytes(device_map):
+            raise DeviceMemoryError(self.name)
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.path,
+                config=config,
+                dtype=dtype,
+                device_map=device_map,
+                use_safetensors=True,
+                # Never what the config says: that may name a kernel of the hub.
+                attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
+                # So that they are reported below instead of raised as text.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **_TRUST,
+            )
+        except SafetensorError as error:
+            raise self._unreadable(listing) from error
+        except ImportError as error:
+            self._unsupported(error, "it needs a library that is not installed")
+        except Exception as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(self.name) from error
+        self._check_report(report, listing)
+        if "disk" in getattr(model, "hf_device_map", {}).values():
+            raise DeviceMemoryError(self.name)
+        return model
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Loads the tokenizer; without a padding token, the end-of-sequence token pads.
+
+        Raises:
+            ModelUnsupportedError: There is none that transformers can read.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path, **_TRUST)
+        except Exception as error:  # its files are data, and the ways to misread them are many
+            self._unsupported(error, "it has no tokenizer that can be read")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            # Set in some tokenizer.json; switched off once here, the backend never changes
+            # again, so that threads can share it.
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+        return tokenizer
+
+    def _weight_files(self) -> tuple[str, list[str]]:
+        """The file that stands for all weights, and the files that hold them, checked."""
+        names = {path.name for path in self.path.iterdir()}
+        if _ADAPTER in names:
+            raise ModelUnsupportedError(self.name, "it is an adapter; load the model it adapts")
+        if CONFIG not in names:
+            raise SnapshotIncompleteError(self.name, CONFIG)
+        index = weights_index(names, self.name)
+        shards = [SINGLE_WEIGHTS]
+        if index is not None:
+            shards = sorted(read_shards((self.path / index).read_bytes(), self.name))
+        for shard in shards:
+            if not (self.path / shard).is_file():
+                raise SnapshotIncompleteError(self.name, shard)
+            check_weights(self.path / shard, shard, self.name)
+        return index or SINGLE_WEIGHTS, shards
+
+    def _config(self) -> PreTrainedConfig:
+        try:
+            return AutoConfig.from_pretrained(self.path, **_TRUST)
+        except Exception as error:  # its content is data, and the ways to misread it are many
+            self._unsupported(error, self._config_problem())
+
+    def _config_problem(self) -> str:
+        try:
+            model_type = json.loads((self.path / CONFIG).read_bytes())["model_type"]
+        except (ValueError, KeyError, TypeError):
+            return "its config.json names no model_type"
+        if model_type in CONFIG_MAPPING:
+            return "its config.json does not fit its model_type"
+        return f"transformers {transformers.__version__} does not know its model_type"
+
+    def _model_class(self, config: PreTrainedConfig) -> Any:
+        found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if found is None:
+            raise ModelUnsupportedError(
+                self.name, f"{config.model_type} is not a causal language model"
+            )
+        return found[0] if isinstance(found, tuple) else found
+
+    def _weight_bytes(self, shards: list[str], dtype: torch.dtype, config: PreTrainedConfig) -> int:
+        if getattr(config, "quantization_config", None) is not None:
+            return sum((self.path / shard).stat().st_size for shard in shards)
+        numbers = 0
+        for shard in shards:
+            try:
+                with safe_open(self.path / shard, framework="pt") as weights:
+                    keys = weights.keys()
+                    shapes = [weights.get_slice(key).get_shape() for key in keys]
+            except SafetensorError as error:
+                raise self._unreadable(shard) from error
+            numbers += sum(math.prod(shape) for shape in shapes)
+        return numbers * int(dtype.itemsize)
+
+    def _check_report(self, report: dict[str, Any], listing: str) -> None:
+        """Refuses a model of which transformers made up a part."""
+        for tensor in sorted(report["missing_keys"]):
+            raise SnapshotCorruptError(self.name, listing, f"a tensor {tensor!r}", "none")
+        for tensor, found, expected in sorted(report["mismatched_keys"]):
+            raise SnapshotCorruptError(
+                self.name,
+                listing,
+                f"tensor {tensor!r} of shape {tuple(expected)}",
+                f"shape {tuple(found)}",
+            )
+
+    def _unreadable(self, file: str) -> SnapshotCorruptError:
+        return SnapshotCorruptError(self.name, file, "safetensors data", "something else")
+
+    def _unsupported(self, error: Exception, problem: str) -> NoReturn:
+        logger.warning("cannot load %s: %s", self.name, problem, exc_info=error)
+        raise ModelUnsupportedError(self.name, problem) from error
