@@ -1,0 +1,276 @@
+"""The fake's models: a load is a list of steps, shared by all who wait for it."""
+# ruff: noqa: N802 - names of the protocol
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from loaderd.v1 import model_pb2, model_pb2_grpc
+from tests.fake_daemon.cache import commit_of, download_steps
+from tests.fake_daemon.failure import FailureError
+from tests.fake_daemon.generation import SUPPORTED
+
+if TYPE_CHECKING:
+    from tests.fake_daemon.daemon import FakeDaemon
+
+FREED_BYTES = 123_456_789
+WEIGHT_BYTES = 38_000_000
+
+
+class Load:
+    """A load under way: each waiter moves it on, the last one that leaves stops it."""
+
+    def __init__(self, steps: list[tuple[int, int | None]]) -> None:
+        self.steps = steps
+        self.done = 0
+        self.waiters = 0
+
+
+class Models:
+    """The registry."""
+
+    def __init__(self, daemon: FakeDaemon) -> None:
+        self._daemon = daemon
+        self._lock = threading.RLock()
+        self._numbers = itertools.count(1)
+        self._sequence = itertools.count(1)
+        self._watchers: list[queue.Queue[model_pb2.ModelEvent]] = []
+        self._models: dict[str, model_pb2.Model] = {}
+        self._loads: dict[str, Load] = {}
+
+    def all(self) -> list[model_pb2.Model]:
+        with self._lock:
+            return [self._copy(model) for model in self._models.values()]
+
+    def find(self, name: str) -> model_pb2.Model:
+        """The model of this name or id, itself."""
+        with self._lock:
+            if not name:
+                raise FailureError("INVALID_NAME", field="model", problem="must not be empty")
+            found = [m for m in self._models.values() if name in (m.id, m.name)]
+            if not found:
+                raise FailureError("MODEL_NOT_LOADED", model=name)
+            if len(found) > 1:
+                raise FailureError("INVALID_ARGUMENT", field="model", problem="several; use the id")
+            return found[0]
+
+    def ready(self, name: str) -> model_pb2.Model:
+        model = self.find(name)
+        if model.state != model_pb2.MODEL_STATE_READY:
+            raise FailureError("MODEL_NOT_LOADED", model=name)
+        return model
+
+    @contextmanager
+    def in_use(self, name: str) -> Iterator[model_pb2.Model]:
+        """Counts a request of the model."""
+        model = self.ready(name)
+        with self._lock:
+            model.active_requests += 1
+        try:
+            yield model
+        finally:
+            with self._lock:
+                model.active_requests -= 1
+
+    @contextmanager
+    def join(self, request: model_pb2.LoadModelRequest) -> Iterator[model_pb2.Model]:
+        """Finds or starts the load of a model; leaving it last before its end stops it."""
+        with self._lock:
+            model = self._find_loaded(request) or self._start(request)
+            load = self._loads[model.id]
+            load.waiters += 1
+        try:
+            yield model
+        finally:
+            with self._lock:
+                load.waiters -= 1
+                if load.waiters == 0 and model.state != model_pb2.MODEL_STATE_READY:
+                    self._remove(model)
+
+    def advance(self, model: model_pb2.Model) -> model_pb2.LoadModelResponse | None:
+        """Takes the load's next step; None when the model is READY."""
+        with self._lock:
+            load = self._loads[model.id]
+            if load.done >= len(load.steps):
+                self._become_ready(model)
+                return None
+            state, downloaded = load.steps[load.done]
+            if (state, model.name) != (model_pb2.MODEL_STATE_LOADING, "demo/stuck"):
+                load.done += 1
+            if model.state != state:
+                self._change(model, state)
+            progress = model_pb2.LoadProgress(
+                model_id=model.id, state=model.state, elapsed=Duration(nanos=1_000_000)
+            )
+            if downloaded is not None:
+                progress.download.CopyFrom(self._daemon.cache.progress(downloaded))
+            return model_pb2.LoadModelResponse(progress=progress)
+
+    def unload(self, name: str, *, force: bool) -> model_pb2.Model:
+        with self._lock:
+            model = self.find(name)
+            loading = model.state != model_pb2.MODEL_STATE_READY
+            if (model.active_requests or loading) and not force:
+                raise FailureError(
+                    "MODEL_IN_USE", model=name, active_requests=str(model.active_requests)
+                )
+            self._change(model, model_pb2.MODEL_STATE_UNLOADING)
+            self._remove(model)
+            return self._copy(model)
+
+    @contextmanager
+    def watch(self) -> Iterator[tuple[list[model_pb2.Model], queue.Queue[model_pb2.ModelEvent]]]:
+        events: queue.Queue[model_pb2.ModelEvent] = queue.Queue()
+        with self._lock:
+            self._watchers.append(events)
+            models = self.all()
+        try:
+            yield models, events
+        finally:
+            self._watchers.remove(events)
+
+    def _find_loaded(self, request: model_pb2.LoadModelRequest) -> model_pb2.Model | None:
+        for model in self._models.values():
+            if (model.name, model.options) == (request.model, request.options):
+                return model
+        return None
+
+    def _start(self, request: model_pb2.LoadModelRequest) -> model_pb2.Model:
+        repo_id = self._daemon.cache.check_name(request.model)
+        device_map = request.options.device_map
+        if device_map.startswith("cuda:"):
+            raise FailureError("UNSUPPORTED_OPTION", field="options.device_map", problem="no such")
+        if device_map not in {"", "auto", "cpu"}:
+            raise FailureError("INVALID_ARGUMENT", field="options.device_map", problem="is none")
+        local = repo_id.startswith("/")
+        cached = local or repo_id in self._daemon.cache.cached
+        steps: list[tuple[int, int | None]] = [(model_pb2.MODEL_STATE_RESOLVING, None)]
+        if not cached:
+            steps += [(model_pb2.MODEL_STATE_DOWNLOADING, done) for done in download_steps()]
+        steps += [(model_pb2.MODEL_STATE_LOADING, None)] * 2
+        model = model_pb2.Model(
+            id=f"m-{next(self._numbers)}",
+            name=request.model,
+            source=model_pb2.MODEL_SOURCE_LOCAL
+            if local
+            else model_pb2.MODEL_SOURCE_CACHED
+            if cached
+            else model_pb2.MODEL_SOURCE_HUB,
+            repo_id="" if local else repo_id,
+            commit="" if local else commit_of(repo_id),
+            options=request.options,
+        )
+        model.created_at.GetCurrentTime()
+        self._models[model.id] = model
+        self._loads[model.id] = Load(steps)
+        return model
+
+    def _become_ready(self, model: model_pb2.Model) -> None:
+        if model.state == model_pb2.MODEL_STATE_READY:
+            return
+        if model.repo_id:
+            self._daemon.cache.cached.add(model.repo_id)
+        details = model_pb2.ModelDetails(
+            architecture="FakeForCausalLM",
+            dtype=model.options.dtype or model_pb2.DTYPE_BFLOAT16,
+            dtype_reason="asked for" if model.options.dtype else "this CPU computes it natively",
+            engine="fake",
+            engine_reason="there is no other",
+            context_length=100_000,
+            parameter_count=19_000_000,
+            weight_bytes=WEIGHT_BYTES,
+            device_map={"": "cpu"},
+            has_chat_template=model.repo_id != "demo/base",
+            supported_parameters=sorted(SUPPORTED),
+            worker_pid=4242,
+        )
+        model.details.CopyFrom(details)
+        model.ready_at.GetCurrentTime()
+        model.timings.resolve.FromMilliseconds(5)
+        model.timings.total.FromMilliseconds(25)
+        self._change(model, model_pb2.MODEL_STATE_READY)
+        self._set_health(model, serving=True)
+
+    def _remove(self, model: model_pb2.Model) -> None:
+        if self._models.pop(model.id, None) is not None:
+            del self._loads[model.id]
+            self._change(model, model_pb2.MODEL_STATE_UNLOADED)
+            self._set_health(model, serving=False)
+
+    def _set_health(self, model: model_pb2.Model, *, serving: bool) -> None:
+        for service in (model.name, model.id):
+            self._daemon.set_health(service, serving=serving)
+
+    def _change(self, model: model_pb2.Model, state: int) -> None:
+        event = model_pb2.ModelEvent(sequence=next(self._sequence), previous_state=model.state)
+        event.time.GetCurrentTime()
+        model.state = model_pb2.ModelState.ValueType(state)
+        event.model.CopyFrom(model)
+        for watcher in self._watchers:
+            watcher.put(event)
+
+    def _copy(self, model: model_pb2.Model) -> model_pb2.Model:
+        copy = model_pb2.Model()
+        copy.CopyFrom(model)
+        return copy
+
+
+class ModelService(model_pb2_grpc.ModelServiceServicer):
+    def __init__(self, daemon: FakeDaemon) -> None:
+        self._daemon = daemon
+        self._models = daemon.models
+
+    def LoadModel(
+        self, request: model_pb2.LoadModelRequest, context: grpc.ServicerContext
+    ) -> Iterator[model_pb2.LoadModelResponse]:
+        call = self._daemon.seen("LoadModel", request, context)
+        with call.follow(context), self._models.join(request) as model:
+            while (progress := self._models.advance(model)) is not None:
+                yield progress
+                if not self._daemon.pause(context, self._daemon.step_s):
+                    return
+            yield model_pb2.LoadModelResponse(model=model)
+
+    def UnloadModel(
+        self, request: model_pb2.UnloadModelRequest, context: Any
+    ) -> model_pb2.UnloadModelResponse:
+        response = model_pb2.UnloadModelResponse(freed_bytes=FREED_BYTES)
+        with self._daemon.seen("UnloadModel", request, context).follow(context):
+            response.model.CopyFrom(self._models.unload(request.model, force=request.force))
+        return response
+
+    def GetModel(
+        self, request: model_pb2.GetModelRequest, context: Any
+    ) -> model_pb2.GetModelResponse:
+        response = model_pb2.GetModelResponse()
+        with self._daemon.seen("GetModel", request, context).follow(context):
+            response.model.CopyFrom(self._models.find(request.model))
+        return response
+
+    def ListModels(
+        self, request: model_pb2.ListModelsRequest, context: Any
+    ) -> model_pb2.ListModelsResponse:
+        with self._daemon.seen("ListModels", request, context).follow(context):
+            return model_pb2.ListModelsResponse(models=self._models.all())
+
+    def WatchModels(
+        self, request: model_pb2.WatchModelsRequest, context: grpc.ServicerContext
+    ) -> Iterator[model_pb2.WatchModelsResponse]:
+        call = self._daemon.seen("WatchModels", request, context)
+        with call.follow(context), self._models.watch() as (models, events):
+            snapshot = model_pb2.ModelList(models=models)
+            yield model_pb2.WatchModelsResponse(snapshot=snapshot)
+            while context.is_active() and not self._daemon.stopping.is_set():
+                try:
+                    event = events.get(timeout=0.02)
+                except queue.Empty:
+                    continue
+                yield model_pb2.WatchModelsResponse(event=event)
