@@ -18,9 +18,7 @@ from loaderd.client import (
     errors,
 )
 from tests.daemon import SpawnedDaemon
-from tests.hub import faults
-from tests.hub.repo import Access, HubRepo, files_below
-from tests.hub.server import Hub
+from tests.hub import Access, Hub, HubRepo, faults, files_below
 from tests.hub.tiny_models import build_tiny_model
 
 Spawn = Callable[..., SpawnedDaemon]
@@ -115,7 +113,7 @@ def test_concurrent_loads_share_one_download(hub: Hub, client: Client) -> None:
 
 
 def test_a_cancelled_download_stops_and_the_next_one_succeeds(hub: Hub, client: Client) -> None:
-    hub.inject(faults.hang(after_bytes=1000), path="model.safetensors")
+    hub.inject(faults.hang(after_bytes=1000), path="*/model.safetensors")
     download = client.cache.start_download("org/tiny")
     for progress in download:
         if progress.total_bytes:
@@ -162,7 +160,7 @@ def test_a_corrupted_entry_is_fetched_again(
 def test_a_daemon_that_stops_leaves_no_download_behind(
     hub: Hub, daemon: SpawnedDaemon, client: Client
 ) -> None:
-    hub.inject(faults.hang(after_bytes=1000), path="model.safetensors")
+    hub.inject(faults.hang(after_bytes=1000), path="*/model.safetensors")
     failures: list[BaseException] = []
 
     def download() -> None:

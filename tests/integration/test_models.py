@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 
@@ -20,6 +21,7 @@ from loaderd.client import (
     ModelState,
     errors,
 )
+from loaderd.v1 import model_pb2
 from tests.daemon import SpawnedDaemon
 from tests.waiting import until
 
@@ -191,14 +193,10 @@ def test_a_worker_that_is_killed_takes_its_model_and_nothing_else(
      "~/model", "./model", "org/name@a b", "x" * 200],
 )  # fmt: skip
 def test_an_invalid_name_is_refused(daemon: SpawnedDaemon, client: Client, name: str) -> None:
-    from loaderd.v1 import model_pb2
-
     request = model_pb2.LoadModelRequest(model=name)  # as it is: the SDK makes paths absolute
-    import grpc
-
     with pytest.raises(grpc.RpcError) as caught:
         list(client.raw.models.LoadModel(request, timeout=20))
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert client.models() == []
 
 
