@@ -1,0 +1,1 @@
+"""Model files on disk: names, the cache's layout, resolution, downloads, snapshots."""

@@ -1,0 +1,142 @@
+"""The contents of a repository's files in the cache: whole, partial, left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loaderd.server.errors import SnapshotCorruptError
+from loaderd.server.store.cache import RepoFolder
+from loaderd.server.store.digests import digest_of_file
+from loaderd.server.store.plan import PlannedFile
+from loaderd.server.store.weights import check_weights
+
+# `<digest>.<8 hex>.incomplete`; older releases of the hub library leave the 8 hex out.
+_INCOMPLETE = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})(\.[0-9a-f]{8})?\.incomplete")
+
+
+class SnapshotFiles:
+    """The files of one commit, as they are in the cache.
+
+    Args:
+        repo: The repository.
+        commit: The commit.
+    """
+
+    def __init__(self, repo: RepoFolder, commit: str) -> None:
+        self.repo = repo
+        self._folder = repo.snapshot(commit)
+
+    def is_whole(self, file: PlannedFile) -> bool:
+        """Whether the cache has the file, as far as its size and its header tell."""
+        pointer, blob = self._paths(file)
+        path = pointer if pointer.exists() else blob
+        if not path.is_file() or path.stat().st_size != file.size_bytes:
+            return False
+        if pointer.is_symlink() and pointer.readlink().name != file.digest:
+            return False
+        return self.repo.holds(Path(os.path.realpath(path))) and self._is_sound(path, file)
+
+    def discard(self, file: PlannedFile) -> None:
+        """Takes away what the cache has of the file, so that the library fetches it again.
+
+        A blob in the store that repositories share stays there; only the way to it goes.
+        """
+        for path in self._paths(file):
+            path.unlink(missing_ok=True)
+
+    def verify(self, file: PlannedFile, on_bytes: Callable[[int], None]) -> None:
+        """Compares the file's content with its digest.
+
+        Args:
+            file: The file.
+            on_bytes: Told of every piece that was read.
+
+        Raises:
+            SnapshotCorruptError: It is another content; it is discarded.
+        """
+        pointer, _ = self._paths(file)
+        found = digest_of_file(pointer, file.digest, on_bytes)
+        if found != file.digest:
+            self.discard(file)
+            raise SnapshotCorruptError(self.repo.repo_id, file.path, file.digest, found)
+
+    def bytes_present(self, file: PlannedFile) -> int:
+        """How much of the file is on disk, whoever downloads it."""
+        for path in self._paths(file):
+            try:
+                return min(path.stat().st_size, file.size_bytes)
+            except FileNotFoundError:
+                continue
+        parts = [_stat(path) for path in self.repo.blobs.glob(f"{file.digest}.*incomplete")]
+        # Of several, all but the newest were left behind.
+        return min(max(parts, default=(0.0, 0))[1], file.size_bytes)
+
+    def _paths(self, file: PlannedFile) -> tuple[Path, Path]:
+        return self._folder / file.path, self.repo.blobs / file.digest
+
+    def _is_sound(self, path: Path, file: PlannedFile) -> bool:
+        if not file.path.endswith(".safetensors"):
+            return True
+        try:
+            check_weights(path, file.path, self.repo.repo_id)
+        except SnapshotCorruptError:
+            return False
+        return True
+
+
+def sweep(repo: RepoFolder, *, min_age: float = 0.0) -> int:
+    """Deletes partial files of downloads that ended without finishing; returns their bytes.
+
+    A partial file belongs to whoever holds the lock of its blob. Where the file system has no
+    such locks nothing is deleted.
+
+    Args:
+        repo: The repository.
+        min_age: Leave files alone that were written to less than so many seconds ago.
+    """
+    freed = 0
+    for path in repo.blobs.glob("*.incomplete"):
+        match = _INCOMPLETE.fullmatch(path.name)
+        if match is None:
+            continue
+        with _unlocked(repo.locks / f"{match[1]}.lock") as unlocked:
+            modified, size = _stat(path)
+            if unlocked and time.time() - modified >= min_age:
+                path.unlink(missing_ok=True)
+                freed += size
+    return freed
+
+
+@contextmanager
+def _unlocked(lock: Path) -> Iterator[bool]:
+    """Whether nobody holds a lock of the hub library; if so it is held meanwhile."""
+    try:
+        handle = lock.open("r+b")
+    except FileNotFoundError:
+        yield True
+        return
+    except PermissionError:  # another user's download
+        yield False
+        return
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def _stat(path: Path) -> tuple[float, int]:
+    """When a file was last written to, and its size; of one that is gone, zeros."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return 0.0, 0
+    return stat.st_mtime, stat.st_size

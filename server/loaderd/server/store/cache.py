@@ -1,0 +1,191 @@
+"""Where the Hugging Face cache keeps things.
+
+The layout is that of the hub library, which shares the cache with us:
+`models--org--name/{blobs,refs,snapshots/<commit>,trees/<commit>.json}`, with lock files in
+`.locks/` at the cache's root, and in `blobs/` there what several repositories share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loaderd.server.errors import InvalidNameError
+from loaderd.server.store.names import HubName, is_commit
+
+TREE_FORMAT_VERSION = 1
+
+_FOLDER_PREFIX = "models--"
+_SHARED_MARKER = ".huggingface-shared-blobs"
+_TEMPORARY = re.compile(r".*\.[0-9a-f]{8}\.tmp")
+
+
+@dataclass(frozen=True)
+class TreeEntry:
+    """What the hub's listing of a commit says of one file.
+
+    Attributes:
+        size: Bytes of the file itself, never of a pointer to it.
+        blob_id: The git object: the file's sha1, or that of its LFS pointer.
+        lfs_sha256: The file's sha256 when it is kept in LFS.
+    """
+
+    size: int
+    blob_id: str
+    lfs_sha256: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """The name of the file's blob: what its content hashes to."""
+        return self.lfs_sha256 or self.blob_id
+
+
+@dataclass(frozen=True)
+class RepoFolder:
+    """One repository's folder in a cache."""
+
+    cache_dir: Path
+    repo_id: str
+
+    @staticmethod
+    def all(cache_dir: Path) -> Iterator[RepoFolder]:
+        """The model repositories of a cache, in no order; none when there is no cache."""
+        if not cache_dir.is_dir():
+            return
+        for path in cache_dir.glob(f"{_FOLDER_PREFIX}*"):
+            repo_id = path.name.removeprefix(_FOLDER_PREFIX).replace("--", "/")
+            try:
+                HubName(repo_id)
+            except InvalidNameError:
+                continue  # not a folder that the hub library makes
+            if path.is_dir():
+                yield RepoFolder(cache_dir, repo_id)
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.cache_dir / (_FOLDER_PREFIX + self.repo_id.replace("/", "--"))
+
+    @property
+    def locks(self) -> Path:
+        """Where the hub library locks this repository's blobs while it downloads them."""
+        return self.cache_dir / ".locks" / self.path.name
+
+    @property
+    def blobs(self) -> Path:
+        """Where the files' contents are, each named by its hash."""
+        return self.path / "blobs"
+
+    def snapshot(self, commit: str) -> Path:
+        """The folder with a commit's files: links into `blobs`."""
+        return self.path / "snapshots" / commit
+
+    def commits(self) -> list[str]:
+        """The commits that have a snapshot, whole or not."""
+        folder = self.path / "snapshots"
+        if not folder.is_dir():
+            return []
+        return [entry.name for entry in folder.iterdir() if is_commit(entry.name)]
+
+    def commit_of(self, revision: str) -> str | None:
+        """The commit that a revision was when it was last fetched; None if it never was."""
+        if is_commit(revision):
+            return revision
+        try:
+            commit = (self.path / "refs" / revision).read_text("ascii").strip()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError):
+            return None
+        return commit if is_commit(commit) else None
+
+    def refs(self) -> dict[str, list[str]]:
+        """The names of branches and tags by their commit, sorted."""
+        root = self.path / "refs"
+        names: dict[str, list[str]] = {}
+        for path in sorted(root.rglob("*")) if root.is_dir() else ():
+            name = path.relative_to(root).as_posix()
+            if path.is_file() and not _TEMPORARY.fullmatch(name) and not is_commit(name):
+                commit = self.commit_of(name)
+                if commit is not None:
+                    names.setdefault(commit, []).append(name)
+        return names
+
+    def write_ref(self, revision: str, commit: str) -> None:
+        """Notes which commit a revision is now."""
+        if not is_commit(revision) and self.commit_of(revision) != commit:
+            _replace(self.path / "refs" / revision, commit)
+
+    def read_tree(self, commit: str) -> dict[str, TreeEntry] | None:
+        """The hub's listing of a commit; None when the cache has none that is readable."""
+        try:
+            data = json.loads(self._tree(commit).read_bytes())
+            if data["format_version"] != TREE_FORMAT_VERSION:
+                return None
+            return {name: _tree_entry(entry) for name, entry in data["files"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def write_tree(self, commit: str, tree: Mapping[str, TreeEntry]) -> None:
+        """Keeps the hub's listing of a commit, in the hub library's own format."""
+        files = {}
+        for name in sorted(tree):
+            entry = tree[name]
+            files[name] = {"size": entry.size, "blob_id": entry.blob_id}
+            if entry.lfs_sha256 is not None:
+                files[name] |= {"lfs_sha256": entry.lfs_sha256, "lfs_size": entry.size}
+        data = {"format_version": TREE_FORMAT_VERSION, "files": files}
+        _replace(self._tree(commit), json.dumps(data, indent=1))
+
+    def holds(self, real: Path) -> bool:
+        """Whether a real path is where a link of this repository's snapshots may point.
+
+        That is its own `blobs`, its own snapshots (where links are not supported the files
+        themselves are there), or the store of blobs that the cache's repositories share.
+        """
+        homes = [self.blobs, self.path / "snapshots"]
+        shared = self.cache_dir / "blobs"
+        if (shared / _SHARED_MARKER).is_file():
+            homes.append(shared)
+        return any(real.is_relative_to(os.path.realpath(home)) for home in homes)
+
+    def _tree(self, commit: str) -> Path:
+        return self.path / "trees" / f"{commit}.json"
+
+
+def default_cache_dir() -> Path:
+    """The cache that the hub library uses in this environment, as an absolute path."""
+    home = _expand(
+        os.environ.get(
+            "HF_HOME",
+            str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")),
+        )
+    )
+    legacy = os.environ.get("HUGGINGFACE_HUB_CACHE", str(Path(home, "hub")))
+    return Path(_expand(os.environ.get("HF_HUB_CACHE", legacy))).absolute()
+
+
+def _expand(path: str) -> str:
+    return os.path.expandvars(Path(path).expanduser())
+
+
+def _tree_entry(data: dict[str, object]) -> TreeEntry:
+    sha256, blob_id = data.get("lfs_sha256"), data["blob_id"]
+    size = data["size"] if sha256 is None else data["lfs_size"]
+    if not isinstance(size, int) or not isinstance(blob_id, str):
+        raise TypeError("a tree's entry has a size and a blob_id")
+    return TreeEntry(size, blob_id, None if sha256 is None else str(sha256))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file such that no reader ever sees a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,97 @@
+"""The hub: what a name is there, and how its files come into the cache.
+
+With the `hub_*` modules that it uses the only code that talks to the hub. It blocks; the daemon
+runs it in a child process (`hub_child.py`) that it can kill. Nothing is written before the hub's
+listing has been checked, the library's requests run under `hub_guard`, each file is hashed when
+it has come, and the revision's ref moves only when the whole snapshot is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from loaderd.server.errors import ModelUnsupportedError
+from loaderd.server.store.blobs import SnapshotFiles
+from loaderd.server.store.cache import RepoFolder, TreeEntry
+from loaderd.server.store.digests import digest_of_file
+from loaderd.server.store.hub_access import HubAccess, domain_errors
+from loaderd.server.store.hub_download import Download, OnProgress
+from loaderd.server.store.hub_guard import Exchange, guard
+from loaderd.server.store.hub_listing import fetch_file, list_files
+from loaderd.server.store.names import HubName
+from loaderd.server.store.plan import DownloadPlan, PlannedFile
+from loaderd.server.store.selection import CONFIG, WEIGHTS_INDEX, select, weights_index
+from loaderd.server.store.weights import read_shards
+
+
+def plan(name: HubName, cache_dir: Path, access: HubAccess) -> DownloadPlan:
+    """Asks the hub what a download would fetch. Writes nothing.
+
+    Args:
+        name: The repository and revision.
+        cache_dir: The Hugging Face cache.
+        access: The hub.
+
+    Raises:
+        ModelNotFoundError, RevisionNotFoundError, ModelGatedError: The hub says so.
+        ModelUnsupportedError: The repository has no weights that can be loaded.
+        HubUnreachableError, HubRateLimitedError: The hub does not answer.
+        SnapshotCorruptError: The hub's answer names things that no hub names.
+    """
+    model = name.repo_id
+    repo = RepoFolder(cache_dir, model)
+    with domain_errors(name), guard(Exchange(access.endpoint, model)):
+        commit, tree = list_files(name, access)
+        if CONFIG not in tree:
+            raise ModelUnsupportedError(model, f"its repository has no {CONFIG}")
+        shards = None
+        if weights_index(tree, model) is not None:
+            shards = read_shards(_index(repo, commit, tree[WEIGHTS_INDEX], access), model)
+    needed = select(tree, shards)
+    if not tree.keys() >= set(needed):
+        problem = f"its {WEIGHTS_INDEX} names a file that its repository lacks"
+        raise ModelUnsupportedError(model, problem)
+    files = SnapshotFiles(repo, commit)
+    planned = tuple(_planned(path, tree[path], files) for path in needed)
+    return DownloadPlan(model, name.revision, commit, planned, tree)
+
+
+def download(
+    plan: DownloadPlan,
+    cache_dir: Path,
+    access: HubAccess,
+    on_progress: OnProgress = lambda _: None,
+) -> Path:
+    """Brings a plan's files into the cache; returns the snapshot's folder.
+
+    What the cache has already stays if its size and header are right; what is damaged is
+    fetched again. After a failure the files that came whole stay too.
+
+    Args:
+        plan: From `plan`, for the same cache.
+        cache_dir: The Hugging Face cache.
+        access: The hub.
+        on_progress: Called in this thread at most ten times a second, and only when something
+            moved: bytes came, were hashed, or a wait began.
+
+    Raises:
+        DiskFullError: The disk cannot hold it, or could not in the end.
+        SnapshotCorruptError: A file came with other content than the hub's listing says.
+        SnapshotIncompleteError: The hub listed a file and does not have it.
+        ModelGatedError, HubUnreachableError, HubRateLimitedError: As for `plan`.
+    """
+    with domain_errors(HubName(plan.repo_id, plan.revision)):
+        return Download(plan, cache_dir, access).run(on_progress)
+
+
+def _index(repo: RepoFolder, commit: str, entry: TreeEntry, access: HubAccess) -> bytes:
+    blob = repo.blobs / entry.digest
+    if blob.is_file() and digest_of_file(blob, entry.digest) == entry.digest:
+        return blob.read_bytes()
+    return fetch_file(repo.repo_id, commit, WEIGHTS_INDEX, entry, access)
+
+
+def _planned(path: str, entry: TreeEntry, files: SnapshotFiles) -> PlannedFile:
+    file = PlannedFile(path, entry.size, entry.digest, cached=False)
+    return replace(file, cached=files.is_whole(file))

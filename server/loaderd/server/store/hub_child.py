@@ -1,0 +1,119 @@
+"""The download child: `python -m loaderd.server.store.hub_child`.
+
+Hub code runs in a process of its own because the hub library has calls that never end, keeps
+state from its import on, and handles what strangers send. One request comes on stdin, messages go
+to stdout, logs to stderr. The child ends when its parent does or closes stdin.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import BinaryIO
+
+from loaderd.server.errors import LoaderdError
+from loaderd.server.store.cache import RepoFolder
+from loaderd.server.store.confine import confine_writing
+from loaderd.server.store.hub_access import HubAccess
+from loaderd.server.store.hub_messages import (
+    Defect,
+    Done,
+    Message,
+    Operation,
+    Ready,
+    Request,
+    encode,
+)
+from loaderd.server.store.names import HubName
+
+# The library writes and reports in pieces of 10 MiB, and goes on after a fault from there.
+CHUNK_BYTES = 1 << 20
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Does what the request says, then ends the process."""
+    _die_with_parent()
+    output = _take_stdout()
+    request = Request.from_line(sys.stdin.buffer.readline())
+    repo = RepoFolder(Path(request.cache_dir), request.repo_id)
+    _confine(repo, request.operation)
+    threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
+    _log_to_stderr(request.repo_id)
+    try:
+        answer = _run(request, output)
+    except LoaderdError as error:
+        answer = error
+    except Exception:
+        answer = Defect(traceback.format_exc())
+    _send(output, answer)
+    # Threads of a download that failed may still wait for the hub; nobody waits for them.
+    os._exit(0)
+
+
+def _run(request: Request, output: BinaryIO) -> Message:
+    from huggingface_hub import constants
+
+    from loaderd.server.store import hub
+
+    constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
+    _send(output, Ready())
+    name = HubName(request.repo_id, request.revision)
+    cache_dir = Path(request.cache_dir)
+    access = HubAccess(request.endpoint, request.token, request.retry)
+    plan = hub.plan(name, cache_dir, access)
+    if request.operation == "plan":
+        return plan
+    hub.download(plan, cache_dir, access, lambda progress: _send(output, progress))
+    return Done(plan.commit)
+
+
+def _confine(repo: RepoFolder, operation: Operation) -> None:
+    """A plan writes nothing, a download only into the cache."""
+    folders: list[Path] = []
+    if operation == "download":
+        repo.cache_dir.mkdir(parents=True, exist_ok=True)
+        # The operator may have moved a repository, or its blobs, to another disk.
+        folders = [repo.cache_dir, *filter(Path.is_dir, (repo.path, repo.blobs))]
+    confine_writing(folders)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_with_stdin() -> None:
+    while sys.stdin.buffer.read(1):
+        pass
+    os._exit(1)
+
+
+def _take_stdout() -> BinaryIO:
+    """Keeps stdout for messages: what libraries print goes to stderr."""
+    output = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    return output
+
+
+def _log_to_stderr(repo_id: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(levelname)s download of {repo_id}: %(message)s"))
+    logging.getLogger("loaderd").addHandler(handler)
+
+
+def _send(output: BinaryIO, message: Message) -> None:
+    try:
+        output.write(encode(message))
+    except BrokenPipeError:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Checks on everything that the hub library asks and is answered.
+
+The library trusts the hub: it makes file names of its answers, waits as long as it is told to,
+and asks some things without a time-out. Hooks on its HTTP session check each request and
+response before the library sees it. They act only inside `guard`, so that other code of the
+process may use the library as ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+from loaderd.server.errors import HubUnreachableError, SnapshotCorruptError
+from loaderd.server.store.plan import PlannedFile
+
+if TYPE_CHECKING:
+    import httpx2
+
+CONNECT_TIMEOUT = 10.0
+READ_TIMEOUT = 30.0
+
+_TOO_MANY_REQUESTS = 429
+_SERVER_ERROR = 500
+_LONGEST_SHOWN = 64
+
+_log = logging.getLogger(__name__)
+_install_lock = threading.Lock()
+
+
+class HubBusyError(Exception):
+    """The hub answered 429 or 5xx: it may well answer later.
+
+    Attributes:
+        rate_limited: Whether it was 429.
+        retry_after: The seconds that it asked to wait, if it did.
+    """
+
+    def __init__(self, status: int, retry_after: float | None) -> None:
+        super().__init__(f"the hub answered {status}")
+        self.rate_limited = status == _TOO_MANY_REQUESTS
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What the requests that a thread makes now are about.
+
+    Attributes:
+        endpoint: The hub; only its origin ever gets the token.
+        model: The model, for errors.
+        commit: The commit whose files are fetched.
+        file: The file that is being fetched.
+    """
+
+    endpoint: str
+    model: str
+    commit: str | None = None
+    file: PlannedFile | None = None
+
+
+_exchange: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
+
+
+@contextmanager
+def guard(exchange: Exchange) -> Iterator[None]:
+    """Checks what this thread's calls of the hub library ask and are answered."""
+    _install()
+    token = _exchange.set(exchange)
+    try:
+        yield
+    finally:
+        _exchange.reset(token)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, as a URL names it, is this box itself."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _install() -> None:
+    from huggingface_hub.utils import _http
+
+    with _install_lock:
+        if _check_response in _http.get_session().event_hooks["response"]:
+            return
+        # Whoever set a factory, say for a proxy, keeps it. The library has no public getter.
+        factory = _http._GLOBAL_CLIENT_FACTORY
+
+        def guarded() -> httpx2.Client:
+            client = factory()
+            hooks = client.event_hooks
+            client.event_hooks = {
+                "request": [*hooks["request"], _check_request],
+                "response": [*hooks["response"], _check_response],
+            }
+            return client
+
+        _http.set_client_factory(guarded)
+
+
+def _check_request(request: httpx2.Request) -> None:
+    import httpx2
+
+    exchange = _exchange.get()
+    if exchange is None:
+        return
+    if request.url.scheme != "https" and not is_loopback(request.url.host):
+        _log.warning("the hub leads to %s without encryption; refused", request.url.host)
+        raise HubUnreachableError(exchange.model)
+    endpoint = httpx2.URL(exchange.endpoint)
+    if _origin(request.url) != _origin(endpoint):
+        request.headers.pop("authorization", None)
+    timeout = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        "connect": timeout.get("connect") or CONNECT_TIMEOUT,
+        "read": timeout.get("read") or READ_TIMEOUT,
+        "write": timeout.get("write") or READ_TIMEOUT,
+        "pool": timeout.get("pool"),
+    }
+
+
+def _check_response(response: httpx2.Response) -> None:
+    exchange = _exchange.get()
+    if exchange is None:
+        return
+    if response.status_code == _TOO_MANY_REQUESTS or response.status_code >= _SERVER_ERROR:
+        raise HubBusyError(response.status_code, _retry_after(response))
+    # Without it the library fetches over HTTP, the only way whose content we verify.
+    response.headers.pop("x-xet-hash", None)
+    if exchange.file is not None:
+        if response.request.method == "HEAD":
+            _check_metadata(response, exchange, exchange.file)
+        elif response.is_success:
+            _check_length(response, exchange, exchange.file)
+    response.stream = _resumable(response.stream)
+
+
+def _check_metadata(response: httpx2.Response, exchange: Exchange, file: PlannedFile) -> None:
+    """What the library makes file names of must be what the listing said."""
+    commit = response.headers.get("x-repo-commit")
+    if commit is None:
+        return  # a redirect within the hub; the library takes no other answer without it
+    if commit != exchange.commit:
+        raise SnapshotCorruptError(
+            exchange.model, file.path, f"a file of commit {exchange.commit}", _shown(commit)
+        )
+    linked, own = response.headers.get("x-linked-etag"), response.headers.get("etag")
+    digest = (linked or own or "").removeprefix("W/").strip('"')
+    if digest and digest != file.digest:
+        raise SnapshotCorruptError(exchange.model, file.path, file.digest, _shown(digest))
+    size = response.headers.get("x-linked-size")
+    if size is None and not response.has_redirect_location:
+        size = response.headers.get("content-length")
+    if size is not None and size != str(file.size_bytes):
+        raise SnapshotCorruptError(
+            exchange.model, file.path, f"{file.size_bytes} bytes", f"{_shown(size)} bytes"
+        )
+
+
+def _check_length(response: httpx2.Response, exchange: Exchange, file: PlannedFile) -> None:
+    size = response.headers.get("content-range", "").rpartition("/")[2]
+    if not size and response.headers.get("content-encoding", "identity") == "identity":
+        size = response.headers.get("content-length", "")
+    if size and size != str(file.size_bytes):
+        raise SnapshotCorruptError(
+            exchange.model, file.path, f"{file.size_bytes} bytes", f"{_shown(size)} bytes"
+        )
+
+
+def _shown(text: str) -> str:
+    """What a hub said, fit for an error that people see."""
+    return text if text.isalnum() and len(text) <= _LONGEST_SHOWN else "something else"
+
+
+def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
+
+
+def _retry_after(response: httpx2.Response) -> float | None:
+    asked = response.headers.get("retry-after", "").strip()
+    return float(asked) if asked.isascii() and asked.isdecimal() else None
+
+
+def _resumable(inner: object) -> httpx2.SyncByteStream:
+    """A body after whose break the library goes on where it was.
+
+    It does so when the other side closes the connection, but not after a TCP reset.
+    """
+    import httpx2
+
+    if not isinstance(inner, httpx2.SyncByteStream):
+        raise TypeError("the library's session is not synchronous")
+    stream = inner
+
+    class Body(httpx2.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            try:
+                yield from stream
+            except httpx2.ReadError as error:
+                raise httpx2.RemoteProtocolError(str(error)) from error
+
+        def close(self) -> None:
+            stream.close()
+
+    return Body()

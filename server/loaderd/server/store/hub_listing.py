@@ -1,0 +1,126 @@
+"""What the hub says of a name: its commit, the files there, which of them hold the weights.
+
+Every name, size and hash in the answers is checked before anything is made of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from loaderd.server.errors import HubUnreachableError, SnapshotCorruptError
+from loaderd.server.store.cache import TreeEntry
+from loaderd.server.store.digests import digest_of_bytes, is_digest
+from loaderd.server.store.hub_access import HubAccess
+from loaderd.server.store.hub_guard import READ_TIMEOUT, HubBusyError
+from loaderd.server.store.names import HubName, is_commit
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import HfApi, RepoFile
+
+MAX_FILES = 100_000
+MAX_FETCHED_BYTES = 64 << 20
+
+# Parts between slashes, without control characters, each short enough for a file name.
+_PATH = re.compile(r"[^/\\\x00-\x1f\x7f]{1,80}(/[^/\\\x00-\x1f\x7f]{1,80})*")
+
+_log = logging.getLogger(__name__)
+
+
+def list_files(name: HubName, access: HubAccess) -> tuple[str, dict[str, TreeEntry]]:
+    """The commit that a name is now, and its files by their path.
+
+    Raises:
+        SnapshotCorruptError: The answer holds names or hashes that no hub gives.
+        HubUnreachableError: The answer is no hub's.
+        HubBusyError, httpx2.HTTPError: What the library raises.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(endpoint=access.endpoint, token=access.library_token)
+    try:
+        commit = name.commit or _ask_commit(api, name, access)
+        # After other faults of this request the library itself asks again.
+        ask = partial(_ask_tree, api, name.repo_id, commit)
+        files = access.retry.call(ask, on=(HubBusyError,))
+        return commit, {file.path: _checked(file, name.repo_id) for file in files}
+    except HfHubHTTPError:  # some of them are ValueErrors too
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _log.warning("%s answers what no hub answers: %r", access.endpoint, error)
+        raise HubUnreachableError(str(name)) from error
+
+
+def fetch_file(repo_id: str, commit: str, path: str, entry: TreeEntry, access: HubAccess) -> bytes:
+    """A small file's content, which is not kept.
+
+    Raises:
+        SnapshotCorruptError: It is not what the listing says.
+        HubBusyError, httpx2.HTTPError: What the library raises.
+    """
+    import httpx2
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils._http import get_session, hf_raise_for_status
+
+    if entry.size > MAX_FETCHED_BYTES:
+        raise SnapshotCorruptError(
+            repo_id, path, f"at most {MAX_FETCHED_BYTES} bytes", f"{entry.size} bytes"
+        )
+    url = hf_hub_url(repo_id, path, revision=commit, endpoint=access.endpoint)
+    headers = build_hf_headers(token=access.library_token)
+
+    def fetch() -> bytes:
+        data = bytearray()
+        with get_session().stream("GET", url, headers=headers) as response:
+            hf_raise_for_status(response)
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) > entry.size:
+                    break
+        return bytes(data)
+
+    data = access.retry.call(fetch, on=(HubBusyError, httpx2.TransportError))
+    if digest_of_bytes(data, entry.digest) != entry.digest:
+        raise SnapshotCorruptError(repo_id, path, entry.digest, "another content")
+    return data
+
+
+def _ask_commit(api: HfApi, name: HubName, access: HubAccess) -> str:
+    import httpx2
+
+    def ask() -> str | None:
+        return api.model_info(name.repo_id, revision=name.revision, timeout=READ_TIMEOUT).sha
+
+    commit = access.retry.call(ask, on=(HubBusyError, httpx2.TransportError))
+    if commit is None or not is_commit(commit):
+        raise SnapshotCorruptError(
+            name.repo_id, f"refs/{name.revision}", "a commit of 40 hex digits", "something else"
+        )
+    return commit
+
+
+def _ask_tree(api: HfApi, repo_id: str, commit: str) -> list[RepoFile]:
+    from huggingface_hub.hf_api import RepoFile
+
+    found = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+    return [entry for entry in islice(found, MAX_FILES) if isinstance(entry, RepoFile)]
+
+
+def _checked(file: RepoFile, model: str) -> TreeEntry:
+    """Checks what the hub says of a file before anything is named after it."""
+    size, sha256 = (file.size, None) if file.lfs is None else (file.lfs.size, file.lfs.sha256)
+    parts = file.path.split("/")
+    if not _PATH.fullmatch(file.path) or any(part in ("", ".", "..") for part in parts):
+        raise SnapshotCorruptError(
+            model, "(listing)", "paths inside the repository", "another path"
+        )
+    if not isinstance(size, int) or size < 0:
+        raise SnapshotCorruptError(model, file.path, "a size in the listing", "none")
+    if not is_digest(file.blob_id) or not (sha256 is None or is_digest(sha256)):
+        raise SnapshotCorruptError(model, file.path, "a hash in the listing", "none")
+    return TreeEntry(size, file.blob_id, sha256)

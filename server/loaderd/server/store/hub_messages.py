@@ -1,0 +1,117 @@
+"""What the daemon and its download child say to each other: JSON, one message a line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from loaderd.server.errors import LoaderdError
+from loaderd.server.store.hub_access import RetryPolicy
+from loaderd.server.store.plan import DownloadPlan, DownloadProgress, PlannedFile
+from loaderd.v1.errors_pb2 import ErrorReason
+
+Operation = Literal["plan", "download"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The only thing that the child is told. It comes on stdin, where nobody else sees the token.
+
+    Attributes:
+        operation: What to do.
+        repo_id: `org/name`.
+        revision: A branch, tag or commit.
+        cache_dir: The Hugging Face cache.
+        endpoint: The hub.
+        token: The hub token.
+        retry: How often to ask a busy hub.
+    """
+
+    operation: Operation
+    repo_id: str
+    revision: str
+    cache_dir: str
+    endpoint: str
+    token: str | None = field(repr=False)
+    retry: RetryPolicy
+
+    def to_line(self) -> bytes:
+        """The request as a line of JSON."""
+        return _line(asdict(self))
+
+    @staticmethod
+    def from_line(line: bytes) -> Request:
+        """The inverse of `to_line`."""
+        data = json.loads(line)
+        return Request(**{**data, "retry": RetryPolicy(**data["retry"])})
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The child has imported what it needs."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """The snapshot of this commit is whole."""
+
+    commit: str
+
+
+@dataclass(frozen=True)
+class Defect:
+    """The child failed in a way that has no domain error; for the daemon's log only."""
+
+    traceback: str
+
+
+Message = Ready | DownloadPlan | DownloadProgress | Done | Defect | LoaderdError
+
+
+def encode(message: Message) -> bytes:
+    """A message of the child as a line of JSON."""
+    match message:
+        case LoaderdError():
+            content: dict[str, Any] = {"number": message.number, "metadata": message.metadata}
+        case DownloadPlan():
+            content = {
+                "repo_id": message.repo_id,
+                "revision": message.revision,
+                "commit": message.commit,
+                "files": [asdict(file) for file in message.files],
+            }
+        case _:
+            content = asdict(message)
+    kind = LoaderdError if isinstance(message, LoaderdError) else type(message)
+    return _line({"kind": kind.__name__, **content})
+
+
+def decode(line: bytes) -> Message:
+    """The inverse of `encode`; a plan comes without the listing.
+
+    Raises:
+        ValueError, KeyError, TypeError: No child of ours sent this.
+    """
+    content = json.loads(line)
+    match content.pop("kind"):
+        case "LoaderdError":
+            number = ErrorReason.ValueType(content["number"])
+            return LoaderdError.from_metadata(number, content["metadata"])
+        case "DownloadPlan":
+            files = tuple(PlannedFile(**file) for file in content.pop("files"))
+            return DownloadPlan(files=files, **content)
+        case "DownloadProgress":
+            return DownloadProgress(**content)
+        case "Done":
+            return Done(**content)
+        case "Defect":
+            return Defect(**content)
+        case "Ready":
+            return Ready()
+        case kind:
+            raise ValueError(f"unknown message {kind!r}")
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return json.dumps(content).encode() + b"\n"

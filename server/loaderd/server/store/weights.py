@@ -1,0 +1,88 @@
+"""Checks of weight files that need no tensor library."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from loaderd.server.errors import SnapshotCorruptError
+from loaderd.server.store.selection import WEIGHTS_INDEX
+
+# The hub library's bound; real headers are smaller by an order of magnitude.
+MAX_HEADER_BYTES = 25_000_000
+
+_LENGTH = struct.Struct("<Q")
+
+
+def read_shards(data: bytes, model: str) -> frozenset[str]:
+    """The files that an index of sharded weights names.
+
+    Args:
+        data: The index's content.
+        model: The model, for the error.
+
+    Raises:
+        SnapshotCorruptError: It is no index, or names something else than plain files beside
+            it: a path there would make loading read a file outside the model's folder.
+    """
+    expected = "a weight_map of plain safetensors file names"
+    try:
+        shards = frozenset(json.loads(data)["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise SnapshotCorruptError(model, WEIGHTS_INDEX, expected, "something else") from None
+    if not shards:
+        raise SnapshotCorruptError(model, WEIGHTS_INDEX, expected, "an empty one")
+    if not all(isinstance(shard, str) and _is_plain(shard) for shard in shards):
+        raise SnapshotCorruptError(model, WEIGHTS_INDEX, expected, "other names")
+    return shards
+
+
+def check_weights(path: Path, file: str, model: str) -> None:
+    """Compares a safetensors file's size with what its header says.
+
+    Format: https://github.com/huggingface/safetensors#format - the header's length in 8 bytes,
+    the header in JSON, the tensors' bytes without gaps.
+
+    Args:
+        path: The file.
+        file: Its name in the model, for the error; a blob's own name is a hash.
+        model: The model, for the error.
+
+    Raises:
+        SnapshotCorruptError: The header is unreadable, or the file is longer or shorter.
+    """
+    found = path.stat().st_size
+    with path.open("rb") as weights:
+        length = weights.read(_LENGTH.size)
+        header_bytes = _LENGTH.unpack(length)[0] if len(length) == _LENGTH.size else 0
+        header = weights.read(header_bytes) if header_bytes <= MAX_HEADER_BYTES else b""
+    if not header or len(header) < header_bytes:
+        raise SnapshotCorruptError(
+            model, file, "a safetensors header", f"{found} bytes without one"
+        )
+    try:
+        end = max((_end(tensor) for tensor in _tensors(header)), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise SnapshotCorruptError(
+            model, file, "a safetensors header", "an unreadable one"
+        ) from None
+    expected = _LENGTH.size + header_bytes + end
+    if found != expected:
+        raise SnapshotCorruptError(model, file, f"{expected} bytes", f"{found} bytes")
+
+
+def _is_plain(name: str) -> bool:
+    return name.endswith(".safetensors") and "/" not in name and name.isprintable()
+
+
+def _tensors(header: bytes) -> list[Any]:
+    return [value for name, value in json.loads(header).items() if name != "__metadata__"]
+
+
+def _end(tensor: Any) -> int:
+    begin, end = tensor["data_offsets"]
+    if not 0 <= int(begin) <= int(end):
+        raise ValueError("offsets go backwards")
+    return int(end)
