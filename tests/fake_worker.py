@@ -20,7 +20,7 @@ class FakeWorker:
     """A process stand-in whose requests are scripted by their text.
 
     - "count N": N deltas "0 ", "1 ", ...; "hang": nothing after `started`; "die": the process
-      ends; "fail": a DEVICE_MEMORY error; "flood": deltas of 1 KiB without end.
+      ends; "fail": a DEVICE_MEMORY error; "flood": deltas of 64 KiB without end.
     """
 
     def __init__(self, launcher: FakeLauncher, worker_id: str, token: str, link: str) -> None:
@@ -117,7 +117,7 @@ class FakeWorker:
             error = _error(errors.DeviceMemoryError(model="fake"))
             self._output(worker_pb2.Output(key=key, error=error))
             return
-        texts = ("x" * 1024 for _ in itertools.count()) if verb == "flood" else None
+        texts = ("x" * 65536 for _ in itertools.count()) if verb == "flood" else None
         for text in texts or (f"{i} " for i in range(int(number))):
             delta = generation_pb2.GenerationDelta(text=text)
             self._output(worker_pb2.Output(key=key, delta=delta))

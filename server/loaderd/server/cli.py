@@ -68,6 +68,8 @@ def _run(config: ServerConfig) -> int:
         level=config.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    for library in ("asyncio", "grpc", "httpx2", "filelock"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         asyncio.run(Daemon(config).run())
     except AddressError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import math
 import os
 import signal
 import sys
@@ -26,6 +27,8 @@ from loaderd.server.supervisor.supervisor import Supervisor, WorkerLimits
 logger = logging.getLogger(__name__)
 
 _LAST_MESSAGES_S = 1.0
+# A terminal or a wrapper may send one request to stop to the process and to its group.
+_ONE_REQUEST_S = 0.5
 
 
 class AddressError(Exception):
@@ -77,6 +80,7 @@ class Daemon:
             addresses = self._bind(server)
             self._catch_signals(supervisor)
             health = asyncio.create_task(server.health.follow())
+            await store.start()
             await supervisor.start()
             await server.start()
             try:
@@ -84,11 +88,11 @@ class Daemon:
                 sys.stdout.flush()
                 await self._stop.wait()
                 logger.info("draining")
-                await registry.drain(config.drain_timeout)
+                await asyncio.gather(registry.drain(config.drain_timeout), store.close())
                 await health
             finally:
-                await registry.close()
                 await store.close()
+                await registry.close()
                 await server.stop(_LAST_MESSAGES_S)
                 await supervisor.close()
 
@@ -117,10 +121,14 @@ class Daemon:
 
     def _catch_signals(self, supervisor: Supervisor) -> None:
         loop = asyncio.get_running_loop()
+        first = math.inf
 
         def on_signal(number: int) -> None:
+            nonlocal first
             if not self._stop.is_set():
+                first = loop.time()
                 self._stop.set()
+            if loop.time() < first + _ONE_REQUEST_S:
                 return
             logger.warning("second signal: ending at once")
             supervisor.kill()

@@ -34,7 +34,9 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
             local = cache_pb2.LocalFolder(path=str(files.path), size_bytes=files.size_bytes)
             return cache_pb2.ResolveModelResponse(local=local)
         if isinstance(files, CachedSnapshot):
-            return cache_pb2.ResolveModelResponse(cached=await self._snapshot(files))
+            return cache_pb2.ResolveModelResponse(
+                cached=convert.snapshot(await self._store.snapshot(files))
+            )
         plan = await self._store.plan(files.name)
         return cache_pb2.ResolveModelResponse(download=convert.download_plan(plan))
 
@@ -50,7 +52,8 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
             async for progress in download.progress():
                 yield cache_pb2.DownloadModelResponse(progress=convert.download_progress(progress))
             files = await download.result()
-        yield cache_pb2.DownloadModelResponse(snapshot=await self._snapshot(files))
+        snapshot = convert.snapshot(await self._store.snapshot(files))
+        yield cache_pb2.DownloadModelResponse(snapshot=snapshot)
 
     async def ListSnapshots(
         self, request: cache_pb2.ListSnapshotsRequest, context: Context
@@ -59,13 +62,4 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
         cache = await self._store.snapshots()
         return cache_pb2.ListSnapshotsResponse(
             snapshots=map(convert.snapshot, cache.snapshots), total_bytes=cache.total_bytes
-        )
-
-    async def _snapshot(self, files: CachedSnapshot) -> cache_pb2.Snapshot:
-        cache = await self._store.snapshots()
-        wanted = (files.repo_id, files.commit)
-        return next(
-            convert.snapshot(info)
-            for info in cache.snapshots
-            if (info.repo_id, info.commit) == wanted
         )

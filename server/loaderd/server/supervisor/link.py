@@ -69,10 +69,7 @@ class WorkerLink:
         try:
             yield stream
         finally:
-            # Still here: the worker has not ended it (a slow reader's stream ends on our side).
-            if self._streams.pop(key, None) is not None:
-                cancel = worker_pb2.Cancel(key=key)
-                self._commands.put_nowait(worker_pb2.AttachResponse(cancel=cancel))
+            self._cancel(key)
 
     async def call(self, call: worker_pb2.Call) -> worker_pb2.Reply:
         """Sends tokenizer work and waits for its answer.
@@ -145,6 +142,14 @@ class WorkerLink:
             message = generation_pb2.StreamGenerateResponse()
             getattr(message, kind).CopyFrom(getattr(output, kind))
             stream.put(message)
+            if stream.ended:  # at its end; or cut off, because its reader is too slow
+                self._cancel(output.key)
+
+    def _cancel(self, key: int) -> None:
+        """Tells the worker to stop a request that it has not ended yet."""
+        if self._streams.pop(key, None) is not None:
+            cancel = worker_pb2.Cancel(key=key)
+            self._commands.put_nowait(worker_pb2.AttachResponse(cancel=cancel))
 
 
 def error_from(error: worker_pb2.Error) -> LoaderdError:

@@ -1,0 +1,308 @@
+"""The public services over gRPC, on fake workers: what clients see when things go wrong."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from safetensors.numpy import save_file
+
+from loaderd.server.errors import ModelUnsupportedError, SlowConsumerError
+from loaderd.server.models.lifecycle import ModelState
+from loaderd.server.models.loads import Loads
+from loaderd.server.models.record import LoadOptions
+from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.rpc.server import RpcServer
+from loaderd.server.store.names import LocalName
+from loaderd.server.store.store import ModelStore, StoreSettings
+from loaderd.server.supervisor.supervisor import Supervisor, WorkerLimits
+from loaderd.v1 import (
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    system_pb2,
+    system_pb2_grpc,
+)
+from tests.fake_worker import FakeLauncher
+
+MAX_REQUESTS = 4
+
+
+@dataclass
+class Box:
+    """A daemon's insides, and stubs that reach them over TCP."""
+
+    launcher: FakeLauncher
+    registry: ModelRegistry
+    folder: Path
+    models: Any
+    generation: Any
+    system: Any
+
+    async def load(self, folder: Path | None = None) -> model_pb2.Model:
+        request = model_pb2.LoadModelRequest(model=str(folder or self.folder))
+        async for message in self.models.LoadModel(request, timeout=30):
+            last = message
+        model: model_pb2.Model = last.model
+        return model
+
+    def stream(self, text: str, model: str = "", timeout: float = 30) -> Any:
+        request = generation_pb2.StreamGenerateRequest(model=model or str(self.folder), text=text)
+        return self.generation.StreamGenerate(request, timeout=timeout)
+
+    async def list(self) -> list[model_pb2.Model]:
+        return list((await self.models.ListModels(model_pb2.ListModelsRequest())).models)
+
+
+def make_model(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text("{}")
+    save_file({"weight": np.zeros(4, np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+async def box(tmp_path: Path) -> AsyncIterator[Box]:
+    async with AsyncExitStack() as stack:
+        launcher = FakeLauncher()
+        limits = WorkerLimits(
+            standby=1, load_timeout=20, heartbeat_timeout=60, max_stream_bytes=1 << 18
+        )
+        supervisor = Supervisor(tmp_path, launcher, limits)
+        store = ModelStore(
+            StoreSettings(
+                cache_dir=tmp_path / "cache",
+                local_roots=(tmp_path,),
+                hub_endpoint="http://127.0.0.1:1",
+                hub_token=None,
+                offline=True,
+                stall_timeout=20,
+            )
+        )
+        registry = ModelRegistry(MAX_REQUESTS)
+        server = RpcServer(registry, Loads(registry, store, supervisor), store, supervisor)
+        port = server.bind("127.0.0.1:0")
+        await supervisor.start()
+        await server.start()
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
+        yield Box(
+            launcher,
+            registry,
+            make_model(tmp_path / "model"),
+            model_pb2_grpc.ModelServiceStub(channel),
+            generation_pb2_grpc.GenerationServiceStub(channel),
+            system_pb2_grpc.SystemServiceStub(channel),
+        )
+        await registry.drain(0)
+        await registry.close()
+        await store.close()
+        await server.stop(0)
+        await supervisor.close()
+
+
+async def reason_of(call: Any) -> str:
+    """The reason with which a call fails."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        if hasattr(call, "__aiter__"):
+            async for _ in call:
+                pass
+        else:
+            await call
+    status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]  # it has what a Call has
+    assert status is not None, caught.value
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    return str(info.reason)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_waiters_share_a_load_and_its_failure(box: Box) -> None:
+    box.launcher.load_gate.clear()
+    loads = [asyncio.create_task(box.load()) for _ in range(5)]
+    await until(lambda: box.launcher.loads == 1)
+    box.launcher.load_error = ModelUnsupportedError(model="x", problem="y")
+    box.launcher.load_gate.set()
+    outcomes = await asyncio.gather(*loads, return_exceptions=True)
+    assert all(isinstance(outcome, grpc.aio.AioRpcError) for outcome in outcomes)
+    assert box.launcher.loads == 1
+    (failed,) = await box.list()
+    assert failed.state == model_pb2.MODEL_STATE_FAILED
+    box.launcher.load_error = None
+    assert (await box.load()).state == model_pb2.MODEL_STATE_READY
+    assert [model.state for model in await box.list()] == [model_pb2.MODEL_STATE_READY]
+
+
+async def test_the_last_waiter_that_leaves_stops_the_load(box: Box) -> None:
+    box.launcher.load_gate.clear()
+    loads = [asyncio.create_task(box.load()) for _ in range(3)]
+    await until(lambda: box.launcher.loads == 1)
+    for load in loads[:-1]:
+        load.cancel()
+    await asyncio.sleep(0.1)
+    assert len(await box.list()) == 1
+    loads[-1].cancel()
+    async with asyncio.timeout(10):
+        while await box.list():
+            await asyncio.sleep(0.01)
+        await box.launcher.workers[0].wait()
+
+
+async def test_a_load_is_unloaded_by_force_only_and_its_waiters_are_told(box: Box) -> None:
+    box.launcher.load_gate.clear()
+    load = asyncio.create_task(reason_of(box.models.LoadModel(
+        model_pb2.LoadModelRequest(model=str(box.folder)), timeout=30
+    )))  # fmt: skip
+    await until(lambda: box.launcher.loads == 1)
+    unload = model_pb2.UnloadModelRequest(model=str(box.folder))
+    assert await reason_of(box.models.UnloadModel(unload, timeout=30)) == "MODEL_IN_USE"
+    unload.force = True
+    answer = await box.models.UnloadModel(unload, timeout=30)
+    assert answer.model.state == model_pb2.MODEL_STATE_UNLOADED
+    assert await load == "MODEL_NOT_LOADED"
+    assert await box.list() == []
+
+
+async def test_a_full_queue_is_refused_at_once_and_others_go_on(box: Box) -> None:
+    await box.load()
+    running = [box.stream("hang") for _ in range(MAX_REQUESTS)]
+    for stream in running:
+        await anext(aiter(stream))
+    assert await reason_of(box.stream("count 1")) == "QUEUE_FULL"
+    (model,) = await box.list()
+    assert model.active_requests == MAX_REQUESTS
+    running[0].cancel()
+    await until(lambda: len(box.launcher.workers[0].cancelled) == 1)
+    texts = [message.delta.text async for message in box.stream("count 2")]
+    assert "".join(texts) == "0 1 "
+    for stream in running:
+        stream.cancel()
+    await until(lambda: len(box.launcher.workers[0].cancelled) == MAX_REQUESTS)
+    assert box.launcher.workers[0].running_requests == 0
+
+
+async def test_a_deadline_cancels_the_request_in_the_worker(box: Box) -> None:
+    await box.load()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in box.stream("hang", timeout=0.2):
+            pass
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await until(lambda: len(box.launcher.workers[0].cancelled) == 1)
+
+
+async def test_a_reader_that_does_not_read_is_cut_off_and_others_are_not(box: Box) -> None:
+    await box.load()
+    slow = box.stream("flood")
+    await anext(aiter(slow))
+    texts = [message.delta.text async for message in box.stream("count 3")]
+    assert "".join(texts) == "0 1 2 "
+    # What gRPC buffers on the way is about 6 MiB; then the daemon's own bound is reached.
+    await until(lambda: len(box.launcher.workers[0].cancelled) == 1)
+    assert await reason_of(slow) == "SLOW_CONSUMER"
+
+
+async def test_a_dead_worker_ends_unary_calls_streams_and_tokenizer_calls(box: Box) -> None:
+    model = await box.load()
+    hanging = [
+        asyncio.create_task(reason_of(box.stream("hang"))),
+        asyncio.create_task(reason_of(box.generation.Generate(
+            generation_pb2.GenerateRequest(model=model.id, text="hang"), timeout=30
+        ))),
+    ]  # fmt: skip
+    await until(lambda: box.launcher.workers[0].running_requests == 2)
+    assert await reason_of(box.stream("die")) == "WORKER_DIED"
+    assert await asyncio.gather(*hanging) == ["WORKER_DIED", "WORKER_DIED"]
+    (failed,) = await box.list()
+    assert failed.state == model_pb2.MODEL_STATE_FAILED
+    assert await reason_of(box.stream("count 1")) == "MODEL_NOT_LOADED"
+
+
+async def test_an_error_of_the_worker_reaches_the_client(box: Box) -> None:
+    await box.load()
+    assert await reason_of(box.stream("fail")) == "DEVICE_MEMORY"
+    request = generation_pb2.TokenizeRequest(model=str(box.folder), text="x")
+    assert list((await box.generation.Tokenize(request, timeout=30)).token_ids) == [1, 2, 3]
+
+
+async def test_two_models_of_one_name_are_told_apart_by_id(box: Box) -> None:
+    first = await box.load()
+    request = model_pb2.LoadModelRequest(model=str(box.folder))
+    request.options.dtype = model_pb2.DTYPE_FLOAT32
+    async for message in box.models.LoadModel(request, timeout=30):
+        second = message.model
+    assert first.id != second.id
+    assert await reason_of(box.stream("count 1")) == "INVALID_ARGUMENT"
+    async for message in box.stream("count 1", model=second.id):
+        if message.HasField("started"):
+            assert message.started.model_id == second.id
+
+
+async def test_a_watcher_that_falls_behind_is_cut_off_and_the_bus_goes_on() -> None:
+    registry = ModelRegistry(MAX_REQUESTS)
+    with registry.events.subscribe() as slow, registry.events.subscribe() as quick:
+        received = 0
+        quick_events = aiter(quick)
+        for _ in range(5000):
+            record = registry.add(LocalName(Path("/model")), LoadOptions())
+            registry.to(record, ModelState.UNLOADED)
+            await anext(quick_events)
+            await anext(quick_events)
+        with pytest.raises(SlowConsumerError):
+            async for _ in slow:
+                received += 1
+        assert 0 < received < 10_000
+
+
+async def test_draining_refuses_work_and_ends_watches_but_lets_requests_finish(box: Box) -> None:
+    await box.load()
+    running = box.stream("hang")
+    await anext(aiter(running))
+    watch = box.models.WatchModels(model_pb2.WatchModelsRequest(), timeout=30)
+    await anext(aiter(watch))
+    drain = asyncio.create_task(box.registry.drain(20))
+    assert await reason_of(watch) == "DRAINING"
+    assert await reason_of(box.stream("count 1")) == "DRAINING"
+    load = model_pb2.LoadModelRequest(model=str(box.folder))
+    assert await reason_of(box.models.LoadModel(load, timeout=30)) == "DRAINING"
+    assert (await box.system.GetServerInfo(system_pb2.GetServerInfoRequest())).draining
+    assert not drain.done()
+    running.cancel()
+    async with asyncio.timeout(10):
+        await drain
+
+
+async def test_the_two_generate_requests_are_equal_field_by_field() -> None:
+    unary = generation_pb2.GenerateRequest.DESCRIPTOR
+    streaming = generation_pb2.StreamGenerateRequest.DESCRIPTOR
+
+    def fields(descriptor: Any) -> dict[str, tuple[object, ...]]:
+        return {
+            field.name: (
+                field.number,
+                field.type,
+                field.is_repeated,
+                field.has_presence,
+                field.containing_oneof and field.containing_oneof.name,
+            )
+            for field in descriptor.fields
+            if field.name != "logit_bias"
+        }
+
+    assert fields(unary) == fields(streaming)
+    first, second = (each.fields_by_name["logit_bias"] for each in (unary, streaming))
+    assert first.number == second.number
+    assert fields(first.message_type) == fields(second.message_type)
