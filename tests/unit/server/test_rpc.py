@@ -133,12 +133,13 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def test_waiters_share_a_load_and_its_failure(box: Box) -> None:
     box.launcher.load_gate.clear()
-    loads = [asyncio.create_task(box.load()) for _ in range(5)]
-    await until(lambda: box.launcher.loads == 1)
+    request = model_pb2.LoadModelRequest(model=str(box.folder))
+    loads = [box.models.LoadModel(request, timeout=30) for _ in range(5)]
+    for load in loads:
+        await anext(aiter(load))  # it has joined
     box.launcher.load_error = ModelUnsupportedError(model="x", problem="y")
     box.launcher.load_gate.set()
-    outcomes = await asyncio.gather(*loads, return_exceptions=True)
-    assert all(isinstance(outcome, grpc.aio.AioRpcError) for outcome in outcomes)
+    assert [await reason_of(load) for load in loads] == ["MODEL_UNSUPPORTED"] * 5
     assert box.launcher.loads == 1
     (failed,) = await box.list()
     assert failed.state == model_pb2.MODEL_STATE_FAILED
