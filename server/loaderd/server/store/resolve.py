@@ -18,6 +18,7 @@ from loaderd.server.errors import (
 )
 from loaderd.server.store.cache import RepoFolder, TreeEntry
 from loaderd.server.store.names import HubName, LocalName
+from loaderd.server.store.reading import open_unnoticed
 from loaderd.server.store.selection import (
     CHAT_TEMPLATE_FOLDER,
     CONFIG,
@@ -229,7 +230,8 @@ def _check_config(data: bytes, model: str) -> None:
 
 
 def _read(path: Path, file: str, model: str) -> bytes:
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise SnapshotCorruptError(model, file, f"at most {MAX_JSON_BYTES} bytes", f"{size} bytes")
-    return path.read_bytes()
+    with open_unnoticed(path) as content:
+        data = content.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise SnapshotCorruptError(model, file, f"at most {MAX_JSON_BYTES} bytes", "more")
+    return data

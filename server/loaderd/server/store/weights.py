@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loaderd.server.errors import SnapshotCorruptError
+from loaderd.server.store.reading import open_unnoticed
 from loaderd.server.store.selection import WEIGHTS_INDEX
 
 # The hub library's bound; real headers are smaller by an order of magnitude.
@@ -54,7 +55,7 @@ def check_weights(path: Path, file: str, model: str) -> None:
         SnapshotCorruptError: The header is unreadable, or the file is longer or shorter.
     """
     found = path.stat().st_size
-    with path.open("rb") as weights:
+    with open_unnoticed(path) as weights:
         length = weights.read(_LENGTH.size)
         header_bytes = _LENGTH.unpack(length)[0] if len(length) == _LENGTH.size else 0
         header = weights.read(header_bytes) if header_bytes <= MAX_HEADER_BYTES else b""
