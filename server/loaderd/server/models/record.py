@@ -17,6 +17,7 @@ from loaderd.server.store.resolve import CachedSnapshot, LocalFolder
 from loaderd.server.supervisor.worker import Worker
 from loaderd.v1 import model_pb2
 
+_ID_PREFIX = "m:"
 _DEVICE_MAP = re.compile(r"auto|cpu|mps|(cuda|xpu):\d{1,3}")
 
 
@@ -97,7 +98,7 @@ class ModelRecord:
     """
 
     def __init__(self, name: HubName | LocalName, options: LoadOptions) -> None:
-        self.id = f"m:{secrets.token_hex(6)}"
+        self.id = _ID_PREFIX + secrets.token_hex(6)
         self.name = name
         self.aliases = {name}
         self.options = options
@@ -172,6 +173,11 @@ class ModelRecord:
             ),
             failure=self.failure,
         )
+
+
+def is_model_id(text: str) -> bool:
+    """Whether a request's `model` is an id rather than a name."""
+    return text.startswith(_ID_PREFIX)
 
 
 def identity_of(files: LocalFolder | CachedSnapshot) -> str:

@@ -20,7 +20,7 @@ from loaderd.server.errors import (
 )
 from loaderd.server.models.events import EventBus
 from loaderd.server.models.lifecycle import ModelState
-from loaderd.server.models.record import LoadOptions, ModelRecord, ModelView
+from loaderd.server.models.record import LoadOptions, ModelRecord, ModelView, is_model_id
 from loaderd.server.store.names import HubName, LocalName, parse_name
 from loaderd.server.supervisor.worker import Worker
 
@@ -65,6 +65,8 @@ class ModelRegistry:
         """
         if record := self._records.get(text):
             return record
+        if is_model_id(text):
+            raise ModelNotLoadedError(model=text)
         name = parse_name(text)
         named = [record for record in self._records.values() if record.is_named(name)]
         found = [record for record in named if record.state.is_held] or named[-1:]
