@@ -1,0 +1,1 @@
+"""`loaderctl`: the command line of loaderd, on the SDK alone."""

@@ -1,0 +1,5 @@
+"""`python -m loaderd.cli` is `loaderctl`."""
+
+from loaderd.cli.main import main
+
+main()

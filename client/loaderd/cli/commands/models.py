@@ -1,0 +1,134 @@
+"""Commands on models in memory: load, unload, ps, watch."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loaderd.cli import options, output
+from loaderd.cli.progress import progress_display
+from loaderd.cli.session import session_of
+from loaderd.cli.units import age, size, span
+
+if TYPE_CHECKING:
+    from loaderd.client import ModelDetails, ModelInfo, ModelState
+
+
+def load(
+    context: typer.Context,
+    model: options.Model,
+    dtype: Annotated[
+        options.DtypeName | None,
+        typer.Option(help="Number type of the weights. Default: the daemon's choice."),
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help='"auto", "cpu", or one accelerator such as "cuda:0".')
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Load a model, downloading what the cache lacks."""
+    session = session_of(context)
+    with session.connect() as client, progress_display(model) as display:
+        info = client.load(
+            model,
+            dtype=dtype.value if dtype else None,
+            device_map=device_map,
+            on_progress=display.load,
+            timeout=session.timeout,
+        ).info
+    if json:
+        output.json_result(info)
+    else:
+        output.result(_sentence(info))
+
+
+def unload(
+    context: typer.Context,
+    model: options.LoadedModel,
+    force: Annotated[bool, typer.Option("--force", help="End requests that run on it.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Unload a model and say how much memory that freed."""
+    session = session_of(context)
+    with session.connect() as client:
+        unloaded = client.unload(model, force=force, timeout=session.timeout)
+    if json:
+        output.json_result(unloaded)
+    else:
+        output.result(f"unloaded {unloaded.model.name}, {size(unloaded.freed_bytes)} freed")
+
+
+def ps(context: typer.Context, json: options.Json = False) -> None:
+    """List the models in memory."""
+    session = session_of(context)
+    with session.connect() as client:
+        models = [model.info for model in client.models(timeout=session.timeout)]
+    if json:
+        output.json_result(models)
+        return
+    if not models:
+        output.message("no models are loaded; see `loaderctl load --help`")
+        return
+    columns = ("NAME", "ID", "STATE", "DTYPE", "DEVICE", "WEIGHTS", "REQUESTS", "READY")
+    output.table(columns, map(_row, models))
+    for model in models:
+        if model.failure is not None:
+            output.result(f"{model.name} ({model.id}) failed: {model.failure.message}")
+
+
+def watch(context: typer.Context, json: options.Json = False) -> None:
+    """Print every change of a model's state until interrupted; with --json one object a line."""
+    from loaderd.client import ModelList
+
+    session = session_of(context)
+    with session.connect() as client, client.watch(timeout=session.timeout) as updates:
+        for update in updates:
+            if json:
+                kind = "list" if isinstance(update, ModelList) else "event"
+                output.json_line({"type": kind, **output.plain(update)})
+            elif isinstance(update, ModelList):
+                for model in update:
+                    output.result(f"{model.name} ({model.id}): {_name(model.state)}")
+            else:
+                time = update.time.astimezone().strftime("%H:%M:%S")
+                output.result(f"{time} {_change(update.model, update.previous_state)}")
+
+
+def _change(model: ModelInfo, previous: ModelState) -> str:
+    arrow = f"{_name(previous)} -> {_name(model.state)}" if previous else _name(model.state)
+    reason = f": {model.failure.message}" if model.failure else ""
+    return f"{model.name} ({model.id}): {arrow}{reason}"
+
+
+def _sentence(model: ModelInfo) -> str:
+    parts = [f"{model.name} is ready as {model.id}"]
+    if (details := model.details) is not None:
+        parts.append(f"{details.architecture} in {_name(details.dtype)} ({details.dtype_reason})")
+        parts.append(f"{size(details.weight_bytes)} on {_devices(details)}")
+    if model.timings.total is not None:
+        parts.append(f"loaded in {span(model.timings.total)}")
+    return ", ".join(parts)
+
+
+def _row(model: ModelInfo) -> tuple[str, ...]:
+    details = model.details
+    return (
+        model.name,
+        model.id,
+        _name(model.state),
+        _name(details.dtype) if details else "-",
+        _devices(details) if details else "-",
+        size(details.weight_bytes) if details else "-",
+        str(model.active_requests),
+        age(model.ready_at),
+    )
+
+
+def _devices(details: ModelDetails) -> str:
+    return "+".join(sorted(set(details.device_map.values())))
+
+
+def _name(member: Enum) -> str:
+    return member.name.lower()

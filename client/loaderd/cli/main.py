@@ -1,0 +1,120 @@
+"""`loaderctl`: options, commands, errors."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from typing import Annotated, Any, NoReturn, cast
+
+import typer
+from typer.core import TyperGroup
+
+from loaderd.cli import output
+from loaderd.cli.commands import cache, models, run, system
+from loaderd.cli.exits import MEANINGS, ExitCode, exit_code
+from loaderd.cli.session import Session
+
+# Typer keeps this class to itself, and had it from Click before: the base of BadParameter.
+(_UsageError,) = typer.BadParameter.__bases__
+
+
+class Program(TyperGroup):
+    """The group of all commands; it turns every failure into a line and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Runs a command and exits."""
+        try:
+            status = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except Exception as error:
+            sys.exit(_report(error))
+        if status == ExitCode.INTERRUPTED:
+            output.message("interrupted")
+        sys.exit(status or ExitCode.OK)
+
+
+def _report(error: Exception) -> ExitCode:
+    """Tells an error in one line.
+
+    Raises:
+        Exception: The error itself, if it is a defect of this program.
+    """
+    from loaderd.client.errors import LoaderdError
+
+    if isinstance(error, LoaderdError):
+        output.message(str(error))
+        return exit_code(error)
+    if isinstance(error, _UsageError):
+        error = cast("typer.BadParameter", error)
+        command = error.ctx.command_path if error.ctx else "loaderctl"
+        output.message(f"{error.format_message().rstrip('.')} (see `{command} --help`)")
+        return ExitCode.USAGE
+    raise error
+
+
+app = typer.Typer(
+    name="loaderctl",
+    cls=Program,
+    help="Ask a loaderd daemon to load models and to generate text.",
+    epilog="Exit codes: " + ", ".join(f"{code} {text}" for code, text in MEANINGS.items()) + ".",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+for command in (
+    models.load,
+    models.unload,
+    models.ps,
+    models.watch,
+    run.run,
+    cache.pull,
+    cache.ls,
+    cache.resolve,
+    system.info,
+    system.health,
+    system.devices,
+):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        output.result(f"loaderctl {version('loaderd')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def program(
+    context: typer.Context,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            "-a",
+            envvar="LOADERD_ADDRESS",
+            help="The daemon: host:port, or unix:/path of its socket.  [default: localhost:50051]",
+            show_default=False,
+        ),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds that each call may take. Default: no limit for load, pull, run and "
+            "watch, 60 for the others.",
+            show_default=False,
+        ),
+    ] = None,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Ask a loaderd daemon to load models and to generate text."""
+    if context.invoked_subcommand is None:
+        output.result(context.get_help())
+    context.obj = Session(address, timeout)
+
+
+def main() -> None:
+    """Entry point of the command `loaderctl`."""
+    app()

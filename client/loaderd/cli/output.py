@@ -1,0 +1,78 @@
+"""Results to stdout, messages to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from enum import Enum
+from typing import Any
+
+
+def message(text: str) -> None:
+    """Prints a message for people to stderr, under the program's name."""
+    print(f"loaderctl: {text}", file=sys.stderr, flush=True)
+
+
+def result(text: str) -> None:
+    """Prints a line of the result to stdout."""
+    print(text, flush=True)
+
+
+def json_result(value: object) -> None:
+    """Prints the result as one JSON document."""
+    result(json.dumps(plain(value), indent=2))
+
+
+def json_line(value: object) -> None:
+    """Prints one JSON document in one line."""
+    result(json.dumps(plain(value)))
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's types.
+
+    Dataclasses become objects with the names of their fields, enumerations their lower-case
+    names, time spans seconds, and times ISO 8601 in UTC.
+    """
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    match value:
+        case Enum():
+            return value.name.lower()
+        case timedelta():
+            return value.total_seconds()
+        case datetime():
+            return value.isoformat()
+        case Mapping():
+            return {key: plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [plain(item) for item in value]
+    return value
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table; when stdout is no terminal it is as wide as it needs to be."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(cell) for cell in row))
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.measure(grid).maximum, 1)
+    console.print(grid)
+
+
+def fields(pairs: Iterable[tuple[str, str]]) -> None:
+    """Prints names and values, one pair a line."""
+    pairs = list(pairs)
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        result(f"{name:<{width}}  {value}".rstrip())

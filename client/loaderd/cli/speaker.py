@@ -1,0 +1,106 @@
+"""A model that answers on stdout."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from loaderd.cli import output
+from loaderd.cli.progress import progress_display
+from loaderd.cli.units import span
+from loaderd.client.errors import ModelNotLoadedError
+from loaderd.client.types import ModelState
+
+if TYPE_CHECKING:
+    from loaderd.client import (
+        Client,
+        GenerationParameters,
+        GenerationResult,
+        GenerationStream,
+        Message,
+        Model,
+    )
+
+
+class Speaker:
+    """Loads a model when it is first needed, or is gone again, and streams its answers."""
+
+    def __init__(
+        self,
+        client: Client,
+        name: str,
+        parameters: GenerationParameters,
+        timeout: float | None,
+        *,
+        stats: bool,
+    ) -> None:
+        self._client = client
+        self._name = name
+        self._parameters = parameters
+        self._timeout = timeout
+        self._stats = stats
+        self._model: Model | None = None
+
+    def has_chat_template(self) -> bool:
+        """Whether the model takes messages."""
+        details = self._ready_model().details
+        return details is not None and details.has_chat_template
+
+    def say(self, prompt: str | list[Message], spoken: list[str]) -> None:
+        """Streams the answer to stdout, and into `spoken` piece by piece.
+
+        A model that was unloaded since the last answer is loaded again.
+        """
+        try:
+            self._say(prompt, spoken)
+        except ModelNotLoadedError:
+            if spoken:
+                raise
+            self._model = None
+            self._say(prompt, spoken)
+
+    def _say(self, prompt: str | list[Message], spoken: list[str]) -> None:
+        with self._stream(prompt) as stream:
+            for delta in stream:
+                spoken.append(delta.text)
+                sys.stdout.write(delta.text)
+                sys.stdout.flush()
+        if not "".join(spoken).endswith("\n"):
+            output.result("")
+        if self._stats:
+            output.message(_statistics(stream.result))
+
+    def _stream(self, prompt: str | list[Message]) -> GenerationStream:
+        model = self._ready_model()
+        if isinstance(prompt, str):
+            return model.stream(prompt, timeout=self._timeout, **self._parameters)
+        return model.stream(messages=prompt, timeout=self._timeout, **self._parameters)
+
+    def _ready_model(self) -> Model:
+        if self._model is None:
+            self._model = self._find() or self._load()
+        return self._model
+
+    def _find(self) -> Model | None:
+        """The model if it is loaded already, with whatever options."""
+        try:
+            model = self._client.model(self._name, timeout=self._timeout)
+        except ModelNotLoadedError:
+            return None
+        return model if model.state is ModelState.READY else None
+
+    def _load(self) -> Model:
+        with progress_display(self._name) as display:
+            return self._client.load(self._name, on_progress=display.load, timeout=self._timeout)
+
+
+def _statistics(result: GenerationResult) -> str:
+    usage, timings = result.usage, result.timings
+    parts = [f"{usage.prompt_tokens} prompt tokens, {usage.generated_tokens} generated"]
+    if timings.decode and usage.generated_tokens > 1:
+        rate = (usage.generated_tokens - 1) / timings.decode.total_seconds()
+        parts.append(f"{rate:.1f} tokens/s")
+    parts.append(f"first token after {span(timings.time_to_first_token)}")
+    parts.append(f"ended by {result.finish.reason.name.lower()}")
+    parts.append(f"seed {result.seed}")
+    return ", ".join(parts)
