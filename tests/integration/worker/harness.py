@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +17,9 @@ import grpc
 
 from loaderd.v1 import generation_pb2, model_pb2
 from loaderd.worker.v1 import worker_pb2, worker_pb2_grpc
+from tests.unit.worker.outputs import Outputs
 
 TIMEOUT = 60.0
-
-
-@dataclass
-class Outputs:
-    """Everything that came for one request."""
-
-    started: generation_pb2.GenerationStarted | None = None
-    deltas: list[generation_pb2.GenerationDelta] = field(default_factory=list)
-    finished: generation_pb2.GenerationFinished | None = None
-    error: worker_pb2.Error | None = None
-
-    @property
-    def text(self) -> str:
-        return "".join(delta.text for delta in self.deltas)
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [token_id for delta in self.deltas for token_id in delta.token_ids]
-
-    @property
-    def finish(self) -> generation_pb2.Finish:
-        assert self.finished is not None, self.error
-        (finish,) = self.finished.finishes
-        return finish
-
-    @property
-    def ended(self) -> bool:
-        return self.finished is not None or self.error is not None
-
-    def add(self, output: worker_pb2.Output) -> None:
-        assert not self.ended, "nothing may follow the last output"
-        match output.WhichOneof("event"):
-            case "started":
-                assert self.started is None
-                self.started = output.started
-            case "delta":
-                assert self.started is not None
-                self.deltas.append(output.delta)
-            case "finished":
-                self.finished = output.finished
-            case "error":
-                self.error = output.error
 
 
 class LinkServer(worker_pb2_grpc.WorkerLinkServiceServicer):

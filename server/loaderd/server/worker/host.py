@@ -12,7 +12,6 @@ import accelerate  # noqa: F401 - loading imports it
 import torch
 import transformers
 from google.protobuf.duration_pb2 import Duration
-from transformers import PreTrainedTokenizerBase
 from transformers.models.llama import modeling_llama  # noqa: F401 - most models build on it
 from transformers.models.qwen2 import modeling_qwen2  # noqa: F401 - as above
 
@@ -27,7 +26,7 @@ from loaderd.server.worker.facts import TORCH_DTYPES, model_details, model_facts
 from loaderd.server.worker.failures import error_message, incident
 from loaderd.server.worker.link import Link
 from loaderd.server.worker.loader import ModelLoader
-from loaderd.server.worker.tokenization import Tokenization
+from loaderd.server.worker.tokenization import Tokenization, special_ids
 from loaderd.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
@@ -134,7 +133,7 @@ class ModelHost:
         weights = Duration()
         weights.FromNanoseconds(round((time.monotonic() - begin) * 1e9))
         facts = model_facts(model)
-        completions = Tokenizer(tokenizer, _special_ids(tokenizer))
+        completions = Tokenizer(tokenizer, special_ids(tokenizer))
         engine = SequentialEngine(model, completions, command.model, self._emit)
         self._hosted = _Hosted(facts, engine, Tokenization(tokenizer, facts.vocabulary_size))
         details = model_details(model, tokenizer, dtype, engine, _ENGINE_REASON)
@@ -156,8 +155,3 @@ class ModelHost:
     def _emit(self, outputs: Sequence[worker_pb2.Output]) -> None:
         self._link.send(step=worker_pb2.Step(outputs=outputs))
 
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """What decoding leaves out when special tokens are to be left out."""
-    added = tokenizer.added_tokens_decoder
-    return frozenset(token_id for token_id, token in added.items() if token.special)

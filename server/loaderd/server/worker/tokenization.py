@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 _ONLY_WITH_TEXT = "goes with text only"
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that decoding leaves out when special tokens are to be left out."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset(token_id for token_id, token in added.items() if token.special)
+
+
 class Tokenization:
     """Encodes prompts and answers tokenizer calls.
 

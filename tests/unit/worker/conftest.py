@@ -1,0 +1,14 @@
+"""Models for the worker's tests."""
+
+from pathlib import Path
+
+import pytest
+
+REAL_MODEL = Path(".cache/models/SmolLM2-135M-Instruct").absolute()
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct."""
+    assert REAL_MODEL.is_dir(), "there is no demo model: run `make model`"
+    return REAL_MODEL

@@ -1,0 +1,271 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.struct_pb2 import Struct
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loaderd.server.errors import InvalidArgumentError, UnsupportedOptionError
+from loaderd.server.worker.engine.parameters import (
+    ModelFacts,
+    SamplingDefaults,
+    check_supported,
+    typed_request,
+)
+from loaderd.server.worker.engine.protocol import GenerationRequest
+from loaderd.server.worker.engine.sequential import SequentialEngine
+from loaderd.v1.generation_pb2 import StreamGenerateRequest, TokenIds
+
+FACTS = ModelFacts(
+    context_length=1000, vocabulary_size=500, eos_token_ids=(2, 7), defaults=SamplingDefaults()
+)
+OWN_SAMPLING = SamplingDefaults(do_sample=True, temperature=0.6, top_k=20, top_p=0.9)
+SUPPORTED = SequentialEngine.supported_parameters
+
+# A value other than the default for every field that the sequential engine does not honour.
+REFUSED: dict[str, Any] = {
+    "chat_template_kwargs": Struct(),
+    "priority": 1,
+    "keep_alive": Duration(seconds=1),
+    "lease_id": "lease",
+    "n": 2,
+    "best_of": 2,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "logit_bias": {1: 2.0},
+    "allowed_token_ids": TokenIds(ids=[1]),
+    "bad_words": ["no"],
+    "logprobs": True,
+    "top_logprobs": 1,
+    "prompt_logprobs": 0,
+    "num_beams": 2,
+    "length_penalty": 2.0,
+    "early_stopping": True,
+    "bypass_prefix_cache": True,
+    "cache_salt": "salt",
+}
+ACCEPTED_AT_DEFAULT: dict[str, Any] = {
+    "priority": 0,
+    "n": 1,
+    "best_of": 1,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "num_beams": 1,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "bypass_prefix_cache": False,
+}
+
+
+def typed(
+    facts: ModelFacts = FACTS, prompt: list[int] | None = None, **fields: Any
+) -> GenerationRequest:
+    request = StreamGenerateRequest(model="m", text="x", **fields)
+    return typed_request(
+        request, key=1, prompt=[5, 6] if prompt is None else prompt, arrived=0.0, facts=facts
+    )
+
+
+def refused_field(facts: ModelFacts = FACTS, prompt: list[int] | None = None, **fields: Any) -> str:
+    with pytest.raises(InvalidArgumentError) as caught:
+        typed(facts, prompt, **fields)
+    return caught.value.field
+
+
+def test_every_field_of_the_protocol_is_either_honoured_or_refused() -> None:
+    names = {field.name for field in StreamGenerateRequest.DESCRIPTOR.fields}
+    assert names == SUPPORTED | REFUSED.keys() | {"model", "request_id"}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_what_the_engine_cannot_honour_is_refused_by_name(field: str) -> None:
+    request = StreamGenerateRequest(model="m", text="x", **{field: REFUSED[field]})
+    with pytest.raises(UnsupportedOptionError) as caught:
+        check_supported(request, "sequential", SUPPORTED)
+    assert caught.value.field == field
+    assert "sequential engine" in caught.value.problem
+
+
+@pytest.mark.parametrize("field", ACCEPTED_AT_DEFAULT)
+def test_a_default_that_is_given_asks_for_nothing(field: str) -> None:
+    request = StreamGenerateRequest(model="m", **{field: ACCEPTED_AT_DEFAULT[field]})
+    assert request.HasField(field)  # type: ignore[arg-type] # the names are literals there
+    check_supported(request, "sequential", SUPPORTED)
+
+
+def test_a_field_of_a_newer_protocol_is_refused() -> None:
+    request = StreamGenerateRequest.FromString(bytes([0xA0, 0x3E, 0x01]))  # field 996
+    with pytest.raises(UnsupportedOptionError, match="field 996"):
+        check_supported(request, "sequential", SUPPORTED)
+
+
+def test_defaults() -> None:
+    request = typed()
+    assert request.prompt == (5, 6)
+    sampling, stopping = request.sampling, request.stopping
+    assert not sampling.do_sample
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (1.0, 0, 1.0)
+    assert (sampling.min_p, sampling.typical_p, sampling.repetition_penalty) == (0.0, 1.0, 1.0)
+    assert (stopping.max_new_tokens, stopping.min_new_tokens) == (256, 0)
+    assert stopping.eos_token_ids == (2, 7)
+    assert stopping.max_seconds is None
+    assert request.skip_special_tokens
+    assert not request.echo
+    assert not request.return_token_ids
+
+
+def test_unset_sampling_options_are_the_models_own() -> None:
+    facts = replace(FACTS, defaults=OWN_SAMPLING)
+    sampling = typed(facts, top_p=0.5).sampling
+    assert (sampling.do_sample, sampling.temperature, sampling.top_k) == (True, 0.6, 20)
+    assert sampling.top_p == 0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "own", "sampled"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"temperature": 0.5}, False, True),
+        ({"temperature": 0.0}, True, False),
+        ({"temperature": 0.0, "top_p": 0.9}, True, False),
+        ({"top_k": 0}, False, True),
+        ({"top_p": 1.0}, False, True),
+        ({"min_p": 0.0}, False, True),
+        ({"typical_p": 0.5}, False, True),
+        ({"seed": 3}, False, False),
+        ({"repetition_penalty": 1.5}, False, False),
+        ({"do_sample": True}, False, True),
+        ({"do_sample": False}, True, False),
+        ({"do_sample": False, "temperature": 0.0}, True, False),
+    ],
+)
+def test_when_it_samples(fields: dict[str, Any], own: bool, sampled: bool) -> None:
+    facts = replace(FACTS, defaults=replace(OWN_SAMPLING, do_sample=own))
+    assert typed(facts, **fields).sampling.do_sample is sampled
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_k", "top_p", "min_p", "typical_p"])
+def test_sampling_options_contradict_do_sample_false(field: str) -> None:
+    option: dict[str, Any] = {field: 1}
+    assert refused_field(do_sample=False, **option) == "do_sample"
+
+
+def test_temperature_zero_contradicts_do_sample_true() -> None:
+    assert refused_field(do_sample=True, temperature=0.0) == "temperature"
+
+
+def test_a_model_whose_own_temperature_is_zero_is_greedy() -> None:
+    facts = replace(FACTS, defaults=replace(OWN_SAMPLING, temperature=0.0))
+    assert not typed(facts).sampling.do_sample
+    assert typed(facts, temperature=0.3).sampling.do_sample
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("temperature", [-0.1, 100.1, NAN, INF]),
+        ("top_p", [0.0, -1.0, 1.1, NAN, INF]),
+        ("min_p", [-0.1, 1.1, NAN, INF]),
+        ("typical_p", [0.0, 1.1, NAN, INF]),
+        ("repetition_penalty", [0.0, -1.0, 100.1, NAN, INF]),
+        ("max_new_tokens", [0, 999, 2**32 - 1]),
+        ("truncate_prompt_tokens", [0]),
+        ("stop", [[""], ["x" * 257], ["x"] * 17]),
+        ("stop_token_ids", [[500], [1] * 65]),
+        ("max_time", [Duration(), Duration(seconds=-1), Duration(nanos=-1)]),
+        ("request_id", ["x" * 129, "\N{SNOWMAN}", "a\nb"]),
+    ],
+)
+def test_values_out_of_bounds_are_refused_by_name(field: str, values: list[Any]) -> None:
+    for value in values:
+        assert refused_field(**{field: value}) == field
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 100.0},
+        {"top_p": 1.0},
+        {"top_p": 1e-9},
+        {"min_p": 1.0},
+        {"min_p": 0.0},
+        {"typical_p": 1.0},
+        {"repetition_penalty": 100.0},
+        {"max_new_tokens": 998},
+        {"max_new_tokens": 1, "min_new_tokens": 1},
+        {"stop": ["x" * 256] * 16},
+        {"stop_token_ids": [499] * 64},
+        {"max_time": Duration(nanos=1)},
+        {"request_id": "x" * 128},
+        {"truncate_prompt_tokens": 1},
+    ],
+)
+def test_bounds_belong_to_the_range(fields: dict[str, Any]) -> None:
+    typed(**fields)
+
+
+def test_min_new_tokens_is_at_most_max_new_tokens_also_when_that_is_the_default() -> None:
+    assert refused_field(max_new_tokens=3, min_new_tokens=4) == "min_new_tokens"
+    assert refused_field(min_new_tokens=257) == "min_new_tokens"
+    assert typed(min_new_tokens=256).stopping.min_new_tokens == 256
+
+
+def test_the_default_length_is_what_the_context_leaves() -> None:
+    assert typed(prompt=[5] * 990).stopping.max_new_tokens == 10
+
+
+def test_a_prompt_that_fills_the_context_is_refused_with_both_lengths() -> None:
+    for length in (1000, 1001):
+        with pytest.raises(InvalidArgumentError) as caught:
+            typed(prompt=[5] * length)
+        assert caught.value.field == "text"
+        assert f"{length} tokens" in caught.value.problem
+        assert "1000" in caught.value.problem
+
+
+def test_a_prompt_can_be_cut_to_fit() -> None:
+    prompt = [5] * 1500 + [6, 7]
+    request = typed(prompt=prompt, truncate_prompt_tokens=10)
+    assert request.prompt == (*[5] * 8, 6, 7)
+    assert request.stopping.max_new_tokens == 256
+
+
+def test_a_model_without_a_fixed_context_takes_any_length() -> None:
+    facts = replace(FACTS, context_length=0)
+    request = typed(facts, prompt=[5] * 5000, max_new_tokens=10**9)
+    assert len(request.prompt) == 5000
+    assert request.stopping.max_new_tokens == 10**9
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    assert refused_field(prompt=[]) == "text"
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused() -> None:
+    assert refused_field(prompt=[5, 500]) == "text"
+    typed(prompt=[499])
+
+
+def test_ignore_eos_leaves_the_other_stops() -> None:
+    stopping = typed(ignore_eos=True, stop_token_ids=[9], stop=["x"]).stopping
+    assert stopping.eos_token_ids == ()
+    assert (stopping.stop_token_ids, stopping.stop_strings) == ((9,), ("x",))
+
+
+@given(seed=st.integers(0, 2**64 - 1))
+def test_a_seed_is_kept(seed: int) -> None:
+    assert typed(seed=seed).sampling.seed == seed
+
+
+def test_seeds_are_drawn_anew() -> None:
+    seeds = {typed().sampling.seed for _ in range(20)}
+    assert len(seeds) == 20
+    assert all(0 <= seed < 2**64 for seed in seeds)
