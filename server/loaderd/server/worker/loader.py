@@ -15,7 +15,7 @@ from loaderd.server.errors import LoaderdError, OfflineNotCachedError
 from loaderd.server.store import hub
 from loaderd.server.store.cache import default_cache_dir
 from loaderd.server.store.hub_access import HubAccess
-from loaderd.server.store.names import HubName, parse_name_or_path
+from loaderd.server.store.names import HubName, LocalName, parse_name_or_path
 from loaderd.server.store.resolve import NotCached, resolve
 from loaderd.server.worker import devices
 from loaderd.server.worker.failures import incident
@@ -76,6 +76,8 @@ class ModelLoader:
     @cached_property
     def _folder(self) -> ModelFolder:
         name = parse_name_or_path(self.model_name)
+        if isinstance(name, LocalName) and name.path.is_dir():
+            return ModelFolder(name.path, self._shown_name)
         found = resolve(name, cache_dir=self.cache_dir, local_roots=None)
         path = self._download(found) if isinstance(found, NotCached) else found.path
         return ModelFolder(path, self._shown_name)
