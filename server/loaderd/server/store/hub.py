@@ -8,6 +8,7 @@ it has come, and the revision's ref moves only when the whole snapshot is there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,13 +26,19 @@ from loaderd.server.store.selection import CONFIG, WEIGHTS_INDEX, select, weight
 from loaderd.server.store.weights import read_shards
 
 
-def plan(name: HubName, cache_dir: Path, access: HubAccess) -> DownloadPlan:
+def plan(
+    name: HubName,
+    cache_dir: Path,
+    access: HubAccess,
+    on_response: Callable[[], None] = lambda: None,
+) -> DownloadPlan:
     """Asks the hub what a download would fetch. Writes nothing.
 
     Args:
         name: The repository and revision.
         cache_dir: The Hugging Face cache.
         access: The hub.
+        on_response: Called whenever the hub has answered.
 
     Raises:
         ModelNotFoundError, RevisionNotFoundError, ModelGatedError: The hub says so.
@@ -41,7 +48,8 @@ def plan(name: HubName, cache_dir: Path, access: HubAccess) -> DownloadPlan:
     """
     model = name.repo_id
     repo = RepoFolder(cache_dir, model)
-    with domain_errors(name), guard(Exchange(access.endpoint, model)):
+    exchange = Exchange(access.endpoint, model, on_response=on_response)
+    with domain_errors(name), guard(exchange):
         commit, tree = list_files(name, access)
         if CONFIG not in tree:
             raise ModelUnsupportedError(model, f"its repository has no {CONFIG}")
@@ -73,7 +81,7 @@ def download(
         cache_dir: The Hugging Face cache.
         access: The hub.
         on_progress: Called in this thread at most ten times a second, and only when something
-            moved: bytes came, were hashed, or a wait began.
+            moved: the hub answered, bytes came or were hashed, a wait began.
 
     Raises:
         DiskFullError: The disk cannot hold it, or could not in the end.

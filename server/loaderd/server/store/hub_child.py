@@ -22,11 +22,11 @@ from loaderd.server.store.cache import RepoFolder
 from loaderd.server.store.confine import confine_writing
 from loaderd.server.store.hub_access import HubAccess
 from loaderd.server.store.hub_messages import (
+    Alive,
     Defect,
     Done,
     Message,
     Operation,
-    Ready,
     Request,
     encode,
 )
@@ -64,11 +64,11 @@ def _run(request: Request, output: BinaryIO) -> Message:
     from loaderd.server.store import hub
 
     constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
-    _send(output, Ready())
+    _send(output, Alive())
     name = HubName(request.repo_id, request.revision)
     cache_dir = Path(request.cache_dir)
     access = HubAccess(request.endpoint, request.token, request.retry)
-    plan = hub.plan(name, cache_dir, access)
+    plan = hub.plan(name, cache_dir, access, lambda: _send(output, Alive()))
     if request.operation == "plan":
         return plan
     hub.download(plan, cache_dir, access, lambda progress: _send(output, progress))

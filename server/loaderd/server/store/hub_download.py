@@ -59,6 +59,7 @@ class Download:
         weights = [file for file in plan.files if file.path.endswith(".safetensors")]
         others = [file for file in plan.files if file not in weights]
         report = self._reporter(on_progress)
+        report()
         pool = ThreadPoolExecutor(PARALLEL_FILES, "hub")
         try:
             for wave in (others, weights):
@@ -102,7 +103,9 @@ class Download:
 
         # Faults in mid-body the library mends itself; these are those before it.
         retried = (HubBusyError, httpx2.ReadError, httpx2.RemoteProtocolError)
-        exchange = Exchange(self._access.endpoint, plan.repo_id, plan.commit, file)
+        exchange = Exchange(
+            self._access.endpoint, plan.repo_id, plan.commit, file, on_response=self.moved
+        )
         try:
             with guard(exchange):
                 self._access.retry.call(fetch, on=retried, wait=self._wait)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -57,12 +57,14 @@ class Exchange:
         model: The model, for errors.
         commit: The commit whose files are fetched.
         file: The file that is being fetched.
+        on_response: Called whenever the hub has answered; what it raises ends the request.
     """
 
     endpoint: str
     model: str
     commit: str | None = None
     file: PlannedFile | None = None
+    on_response: Callable[[], None] = lambda: None
 
 
 _exchange: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
@@ -135,6 +137,7 @@ def _check_response(response: httpx2.Response) -> None:
     exchange = _exchange.get()
     if exchange is None:
         return
+    exchange.on_response()
     if response.status_code == _TOO_MANY_REQUESTS or response.status_code >= _SERVER_ERROR:
         raise HubBusyError(response.status_code, _retry_after(response))
     # Without it the library fetches over HTTP, the only way whose content we verify.

@@ -48,8 +48,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Ready:
-    """The child has imported what it needs."""
+class Alive:
+    """The child has imported what it needs, or the hub has answered."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Defect:
     traceback: str
 
 
-Message = Ready | DownloadPlan | DownloadProgress | Done | Defect | LoaderdError
+Message = Alive | DownloadPlan | DownloadProgress | Done | Defect | LoaderdError
 
 
 def encode(message: Message) -> bytes:
@@ -107,8 +107,8 @@ def decode(line: bytes) -> Message:
             return Done(**content)
         case "Defect":
             return Defect(**content)
-        case "Ready":
-            return Ready()
+        case "Alive":
+            return Alive()
         case kind:
             raise ValueError(f"unknown message {kind!r}")
 
