@@ -63,6 +63,7 @@ class FakeDaemon:
         self.step_s = 0.005
         self.token_s = 0.0005
         self.stopping = threading.Event()
+        self._arrival = threading.Condition()
         self.cache = Cache()
         self.health = health.HealthServicer()
         self.models = Models(self)
@@ -104,12 +105,24 @@ class FakeDaemon:
     def seen(self, method: str, request: Message, context: grpc.ServicerContext) -> Seen:
         """Records a call."""
         call = Seen(method, request, context.time_remaining())
-        self.calls.append(call)
+        with self._arrival:
+            self.calls.append(call)
+            self._arrival.notify_all()
         return call
 
     def last(self, method: str) -> Seen:
-        """The latest call of a method."""
-        return next(call for call in reversed(self.calls) if call.method == method)
+        """The latest call of a method; waits for the first one.
+
+        Raises:
+            TimeoutError: None came within ten seconds.
+        """
+        with self._arrival:
+            if not self._arrival.wait_for(lambda: self._of(method), timeout=10):
+                raise TimeoutError(f"no {method} came")
+            return self._of(method)[-1]
+
+    def _of(self, method: str) -> list[Seen]:
+        return [call for call in self.calls if call.method == method]
 
     def set_health(self, service: str, *, serving: bool) -> None:
         """Sets what grpc.health.v1 says of a service."""

@@ -268,7 +268,9 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         with call.follow(context), self._models.watch() as (models, events):
             snapshot = model_pb2.ModelList(models=models)
             yield model_pb2.WatchModelsResponse(snapshot=snapshot)
-            while context.is_active() and not self._daemon.stopping.is_set():
+            while context.is_active():
+                if self._daemon.stopping.is_set():
+                    raise FailureError("DRAINING")
                 try:
                     event = events.get(timeout=0.02)
                 except queue.Empty:

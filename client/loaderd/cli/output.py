@@ -10,6 +10,8 @@ from datetime import datetime, timedelta
 from enum import Enum
 from typing import Any
 
+_UNLIMITED = 1_000_000
+
 
 def message(text: str) -> None:
     """Prints a message for people to stderr, under the program's name."""
@@ -66,7 +68,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         grid.add_row(*(Text(cell) for cell in row))
     console = Console(file=sys.stdout, highlight=False)
     if not console.is_terminal:
-        console.width = max(console.measure(grid).maximum, 1)
+        console.width = _UNLIMITED
     console.print(grid)
 
 

@@ -70,7 +70,7 @@ class BarDisplay:
             self.download(progress.download)
         else:
             self._spinner.update(self._working, description=progress.state.name.lower())
-            self._live.update(self._spinner)
+            self._live.update(self._spinner, refresh=True)
 
     def download(self, progress: DownloadProgress) -> None:
         """Shows how far a download is."""
@@ -80,7 +80,7 @@ class BarDisplay:
             total=progress.total_bytes,
             amounts=describe(progress),
         )
-        self._live.update(self._bar)
+        self._live.update(self._bar, refresh=True)
 
     def __enter__(self) -> Self:
         self._live.start()

@@ -1,0 +1,431 @@
+"""What the commands print, and how they end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from loaderd.cli.exits import MEANINGS, ExitCode
+from loaderd.cli.main import app
+from loaderd.cli.options import DtypeName
+from loaderd.client import Client, Dtype
+from loaderd.client.errors import BY_REASON
+from tests.fake_daemon import FakeDaemon
+from tests.fake_daemon.cache import TOTAL, commit_of
+from tests.fake_daemon.models import FREED_BYTES, WEIGHT_BYTES
+
+Ctl = Callable[..., Result]
+
+
+@pytest.fixture
+def ctl(daemon: FakeDaemon) -> Ctl:
+    """Runs `loaderctl` against the fake daemon."""
+
+    def run(*args: str, stdin: str | None = None) -> Result:
+        return CliRunner().invoke(app, ["--address", daemon.address, *args], input=stdin)
+
+    return run
+
+
+def lines(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+def document(result: Result) -> Any:
+    assert result.exit_code == ExitCode.OK
+    return json.loads(result.stdout)
+
+
+def test_load_tells_progress_on_stderr_and_the_model_on_stdout(ctl: Ctl) -> None:
+    result = ctl("load", "demo/remote")
+
+    assert result.exit_code == ExitCode.OK
+    assert result.stdout.startswith("demo/remote is ready as m-1, FakeForCausalLM in bfloat16")
+    assert "38.0 MB on cpu" in result.stdout
+    assert len(result.stdout.splitlines()) == 1
+    progress = result.stderr.splitlines()
+    assert progress[0] == "loaderctl: demo/remote: resolving"
+    assert (
+        "loaderctl: demo/remote: downloading 8.0 MB of 40.0 MB, 25.0 MB/s, 1.3 s left" in progress
+    )
+    assert progress[-1] == "loaderctl: demo/remote: loading"
+    assert "\x1b" not in result.output  # no bars where there is no terminal
+
+
+def test_load_with_options_as_json(ctl: Ctl, daemon: FakeDaemon) -> None:
+    model = document(
+        ctl("load", "demo/base", "--dtype", "float32", "--device-map", "cpu", "--json")
+    )
+
+    sent = daemon.last("LoadModel").request.options
+    assert (sent.dtype, sent.device_map) == (Dtype.FLOAT32, "cpu")
+    assert model["state"] == "ready"
+    assert model["source"] == "cached"
+    assert model["options"] == {"dtype": "float32", "device_map": "cpu"}
+    assert model["details"]["weight_bytes"] == WEIGHT_BYTES
+    assert model["timings"]["total"] == 0.025
+    assert model["timings"]["download"] is None
+    assert model["created_at"].endswith("+00:00")
+
+
+def test_the_dtypes_are_those_of_the_sdk() -> None:
+    assert {name.value for name in DtypeName} == {
+        dtype.name.lower() for dtype in Dtype if dtype is not Dtype.UNSPECIFIED
+    }
+
+
+def test_a_local_path_is_made_absolute(
+    ctl: Ctl, daemon: FakeDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    assert ctl("load", "./model").exit_code == ExitCode.OK
+    assert daemon.last("LoadModel").request.model == str(tmp_path / "model")
+
+
+def test_unload_says_what_it_freed(ctl: Ctl) -> None:
+    ctl("load", "demo/chat")
+    assert ctl("unload", "demo/chat").stdout == "unloaded demo/chat, 123.5 MB freed\n"
+
+    ctl("load", "demo/chat")
+    result = document(ctl("unload", "demo/chat", "--json"))
+    assert result["freed_bytes"] == FREED_BYTES
+    assert result["model"]["state"] == "unloaded"
+
+
+def test_unload_of_a_busy_model_needs_force(ctl: Ctl, daemon: FakeDaemon, client: Client) -> None:
+    stream = client.load("demo/chat").stream("x", max_new_tokens=50_000)
+    next(stream)
+
+    refused = ctl("unload", "demo/chat")
+    forced = ctl("unload", "demo/chat", "--force")
+
+    assert refused.exit_code == ExitCode.PRECONDITION
+    assert forced.exit_code == ExitCode.OK
+
+
+def test_ps_lists_models(ctl: Ctl) -> None:
+    nothing = ctl("ps")
+    assert (nothing.exit_code, nothing.stdout) == (ExitCode.OK, "")
+    assert "no models are loaded" in nothing.stderr
+    assert document(ctl("ps", "--json")) == []
+
+    ctl("load", "demo/chat")
+    ctl("load", "demo/base", "--dtype", "float16")
+
+    heading, first, second = lines(ctl("ps").stdout)
+    assert heading == ["NAME", "ID", "STATE", "DTYPE", "DEVICE", "WEIGHTS", "REQUESTS", "READY"]
+    assert first[:8] == ["demo/chat", "m-1", "ready", "bfloat16", "cpu", "38.0", "MB", "0"]
+    assert second[:4] == ["demo/base", "m-2", "ready", "float16"]
+    assert [model["name"] for model in document(ctl("ps", "--json"))] == ["demo/chat", "demo/base"]
+
+
+def test_a_table_is_not_cut_where_there_is_no_terminal(
+    ctl: Ctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    ctl("load", str(folder))
+
+    _, row = ctl("ps").stdout.splitlines()
+
+    assert row.startswith(str(folder))
+
+
+def test_pull_ls_and_resolve(ctl: Ctl) -> None:
+    plan = ctl("resolve", "demo/remote")
+    assert lines(plan.stdout)[0] == ["not", "cached", "demo/remote", "at", "main"]
+    assert "model.safetensors" in plan.stdout
+    assert "config.json" not in plan.stdout  # that one is there
+    planned = document(ctl("resolve", "demo/remote", "--json"))
+    assert (planned["kind"], planned["total_bytes"]) == ("download", TOTAL)
+
+    pulled = ctl("pull", "demo/remote")
+    commit = commit_of("demo/remote")
+    assert pulled.stdout == (f"demo/remote is cached at commit {commit[:12]}, 3 files, 40.0 MB\n")
+    assert "downloading" in pulled.stderr
+    assert document(ctl("pull", "demo/remote", "--json"))["commit"] == commit
+
+    listing = ctl("ls").stdout.splitlines()
+    row = next(line.split() for line in listing if line.startswith("demo/remote"))
+    assert row[1:7] == ["main", commit[:12], "40.0", "MB", "3", "complete"]
+    assert listing[-1] == "4 snapshots take 160.0 MB on disk"
+    as_json = document(ctl("ls", "--json"))
+    assert as_json["total_bytes"] == 4 * TOTAL
+    assert [s["repo_id"] for s in as_json["snapshots"]] == sorted(
+        s["repo_id"] for s in as_json["snapshots"]
+    )
+
+    cached = ctl("resolve", "demo/remote")
+    assert lines(cached.stdout)[1] == ["commit", commit]
+    assert document(ctl("resolve", "demo/remote", "--json"))["kind"] == "cached"
+
+
+def test_resolve_of_a_folder(ctl: Ctl, tmp_path: Path) -> None:
+    result = document(ctl("resolve", str(tmp_path), "--json"))
+
+    assert (result["kind"], result["path"]) == ("local", str(tmp_path))
+
+
+def test_info_health_and_devices(ctl: Ctl, daemon: FakeDaemon) -> None:
+    shown = dict(line.split("  ", 1) for line in ctl("info").stdout.splitlines())
+    assert shown["version"].strip() == "0.1.0"
+    assert shown["uptime"].strip() == "1 min 2 s"
+    assert shown["address"].strip() == daemon.address
+    info = document(ctl("info", "--json"))
+    assert (info["uptime"], info["pid"], info["offline"]) == (61.5, 4242, False)
+
+    assert ctl("health").stdout == "serving\n"
+    unknown = ctl("health", "nothing", "--json")
+    assert unknown.exit_code == ExitCode.NOT_FOUND
+    assert json.loads(unknown.stdout) == {"service": "nothing", "status": "service_unknown"}
+    daemon.set_health("", serving=False)
+    down = ctl("health")
+    assert (down.exit_code, down.stdout) == (ExitCode.UNAVAILABLE, "not serving\n")
+
+    heading, gpu, cpu = lines(ctl("devices").stdout)
+    assert heading == ["ID", "TYPE", "NAME", "MEMORY", "FREE", "CORES"]
+    assert gpu == ["cuda:0", "cuda", "Fake", "GPU", "85.9", "GB", "75.2", "GB", "-"]
+    assert cpu[-1] == "8"
+    devices = document(ctl("devices", "--json"))
+    assert [device["type"] for device in devices] == ["cuda", "cpu"]
+    assert devices[0]["free_bytes"] == 70 << 30
+
+
+def test_run_answers_on_stdout(ctl: Ctl, daemon: FakeDaemon) -> None:
+    result = ctl("run", "demo/chat", "hello")
+
+    assert result.exit_code == ExitCode.OK
+    assert result.stdout == "[1] you said: hello\n"
+    assert "loading" in result.stderr
+    assert daemon.last("StreamGenerate").request.HasField("messages")
+
+
+def test_run_passes_its_options_on(ctl: Ctl, daemon: FakeDaemon) -> None:
+    options = "--max-new-tokens 9 --temperature 0.5 --top-p 0.9 --top-k 3 --seed 7"
+    result = ctl("run", "demo/chat", "hi", *options.split(), "--stop", "a", "--stop", "bc")
+
+    request = daemon.last("StreamGenerate").request
+    assert result.exit_code == ExitCode.OK
+    assert (request.max_new_tokens, request.temperature, request.seed) == (9, 0.5, 7)
+    assert (request.top_p, request.top_k, list(request.stop)) == (0.9, 3, ["a", "bc"])
+
+
+def test_run_leaves_what_is_not_given_to_the_model(ctl: Ctl, daemon: FakeDaemon) -> None:
+    ctl("run", "demo/chat", "hi")
+
+    given = {field.name for field, _ in daemon.last("StreamGenerate").request.ListFields()}
+    assert given == {"model", "messages"}
+
+
+def test_run_begins_with_the_system_message(ctl: Ctl, daemon: FakeDaemon) -> None:
+    result = ctl("run", "demo/chat", "hi", "--system", "Be brief.")
+
+    messages = daemon.last("StreamGenerate").request.messages.messages
+    assert [(m.role, m.content) for m in messages] == [("system", "Be brief."), ("user", "hi")]
+    assert result.stdout == "[2] you said: hi\n"
+
+
+@pytest.mark.parametrize("args", [("demo/base",), ("demo/chat", "--raw")])
+def test_run_continues_text(ctl: Ctl, daemon: FakeDaemon, args: tuple[str, ...]) -> None:
+    result = ctl("run", *args, "Once", "--max-new-tokens", "5")
+
+    assert result.exit_code == ExitCode.OK
+    assert daemon.last("StreamGenerate").request.text == "Once"
+
+
+@pytest.mark.parametrize("args", [(), ("-",)])
+def test_run_reads_the_prompt_from_stdin(ctl: Ctl, args: tuple[str, ...]) -> None:
+    result = ctl("run", "demo/chat", *args, stdin="two\nlines\n")
+
+    assert result.stdout == "[1] you said: two\nlines\n"
+
+
+def test_run_with_a_prompt_leaves_stdin_alone(ctl: Ctl) -> None:
+    assert ctl("run", "demo/chat", "hi", stdin="other").stdout == "[1] you said: hi\n"
+
+
+def test_run_uses_a_model_that_is_loaded_whatever_its_options(ctl: Ctl, daemon: FakeDaemon) -> None:
+    ctl("load", "demo/chat", "--dtype", "float32")
+
+    by_name, by_id = ctl("run", "demo/chat", "hi"), ctl("run", "m-1", "hi")
+
+    assert by_name.stdout == by_id.stdout == "[1] you said: hi\n"
+    assert len(daemon.models.all()) == 1
+
+
+def test_run_prints_statistics(ctl: Ctl) -> None:
+    result = ctl("run", "demo/chat", "hi", "--stats")
+
+    last = result.stderr.splitlines()[-1]
+    assert last == (
+        "loaderctl: 20 prompt tokens, 17 generated, 32.0 tokens/s, first token after 0.0 s, "
+        "ended by stop, seed 4711"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        (("--system", "x", "--raw"), ExitCode.USAGE, "--system"),
+        (("--temperature", "101"), ExitCode.INVALID, "temperature"),
+        (("--seed", "-1"), ExitCode.INVALID, "seed"),
+    ],
+)
+def test_run_refuses_what_makes_no_sense(
+    ctl: Ctl, args: tuple[str, ...], code: ExitCode, text: str
+) -> None:
+    result = ctl("run", "demo/chat", "hi", *args)
+
+    assert result.exit_code == code
+    assert text in result.stderr.splitlines()[-1]
+
+
+def test_run_refuses_a_system_message_without_chat_template(ctl: Ctl) -> None:
+    result = ctl("run", "demo/base", "hi", "--system", "x")
+
+    assert result.exit_code == ExitCode.INVALID
+    assert "no chat template" in result.stderr
+
+
+def test_watch_begins_with_what_is_there(ctl: Ctl, client: Client) -> None:
+    client.load("demo/base")
+
+    result = ctl("--timeout", "0.5", "watch")
+
+    assert result.stdout.splitlines() == ["demo/base (m-1): ready"]
+    assert result.exit_code == ExitCode.DEADLINE
+
+
+def test_watch_as_json_is_an_object_a_line(daemon: FakeDaemon, client: Client) -> None:
+    command = [sys.executable, "-m", "loaderd.cli", "-a", daemon.address, "watch", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = json.loads(process.stdout.readline())
+        client.load("demo/chat").unload()
+        events = [json.loads(process.stdout.readline()) for _ in range(5)]
+        process.terminate()
+
+    assert first == {"type": "list", "models": []}
+    assert {event["type"] for event in events} == {"event"}
+    assert [event["model"]["state"] for event in events] == [
+        "resolving",
+        "loading",
+        "ready",
+        "unloading",
+        "unloaded",
+    ]
+    assert [event["previous_state"] for event in events][:2] == ["unspecified", "resolving"]
+    assert [event["sequence"] for event in events] == [1, 2, 3, 4, 5]
+
+
+EXPECTED_CODES = {
+    "MODEL_NOT_FOUND": 3,
+    "REVISION_NOT_FOUND": 3,
+    "MODEL_GATED": 8,
+    "INVALID_NAME": 4,
+    "INVALID_ARGUMENT": 4,
+    "UNSUPPORTED_OPTION": 4,
+    "HUB_UNREACHABLE": 5,
+    "HUB_RATE_LIMITED": 5,
+    "OFFLINE_NOT_CACHED": 6,
+    "MODEL_IN_USE": 6,
+    "MODEL_NOT_LOADED": 6,
+    "MODEL_UNSUPPORTED": 6,
+    "SNAPSHOT_CORRUPT": 9,
+    "SNAPSHOT_INCOMPLETE": 9,
+    "DISK_FULL": 7,
+    "DEVICE_MEMORY": 7,
+    "QUEUE_FULL": 7,
+    "SLOW_CONSUMER": 7,
+    "WORKER_DIED": 5,
+    "DRAINING": 5,
+    "DEADLINE": 10,
+    "INTERNAL": 1,
+}
+
+
+@pytest.mark.parametrize("reason", BY_REASON)
+def test_each_failure_is_a_line_and_an_exit_code(ctl: Ctl, reason: str) -> None:
+    result = ctl("load", f"fail/{reason.lower().replace('_', '-')}")
+
+    assert result.exit_code == EXPECTED_CODES[reason]
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"loaderctl: {reason.lower().replace('_', ' ')}")
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("lod",), "Did you mean 'load'"),
+        (("load",), "loaderctl load --help"),
+        (("load", "a/b", "--dtype", "int8"), "float16"),
+        (("load", "a/b", "--nonsense"), "--nonsense"),
+        (("--timeout", "soon", "ps"), "--timeout"),
+    ],
+)
+def test_wrong_usage_is_a_line(ctl: Ctl, args: tuple[str, ...], text: str) -> None:
+    result = ctl(*args)
+
+    assert result.exit_code == ExitCode.USAGE
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("loaderctl: ")
+    assert text in line
+    assert "--help" in line
+
+
+def test_no_daemon_is_a_line() -> None:
+    result = CliRunner().invoke(app, ["-a", "127.0.0.1:1", "ps"])
+
+    assert result.exit_code == ExitCode.UNAVAILABLE
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("loaderctl: no loaderd daemon answers at 127.0.0.1:1")
+
+
+def test_a_deadline_is_a_line(ctl: Ctl) -> None:
+    result = ctl("--timeout", "0.2", "load", "demo/stuck")
+
+    assert result.exit_code == ExitCode.DEADLINE
+    assert "0.2 s" in result.stderr.splitlines()[-1]
+
+
+def test_the_address_comes_from_the_environment(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOADERD_ADDRESS", daemon.address)
+
+    assert CliRunner().invoke(app, ["health"]).stdout == "serving\n"
+
+
+def test_version_and_help() -> None:
+    version = CliRunner().invoke(app, ["--version"])
+    helped = CliRunner().invoke(app, ["--help"])
+    bare = CliRunner().invoke(app, [])
+
+    assert (version.exit_code, version.stdout) == (ExitCode.OK, "loaderctl 0.1.0\n")
+    words = " ".join(helped.stdout.split())
+    for code, meaning in MEANINGS.items():
+        assert f"{code} {meaning}" in words
+    assert (bare.exit_code, helped.exit_code) == (ExitCode.OK, ExitCode.OK)
+    assert "Commands" in bare.stdout
+
+
+def test_a_reader_that_has_enough_is_no_defect(daemon: FakeDaemon) -> None:
+    command = f"{sys.executable} -m loaderd.cli -a {daemon.address} run demo/base x | head -c 3"
+    run = subprocess.run(
+        ["/bin/sh", "-c", command], capture_output=True, check=False, text=True, timeout=60
+    )
+
+    assert len(run.stdout) == 3
+    assert "Traceback" not in run.stderr
+    assert daemon.last("StreamGenerate").cancelled.wait(10)
