@@ -1,0 +1,195 @@
+"""The download child: it can be killed at any time, leaves nothing behind and tells no secrets."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from loaderd.server.errors import DrainingError, InternalError, WorkerDiedError
+from loaderd.server.store.names import HubName
+from loaderd.server.store.store import CachedSnapshot, DownloadProgress, ModelStore, NotCached
+from tests.faults.store.support import (
+    MODEL,
+    NAME,
+    NEEDED,
+    WEIGHTS,
+    children,
+    contents,
+    download,
+    found,
+    gets,
+    is_child,
+    partial_files,
+    settings,
+)
+from tests.hub import Hub, faults
+from tests.unit.store.caches import write_folder
+from tests.waiting import until
+
+
+@pytest.fixture
+def slow(hub: Hub) -> Hub:
+    """The weights stop coming in the middle."""
+    hub.inject(faults.hang(after_bytes=2_200_000), path=WEIGHTS)
+    return hub
+
+
+@asynccontextmanager
+async def midway(store: ModelStore) -> AsyncIterator[asyncio.Task[CachedSnapshot]]:
+    """A download that has brought a part of the weights."""
+    under_way = asyncio.Event()
+
+    def look(progress: DownloadProgress) -> None:
+        if progress.downloaded_bytes > 1 << 20:
+            under_way.set()
+
+    task = asyncio.create_task(download(store, on_progress=look))
+    async with asyncio.timeout(20):
+        await under_way.wait()
+    yield task
+
+
+async def test_cancelling_kills_the_child_and_deletes_what_is_partial(
+    store: ModelStore, slow: Hub, cache: Path
+) -> None:
+    async with midway(store) as task:
+        assert len(children()) == 1
+        assert len(partial_files(cache)) == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert children() == []
+    assert partial_files(cache) == []
+    assert isinstance(await store.resolve(NAME), NotCached)
+    slow.heal()
+    before = len(gets(slow))
+    assert contents((await download(store)).path) == {name: MODEL[name] for name in NEEDED}
+    assert len(gets(slow)) == before + 1  # the small files had come
+
+
+async def test_a_waiter_that_leaves_does_not_stop_the_others(store: ModelStore, hub: Hub) -> None:
+    hub.inject(faults.hang(after_bytes=2_200_000, seconds=1), path=WEIGHTS)
+    async with midway(store) as stays:
+        leaves = asyncio.create_task(download(store))
+        await asyncio.sleep(0.1)
+        leaves.cancel()
+        assert isinstance(await stays, CachedSnapshot)
+    assert gets(hub) == sorted(NEEDED)
+
+
+async def test_a_child_that_is_killed_fails_its_download_and_nothing_else(
+    store: ModelStore, slow: Hub, cache: Path
+) -> None:
+    async with midway(store) as task:
+        children()[0].kill()
+        with pytest.raises(WorkerDiedError) as caught:
+            await task
+        assert caught.value.model == "org/model"
+    assert partial_files(cache) == []
+    slow.heal()
+    assert isinstance(await download(store), CachedSnapshot)
+
+
+async def test_closing_the_store_ends_its_downloads_and_refuses_more(
+    store: ModelStore, slow: Hub, cache: Path
+) -> None:
+    async with midway(store) as task:
+        await store.close()
+        assert children() == []
+        with pytest.raises(DrainingError):
+            await task
+    assert partial_files(cache) == []
+    with pytest.raises(DrainingError):
+        await download(store)
+    assert children() == []
+
+
+async def test_the_token_is_nowhere_to_be_seen(
+    slow: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "LOADERD_HUB_TOKEN"):
+        monkeypatch.setenv(variable, "hf_very_secret")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # is passed on
+    store = ModelStore(settings(slow, cache, hub_token="hf_very_secret"))
+    assert "hf_very_secret" not in repr(store.settings)
+    async with midway(store) as task:
+        (child,) = children()
+        assert "hf_very_secret" not in " ".join(child.cmdline())
+        environment = child.environ()
+        assert "hf_very_secret" not in str(environment)
+        assert environment["HTTPS_PROXY"] == "http://127.0.0.1:9"
+        assert environment["HF_ENDPOINT"] == slow.url
+        assert environment["HF_HUB_DISABLE_TELEMETRY"] == "1"
+        assert environment["HF_HUB_DISABLE_XET"] == "1"
+        assert {request.token for request in slow.requests} == {"hf_very_secret"}
+        task.cancel()
+    await store.close()
+
+
+_DAEMON = """
+import asyncio, sys
+from pathlib import Path
+from loaderd.server.store.names import HubName
+from loaderd.server.store.store import ModelStore, StoreSettings
+
+async def main():
+    store = ModelStore(StoreSettings(Path(sys.argv[1]), hub_endpoint=sys.argv[2]))
+    async with store.download(HubName("org/model")) as flight:
+        async for progress in flight.progress():
+            if progress.downloaded_bytes > 1 << 20:
+                print("midway", flush=True)
+        await flight.result()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_child_dies_with_its_daemon_and_the_next_one_cleans_up(
+    store: ModelStore, slow: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _DAEMON, cache, slow.url, stdout=subprocess.PIPE
+    )
+    assert daemon.stdout is not None
+    async with asyncio.timeout(20):
+        assert await daemon.stdout.readline() == b"midway\n"
+    (child,) = (p for p in psutil.Process(daemon.pid).children(recursive=True) if is_child(p))
+    daemon.kill()
+    await daemon.communicate()
+    until(lambda: not is_child(child))
+    assert len(partial_files(cache)) == 1
+    await store.start()  # too young, it might be another's
+    assert len(partial_files(cache)) == 1
+    monkeypatch.setattr("loaderd.server.store.store.ORPHAN_AGE_SECONDS", 0.0)
+    async with asyncio.timeout(20):  # the dying process may hold its lock for a moment
+        while partial_files(cache):
+            await store.start()
+            await asyncio.sleep(0.02)
+
+
+async def test_a_child_that_cannot_write_is_a_defect_for_the_log(
+    store: ModelStore, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(cache, {"models--org--model": b"a file is in the way"})
+    with pytest.raises(InternalError) as caught:
+        await download(store)
+    assert caught.value.incident in caplog.text
+    assert "NotADirectoryError" in caplog.text
+    assert "models--org" not in str(caught.value)
+
+
+async def test_names_of_other_people_do_not_wait_for_each_other(
+    store: ModelStore, slow: Hub, cache: Path
+) -> None:
+    async with midway(store) as task:
+        plan = await store.plan(HubName("org/model"))
+        assert plan.missing_bytes == len(MODEL["model.safetensors"])
+        task.cancel()
+    assert found(cache, "*/refs/*") == []

@@ -1,0 +1,96 @@
+"""The hub functions in a process that also uses the hub library for itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx2
+import pytest
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils._http import default_client_factory, set_client_factory
+
+from loaderd.server.errors import DiskFullError, HubRateLimitedError, HubUnreachableError
+from loaderd.server.store import hub as hub_functions
+from loaderd.server.store import hub_download
+from loaderd.server.store.hub_access import HubAccess
+from tests.faults.store.support import (
+    INFO,
+    MODEL,
+    NAME,
+    NEEDED,
+    QUICK,
+    WEIGHTS,
+    contents,
+    found,
+    partial_files,
+)
+from tests.hub import Hub, faults
+
+
+def access(hub: Hub) -> HubAccess:
+    return HubAccess(hub.url, retry=QUICK)
+
+
+def test_a_download_in_process_shows_no_bars(
+    hub: Hub, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = hub_functions.plan(NAME, cache, access(hub))
+    snapshot = hub_functions.download(plan, cache, access(hub))
+    assert contents(snapshot) == {name: MODEL[name] for name in NEEDED}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_files_come_by_http_even_where_the_library_would_use_xet(hub: Hub, cache: Path) -> None:
+    xet = faults.alter_headers(x_xet_hash="ab" * 32, x_xet_refresh_route=f"{hub.url}/nowhere")
+    hub.inject(xet, path=WEIGHTS, method="*")
+    plan = hub_functions.plan(NAME, cache, access(hub))
+    hub_functions.download(plan, cache, access(hub))
+    assert found(cache, "blobs/*") == []
+    assert not any("nowhere" in request.path for request in hub.requests)
+
+
+def test_other_calls_of_the_library_are_left_alone(hub: Hub, cache: Path) -> None:
+    made: list[httpx2.Client] = []
+
+    def factory() -> httpx2.Client:
+        made.append(default_client_factory())
+        return made[-1]
+
+    set_client_factory(factory)  # as an application with a proxy of its own does
+    try:
+        plan = hub_functions.plan(NAME, cache, access(hub))
+        assert made
+        hub.inject(faults.status(500), path=WEIGHTS)
+        with pytest.raises(HfHubHTTPError):
+            hf_hub_download(
+                NAME.repo_id,
+                "model.safetensors",
+                revision=plan.commit,
+                cache_dir=cache,
+                endpoint=hub.url,
+                token=False,
+            )
+        with pytest.raises(HubUnreachableError):
+            hub_functions.download(plan, cache, access(hub))
+    finally:
+        set_client_factory(default_client_factory)
+
+
+def test_a_plan_is_good_for_a_later_download_too(hub: Hub, cache: Path) -> None:
+    plan = hub_functions.plan(NAME, cache, access(hub))
+    hub.inject(faults.status(429), path=INFO)
+    with pytest.raises(HubRateLimitedError):
+        hub_functions.plan(NAME, cache, access(hub))
+    assert hub_functions.download(plan, cache, access(hub)).name == plan.commit
+
+
+def test_a_full_disk_is_refused_wherever_it_is(
+    hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = hub_functions.plan(NAME, cache, access(hub))
+    monkeypatch.setattr(hub_download, "DISK_MARGIN_BYTES", 1 << 60)
+    with pytest.raises(DiskFullError) as caught:
+        hub_functions.download(plan, cache, access(hub))
+    assert caught.value.needed_bytes == plan.missing_bytes + (1 << 60)
+    assert partial_files(cache) == found(cache, "*") == []
