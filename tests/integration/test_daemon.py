@@ -5,8 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -152,11 +153,16 @@ def test_a_second_signal_ends_it_at_once(spawn: Spawn, real_model: Path) -> None
     assert not any(worker.is_running() for worker in workers)
 
 
+@pytest.fixture
+def runtime() -> Iterator[Path]:
+    """A short path: a socket's must fit below it."""
+    with tempfile.TemporaryDirectory(prefix="run-") as folder:
+        yield Path(folder)
+
+
 def test_workers_end_with_a_daemon_that_was_killed(
-    spawn: Spawn, real_model: Path, tmp_path: Path
+    spawn: Spawn, real_model: Path, runtime: Path
 ) -> None:
-    runtime = tmp_path / "runtime"
-    runtime.mkdir()
     environment = {"XDG_RUNTIME_DIR": str(runtime)}
     daemon = spawn("--allow-local", str(real_model.parent), **environment)
     with Client(daemon.address) as client:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import os
 import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -48,6 +49,8 @@ def main() -> None:
             f"the daemon needs packages that are not installed ({', '.join(missing)}): "
             "pip install 'loaderd[server]'",
         )
+    # gRPC's core would write to standard error what the daemon tells in its own words.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from loaderd.server.config import ConfigError, load_config
 
     flags = vars(_parser().parse_args())

@@ -66,6 +66,7 @@ class Worker:
 
     def __init__(self, folder: Path) -> None:
         self.token = secrets.token_hex(16)
+        self.details = model_pb2.ModelDetails()
         self.heartbeats: list[worker_pb2.Heartbeat] = []
         self.server = LinkServer(folder)
         self._log = (folder / "worker.log").open("w+")
@@ -113,12 +114,12 @@ class Worker:
                 self._replies[event.reply.key] = event.reply
             if found == kind:
                 return getattr(event, kind)
-            assert found in {"heartbeat", "step", "reply"}, event
+            assert found not in {"loaded", "load_failed"}, event
 
     def load(self, path: Path, **options: Any) -> model_pb2.ModelDetails:
         self.send_load(path, **options)
-        details: model_pb2.ModelDetails = self.expect("loaded").details
-        return details
+        self.details = self.expect("loaded").details
+        return self.details
 
     def load_error(self, path: Path, **options: Any) -> worker_pb2.Error:
         self.send_load(path, **options)
@@ -151,6 +152,9 @@ class Worker:
         while not self._outputs[key].ended:
             self.expect("step")
         return self._outputs[key]
+
+    def has_ended(self, key: int) -> bool:
+        return self._outputs[key].ended
 
     def generate(self, **request: Any) -> Outputs:
         return self.outputs(self.start(**request))
