@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -59,13 +58,7 @@ class AsyncModel(ModelHandle):
         request = self._generation_request(
             generation_pb2.GenerateRequest, text, messages, token_ids, parameters
         )
-        return responses.generation_result(
-            await self._transport.call(
-                self._transport.stubs.generation.Generate,
-                request,
-                math.inf if timeout is None else timeout,
-            )
-        )
+        return responses.generation_result(await self._transport.generate(request, timeout))
 
     def stream(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,13 @@ from loaderd.client.address import resolve_address
 from loaderd.client.channel import CHANNEL_OPTIONS, call_context, check_timeout
 from loaderd.client.errors import CallCancelledError
 from loaderd.client.status import CallContext, error_from_rpc
-from loaderd.v1 import cache_pb2_grpc, generation_pb2_grpc, model_pb2_grpc, system_pb2_grpc
+from loaderd.v1 import (
+    cache_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2_grpc,
+    system_pb2_grpc,
+)
 
 if TYPE_CHECKING:  # these names exist for type checkers only
     from loaderd.v1.cache_pb2_grpc import CacheServiceAsyncStub
@@ -102,6 +109,20 @@ class AsyncTransport:
             if _task_is_cancelled():
                 raise
             raise CallCancelledError("the client was closed during the call") from None
+
+    async def generate(
+        self,
+        request: generation_pb2.GenerateRequest,
+        timeout: float | None,  # noqa: ASYNC109 - as above
+    ) -> generation_pb2.GenerateResponse:
+        """Makes the one long call that does not stream.
+
+        Args:
+            request: What to send.
+            timeout: Seconds; None: it has no deadline.
+        """
+        unlimited = math.inf if timeout is None else timeout
+        return await self.call(self.stubs.generation.Generate, request, unlimited)
 
     def stream(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -58,13 +57,7 @@ class Model(ModelHandle):
         request = self._generation_request(
             generation_pb2.GenerateRequest, text, messages, token_ids, parameters
         )
-        return responses.generation_result(
-            self._transport.call(
-                self._transport.stubs.generation.Generate,
-                request,
-                math.inf if timeout is None else timeout,
-            )
-        )
+        return responses.generation_result(self._transport.generate(request, timeout))
 
     def stream(
         self,

@@ -8,12 +8,19 @@ from typing import Generic, Protocol, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
+from grpc.experimental import ChannelOptions
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loaderd.client.address import resolve_address
 from loaderd.client.channel import CHANNEL_OPTIONS, call_context, check_timeout
 from loaderd.client.status import CallContext, error_from_rpc
-from loaderd.v1 import cache_pb2_grpc, generation_pb2_grpc, model_pb2_grpc, system_pb2_grpc
+from loaderd.v1 import (
+    cache_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2_grpc,
+    system_pb2_grpc,
+)
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response")
@@ -29,6 +36,16 @@ class HealthStub(Protocol):
     Watch: grpc.UnaryStreamMultiCallable[
         health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
     ]
+
+
+_GENERATE = "/loaderd.v1.GenerationService/Generate"
+
+_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    # Without a thread for each stream, which is faster, and bears a KeyboardInterrupt: with
+    # threads, one at the wrong moment lets close() wait forever.
+    (ChannelOptions.SingleThreadedUnaryStream, 1),
+]
 
 
 @dataclass(frozen=True)
@@ -59,9 +76,16 @@ class Transport:
     def __init__(self, address: str | None, timeout: float | None) -> None:
         self.address = resolve_address(address)
         self._timeout = check_timeout(timeout)
-        self._channel = grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
         self._closed = False
         self.stubs = Stubs.of(self._channel)
+        # As a stream of one message, which is the same on the wire: gRPC goes on with a unary call
+        # whose caller was interrupted.
+        self._generate = self._channel.unary_stream(
+            _GENERATE,
+            request_serializer=generation_pb2.GenerateRequest.SerializeToString,
+            response_deserializer=generation_pb2.GenerateResponse.FromString,
+        )
 
     def call(
         self,
@@ -69,7 +93,7 @@ class Transport:
         request: Request,
         timeout: float | None,
     ) -> Response:
-        """Makes a call and waits for its answer. Being interrupted while waiting cancels it.
+        """Makes a call and waits for its answer.
 
         Args:
             method: Of `stubs`.
@@ -78,16 +102,22 @@ class Transport:
         """
         self._require_open()
         seconds = self._timeout if timeout is None else check_timeout(timeout)
-        future = method.future(request, timeout=seconds)
         try:
-            return future.result()
-        except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            # The future of a failed call is its RpcError, also where result() raises another.
-            failure = cast("grpc.RpcError", future)
-            raise error_from_rpc(failure, call_context(self.address, request, seconds)) from error
-        except BaseException:
-            future.cancel()
-            raise
+            return method(request, timeout=seconds)
+        except grpc.RpcError as failure:
+            raise error_from_rpc(failure, call_context(self.address, request, seconds)) from failure
+
+    def generate(
+        self, request: generation_pb2.GenerateRequest, timeout: float | None
+    ) -> generation_pb2.GenerateResponse:
+        """Makes the one long call that does not stream. Being interrupted cancels it.
+
+        Args:
+            request: What to send.
+            timeout: Seconds; None: it has no deadline.
+        """
+        (response,) = self.stream(self._generate, request, timeout)
+        return response
 
     def stream(
         self,
