@@ -9,11 +9,9 @@ import pytest
 
 from loaderd.server.store.names import HubName
 from loaderd.server.store.store import (
-    CachedSnapshot,
     DownloadProgress,
     ModelStore,
     NotCached,
-    fetch,
 )
 from tests.faults.store.support import (
     MODEL,
@@ -185,18 +183,6 @@ async def test_without_a_token_none_is_sent_whatever_the_environment_holds(
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody")
     await download(store)
     assert {request.token for request in hub.requests} == {None}
-
-
-def test_a_library_fetches_without_a_loop(hub: Hub, cache: Path) -> None:
-    seen: list[DownloadProgress] = []
-    snapshot = fetch(settings(hub, cache), NAME, seen.append)
-    assert contents(snapshot.path) == {name: MODEL[name] for name in NEEDED}
-    assert seen[-1].downloaded_bytes == snapshot.size_bytes
-
-
-async def test_a_library_fetches_where_a_loop_runs(hub: Hub, cache: Path) -> None:
-    snapshot = fetch(settings(hub, cache), NAME)
-    assert isinstance(snapshot, CachedSnapshot)
 
 
 async def test_nothing_is_downloaded_twice_under_two_names_of_a_blob(

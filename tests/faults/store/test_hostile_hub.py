@@ -170,6 +170,24 @@ async def test_a_body_without_end_is_cut_off(store: ModelStore, hub: Hub, cache:
     assert weights.sent_bytes < 100_000_000
 
 
+async def test_an_answer_without_end_is_cut_off(store: ModelStore, hub: Hub) -> None:
+    hub.inject(_endless, path=INFO)
+    with pytest.raises(HubUnreachableError):
+        await download(store)
+    assert hub.requests[0].sent_bytes < 200_000_000
+
+
+async def test_a_listing_without_end_is_cut_off(store: ModelStore, hub: Hub) -> None:
+    def empty(response: Response, _stopped: threading.Event) -> Response:
+        return Response.json([], {"Link": f'<{hub.url}{path}?recursive=true>; rel="next"'})
+
+    path = f"/api/models/org/model/tree/{(await store.plan(NAME)).commit}"
+    hub.inject(empty, path=TREE)
+    with pytest.raises(HubUnreachableError):
+        await store.plan(NAME)
+    assert len(hub.requests) < 1000
+
+
 async def test_a_model_larger_than_the_disk_is_refused_before_it_starts(
     store: ModelStore, hub: Hub, cache: Path
 ) -> None:
@@ -208,6 +226,29 @@ async def test_files_may_come_from_another_server_but_the_token_does_not_go_ther
     assert gets(other) == ["model.safetensors"]
     assert {request.token for request in other.requests} == {None}
     assert {request.token for request in hub.requests} == {"hf_secret"}
+
+
+async def test_another_server_that_denies_a_file_does_not_make_the_model_gated(
+    store: ModelStore, hub: Hub, other: Hub
+) -> None:
+    other.inject(faults.status(403), path=WEIGHTS)
+    path = f"/org/model/resolve/{(await store.plan(NAME)).commit}/model.safetensors"
+    hub.inject(faults.status(302, {"Location": other.url + path}), path=WEIGHTS)
+    with pytest.raises(HubUnreachableError):
+        await download(store)
+
+
+async def test_a_redirect_within_the_hub_says_nothing_of_the_file(
+    store: ModelStore, hub: Hub
+) -> None:
+    def moved(response: Response, _stopped: threading.Event) -> Response:
+        path = "/org/model/resolve/main/model.safetensors"
+        headers = {"Location": path, "X-Repo-Commit": commit, "ETag": 'W/"of-the-page"'}
+        return Response(307, {**headers, "Content-Length": "0"})
+
+    commit = (await store.plan(NAME)).commit
+    hub.inject(moved, path=f"*/{commit}/model.safetensors", method="HEAD")
+    assert contents((await download(store)).path) == {name: MODEL[name] for name in NEEDED}
 
 
 async def test_a_listing_that_goes_on_elsewhere_does_not_take_the_token_along(

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
-from loaderd.server.errors import ModelUnsupportedError
+from loaderd.server.errors import HubUnreachableError, ModelUnsupportedError
 from loaderd.server.store.blobs import SnapshotFiles
 from loaderd.server.store.cache import RepoFolder, TreeEntry
 from loaderd.server.store.digests import digest_of_file
@@ -24,6 +25,9 @@ from loaderd.server.store.names import HubName
 from loaderd.server.store.plan import DownloadPlan, PlannedFile
 from loaderd.server.store.selection import CONFIG, WEIGHTS_INDEX, select, weights_index
 from loaderd.server.store.weights import read_shards
+
+# A listing has 1000 files a page; the largest repositories have some ten thousands.
+MAX_ANSWERS = 200
 
 
 def plan(
@@ -48,7 +52,7 @@ def plan(
     """
     model = name.repo_id
     repo = RepoFolder(cache_dir, model)
-    exchange = Exchange(access.endpoint, model, on_response=on_response)
+    exchange = Exchange(access.endpoint, model, on_response=_bounded(on_response, model))
     with domain_errors(name), guard(exchange):
         commit, tree = list_files(name, access)
         if CONFIG not in tree:
@@ -91,6 +95,18 @@ def download(
     """
     with domain_errors(HubName(plan.repo_id, plan.revision)):
         return Download(plan, cache_dir, access).run(on_progress)
+
+
+def _bounded(on_response: Callable[[], None], model: str) -> Callable[[], None]:
+    """Ends a listing whose every page leads to another."""
+    answers = count(1)
+
+    def bounded() -> None:
+        if next(answers) > MAX_ANSWERS:
+            raise HubUnreachableError(model)
+        on_response()
+
+    return bounded
 
 
 def _index(repo: RepoFolder, commit: str, entry: TreeEntry, access: HubAccess) -> bytes:

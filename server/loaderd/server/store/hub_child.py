@@ -42,12 +42,14 @@ def main() -> None:
     """Does what the request says, then ends the process."""
     _die_with_parent()
     output = _take_stdout()
-    request = Request.from_line(sys.stdin.buffer.readline())
-    repo = RepoFolder(Path(request.cache_dir), request.repo_id)
-    _confine(repo, request.operation)
-    threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return  # the daemon is gone already
+    request = Request.from_line(line)
     _log_to_stderr(request.repo_id)
     try:
+        _confine(RepoFolder(Path(request.cache_dir), request.repo_id), request.operation)
+        threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
         answer = _run(request, output)
     except LoaderdError as error:
         answer = error

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT = 10.0
 READ_TIMEOUT = 30.0
+MAX_ANSWER_BYTES = 64 << 20
 
 _TOO_MANY_REQUESTS = 429
 _SERVER_ERROR = 500
+_DENIED = (401, 403)
 _LONGEST_SHOWN = 64
 
 _log = logging.getLogger(__name__)
@@ -134,6 +136,8 @@ def _check_request(request: httpx2.Request) -> None:
 
 
 def _check_response(response: httpx2.Response) -> None:
+    import httpx2
+
     exchange = _exchange.get()
     if exchange is None:
         return
@@ -142,19 +146,23 @@ def _check_response(response: httpx2.Response) -> None:
         raise HubBusyError(response.status_code, _retry_after(response))
     # Without it the library fetches over HTTP, the only way whose content we verify.
     response.headers.pop("x-xet-hash", None)
+    elsewhere = _origin(response.request.url) != _origin(httpx2.URL(exchange.endpoint))
+    if elsewhere and response.status_code in _DENIED:
+        _log.warning("%s denies what the hub had promised", response.request.url.host)
+        raise HubUnreachableError(exchange.model)
     if exchange.file is not None:
         if response.request.method == "HEAD":
             _check_metadata(response, exchange, exchange.file)
         elif response.is_success:
             _check_length(response, exchange, exchange.file)
-    response.stream = _resumable(response.stream)
+    response.stream = _watched(response.stream, exchange)
 
 
 def _check_metadata(response: httpx2.Response, exchange: Exchange, file: PlannedFile) -> None:
     """What the library makes file names of must be what the listing said."""
     commit = response.headers.get("x-repo-commit")
-    if commit is None:
-        return  # a redirect within the hub; the library takes no other answer without it
+    if commit is None or _leads_on(response):
+        return  # the library takes no metadata from such an answer
     if commit != exchange.commit:
         raise SnapshotCorruptError(
             exchange.model, file.path, f"a file of commit {exchange.commit}", _shown(commit)
@@ -170,6 +178,14 @@ def _check_metadata(response: httpx2.Response, exchange: Exchange, file: Planned
         raise SnapshotCorruptError(
             exchange.model, file.path, f"{file.size_bytes} bytes", f"{_shown(size)} bytes"
         )
+
+
+def _leads_on(response: httpx2.Response) -> bool:
+    """Whether it is a redirect within the server, where the library asks on."""
+    if not response.has_redirect_location:
+        return False
+    here = response.request.url
+    return _origin(here.join(response.headers["location"])) == _origin(here)
 
 
 def _check_length(response: httpx2.Response, exchange: Exchange, file: PlannedFile) -> None:
@@ -196,10 +212,11 @@ def _retry_after(response: httpx2.Response) -> float | None:
     return float(asked) if asked.isascii() and asked.isdecimal() else None
 
 
-def _resumable(inner: object) -> httpx2.SyncByteStream:
-    """A body after whose break the library goes on where it was.
+def _watched(inner: object, exchange: Exchange) -> httpx2.SyncByteStream:
+    """A body that the library can read without harm.
 
-    It does so when the other side closes the connection, but not after a TCP reset.
+    The library goes on where a body broke off when the other side closed the connection, but not
+    after a TCP reset. Answers other than files it takes into memory, however long they are.
     """
     import httpx2
 
@@ -209,8 +226,14 @@ def _resumable(inner: object) -> httpx2.SyncByteStream:
 
     class Body(httpx2.SyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
+            received = 0
             try:
-                yield from stream
+                for chunk in stream:
+                    received += len(chunk)
+                    if exchange.file is None and received > MAX_ANSWER_BYTES:
+                        _log.warning("the hub's answer is longer than %d bytes", MAX_ANSWER_BYTES)
+                        raise HubUnreachableError(exchange.model)
+                    yield chunk
             except httpx2.ReadError as error:
                 raise httpx2.RemoteProtocolError(str(error)) from error
 

@@ -15,14 +15,13 @@ from loaderd.server.errors import HubUnreachableError, SnapshotCorruptError
 from loaderd.server.store.cache import TreeEntry
 from loaderd.server.store.digests import digest_of_bytes, is_digest
 from loaderd.server.store.hub_access import HubAccess
-from loaderd.server.store.hub_guard import READ_TIMEOUT, HubBusyError
+from loaderd.server.store.hub_guard import MAX_ANSWER_BYTES, READ_TIMEOUT, HubBusyError
 from loaderd.server.store.names import HubName, is_commit
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import HfApi, RepoFile
 
 MAX_FILES = 100_000
-MAX_FETCHED_BYTES = 64 << 20
 
 # Parts between slashes, without control characters, each short enough for a file name.
 _PATH = re.compile(r"[^/\\\x00-\x1f\x7f]{1,80}(/[^/\\\x00-\x1f\x7f]{1,80})*")
@@ -67,9 +66,9 @@ def fetch_file(repo_id: str, commit: str, path: str, entry: TreeEntry, access: H
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
-    if entry.size > MAX_FETCHED_BYTES:
+    if entry.size > MAX_ANSWER_BYTES:
         raise SnapshotCorruptError(
-            repo_id, path, f"at most {MAX_FETCHED_BYTES} bytes", f"{entry.size} bytes"
+            repo_id, path, f"at most {MAX_ANSWER_BYTES} bytes", f"{entry.size} bytes"
         )
     url = hf_hub_url(repo_id, path, revision=commit, endpoint=access.endpoint)
     headers = build_hf_headers(token=access.library_token)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,7 +43,6 @@ __all__ = [
     "PlannedFile",
     "SnapshotInfo",
     "StoreSettings",
-    "fetch",
 ]
 
 # Old enough that no download that still runs has written it last, even where locks do not work.
@@ -167,40 +164,6 @@ class ModelStore:
     def _sweep(self) -> int:
         repos = RepoFolder.all(self.settings.cache_dir)
         return sum(sweep(repo, min_age=ORPHAN_AGE_SECONDS) for repo in repos)
-
-
-def fetch(
-    settings: StoreSettings,
-    name: HubName,
-    on_progress: Callable[[DownloadProgress], None] = lambda _: None,
-) -> CachedSnapshot:
-    """`ModelStore.download` for code that has no event loop, or must not return to it.
-
-    Args:
-        settings: The cache and the hub.
-        name: What to download.
-        on_progress: Told how far it is, maybe in another thread.
-
-    Raises:
-        LoaderdError: See `ModelStore.download`.
-    """
-
-    async def run() -> CachedSnapshot:
-        store = ModelStore(settings)
-        try:
-            async with store.download(name) as flight:
-                async for progress in flight.progress():
-                    on_progress(progress)
-                return await flight.result()
-        finally:
-            await store.close()
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(run())
-    with ThreadPoolExecutor(1, "fetch") as pool:  # a loop runs here, as in a notebook
-        return pool.submit(asyncio.run, run()).result()
 
 
 def _problem(found: Resolution) -> LoaderdError | None:
