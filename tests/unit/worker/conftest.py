@@ -1,8 +1,12 @@
 """Models for the worker's tests."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# As in a worker: tests share the processors with much else.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 REAL_MODEL = Path(".cache/models/SmolLM2-135M-Instruct").absolute()
 

@@ -154,4 +154,3 @@ class ModelHost:
 
     def _emit(self, outputs: Sequence[worker_pb2.Output]) -> None:
         self._link.send(step=worker_pb2.Step(outputs=outputs))
-

@@ -1,0 +1,85 @@
+import os
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from loaderd.server.worker.dtype import DtypeChoice
+from loaderd.server.worker.engine.parameters import SamplingDefaults
+from loaderd.server.worker.engine.sequential import SequentialEngine
+from loaderd.server.worker.facts import model_details, model_facts
+from loaderd.v1.model_pb2 import Dtype
+
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 77},
+    "gpt2": {"n_head": 2, "n_positions": 66},
+    "mpt": {"n_heads": 2, "max_seq_len": 55},
+    "mamba": {},
+}
+
+
+class Tokenizer:
+    chat_template = "x"
+
+
+def build(architecture: str) -> Any:
+    config = AutoConfig.for_model(
+        architecture, vocab_size=30, hidden_size=16, num_hidden_layers=1, **SIZES[architecture]
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "length"), [("llama", 77), ("gpt2", 66), ("mpt", 55), ("mamba", 0)]
+)
+def test_the_context_length_is_the_configs(architecture: str, length: int) -> None:
+    assert model_facts(build(architecture)).context_length == length
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, ()), (3, (3,)), ([3, 4], (3, 4)), (0, (0,))])
+def test_end_of_sequence_tokens(own: int | list[int] | None, expected: tuple[int, ...]) -> None:
+    model = build("llama")
+    model.generation_config = GenerationConfig(eos_token_id=own)
+    assert model_facts(model).eos_token_ids == expected
+
+
+def test_sampling_defaults_are_the_models_own_else_neutral() -> None:
+    model = build("llama")
+    model.generation_config = GenerationConfig()
+    assert model_facts(model).defaults == SamplingDefaults()
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_k=0, min_p=0.1)
+    expected = SamplingDefaults(do_sample=True, temperature=0.6, top_k=0, min_p=0.1)
+    assert model_facts(model).defaults == expected
+
+
+def test_details() -> None:
+    model = build("llama").to(torch.bfloat16)
+    engine = SequentialEngine
+    choice = DtypeChoice(Dtype.DTYPE_BFLOAT16, "asked for")
+    details = model_details(model, Tokenizer(), choice, engine, "why")  # type: ignore[arg-type]
+    assert details.architecture == "LlamaForCausalLM"
+    assert details.weight_bytes == 2 * details.parameter_count > 0
+    assert dict(details.device_map) == {"": "cpu"}
+    assert (details.engine, details.engine_reason) == ("sequential", "why")
+    assert details.has_chat_template
+    assert details.worker_pid == os.getpid()
+    assert set(details.supported_parameters) == engine.supported_parameters
+
+
+@pytest.mark.parametrize(
+    ("placed", "shown"),
+    [
+        ({"model.a": "cpu", "model.b": torch.device("cpu")}, {"": "cpu"}),
+        ({"a": "cuda:1", "b": "cpu"}, {"a": "cuda:1", "b": "cpu"}),
+        ({"": "mps"}, {"": "mps:0"}),
+    ],
+)
+def test_the_device_map_is_told_by_device_names(
+    placed: dict[str, Any], shown: dict[str, str]
+) -> None:
+    model = build("llama")
+    model.hf_device_map = placed
+    choice = DtypeChoice(Dtype.DTYPE_FLOAT32, "asked for")
+    details = model_details(model, Tokenizer(), choice, SequentialEngine, "")  # type: ignore[arg-type]
+    assert dict(details.device_map) == shown
