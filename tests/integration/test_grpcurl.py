@@ -4,11 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loaderd.client import Client
 from tests.daemon import SpawnedDaemon
 
 QUESTION = {"messages": {"messages": [{"role": "user", "content": "Say hello."}]}}
@@ -64,6 +66,15 @@ def grpcurl(daemon: SpawnedDaemon) -> Grpcurl:
     return Grpcurl(daemon.address)
 
 
+@pytest.fixture(scope="module")
+def loaded_model(shared_daemon: SpawnedDaemon, tiny_model: Path) -> Iterator[tuple[Grpcurl, str]]:
+    """A model that stays loaded for many calls, and grpcurl to make them."""
+    with Client(shared_daemon.address) as client:
+        model = client.load(str(tiny_model))
+        yield Grpcurl(shared_daemon.address), model.id
+        model.unload(force=True)
+
+
 def test_it_lists_and_describes(grpcurl: Grpcurl) -> None:
     services = set(grpcurl.run("list").stdout.split())
     assert services == {
@@ -88,9 +99,9 @@ def test_it_loads_and_streams(grpcurl: Grpcurl, real_model: Path) -> None:
     started, *deltas, finished = grpcurl.call(
         "GenerationService/StreamGenerate", request | {"text": "The capital of France is"}
     )
-    assert started["started"]["promptTokens"] > 0
+    assert started["started"]["prompt_tokens"] > 0
     assert "Paris" in "".join(message["delta"]["text"] for message in deltas)
-    assert finished["finished"]["usage"]["generatedTokens"] == 6
+    assert finished["finished"]["usage"]["generated_tokens"] == 6
     (answer,) = grpcurl.call("GenerationService/Generate", request | QUESTION)
     assert answer["completions"][0]["text"]
     (models,) = grpcurl.call("ModelService/ListModels")
@@ -169,15 +180,15 @@ def test_whatever_it_sends_the_answer_is_a_status_of_ours(
     ],
 )
 def test_bad_parameters_name_their_field(
-    grpcurl: Grpcurl, tiny_model: Path, request_: dict[str, Any]
+    loaded_model: tuple[Grpcurl, str], request_: dict[str, Any]
 ) -> None:
-    grpcurl.call("ModelService/LoadModel", {"model": str(tiny_model)})
-    status = grpcurl.fail("GenerationService/StreamGenerate", {"model": str(tiny_model)} | request_)
+    grpcurl, model_id = loaded_model
+    status = grpcurl.fail("GenerationService/StreamGenerate", {"model": model_id} | request_)
     assert status["code"] == 3
     (violation,) = [
         each
         for detail in status["details"]
         if detail["@type"].endswith("BadRequest")
-        for each in detail["fieldViolations"]
+        for each in detail["field_violations"]
     ]
     assert violation["field"].partition(".")[0].partition("[")[0] in request_
