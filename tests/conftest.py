@@ -1,6 +1,26 @@
-"""What holds for every test."""
+"""What holds for every test, and the models that they load."""
 
 import os
+from pathlib import Path
+
+import pytest
+
+from tests.hub.tiny_models import build_tiny_model
 
 # The tests' own torch processes share few cores with the daemon's; see LocalLauncher.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+REAL_MODEL = Path(".cache/models/SmolLM2-135M-Instruct").absolute()
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct."""
+    assert REAL_MODEL.is_dir(), "there is no demo model: run `make model`"
+    return REAL_MODEL
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random model."""
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +13,9 @@ from loaderd.client import AsyncClient, AsyncModel, Client
 from loaderd.client.errors import ModelNotLoadedError
 from tests.contract.backend import Backend
 from tests.contract.blocking import as_async
+from tests.daemon import SpawnedDaemon
 from tests.fake_daemon import FakeDaemon
+from tests.hub import Hub, HubRepo
 
 
 @pytest.fixture
@@ -27,21 +31,73 @@ def fake_backend() -> Iterator[Backend]:
         )
 
 
-@pytest.fixture(params=["fake"])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    backend: Backend = request.getfixturevalue(f"{request.param}_backend")
+@pytest.fixture(scope="session")
+def real_daemon(
+    tmp_path_factory: pytest.TempPathFactory, real_model: Path, tiny_model: Path
+) -> Iterator[SpawnedDaemon]:
+    """A spawned daemon and the hub that it downloads from, with the chat model in its cache."""
+    chat = HubRepo.from_folder("org/chat", real_model)
+    with (
+        Hub(chat, HubRepo.from_folder("org/remote", tiny_model)) as hub,
+        SpawnedDaemon(
+            tmp_path_factory.mktemp("contract"), ["--standby", "2"], {"HF_ENDPOINT": hub.url}
+        ) as daemon,
+    ):
+        with Client(daemon.address) as client:
+            client.cache.download(chat.id)
+        yield daemon
+
+
+@pytest.fixture
+def real_backend(real_daemon: SpawnedDaemon, request: pytest.FixtureRequest) -> Backend:
+    shutil.rmtree(real_daemon.cache_dir / "models--org--remote", ignore_errors=True)
+    if _is_about_loading(request):
+        unload_all(real_daemon.address)
+    return Backend(
+        address=real_daemon.address,
+        model="org/chat",
+        missing="org/missing",
+        missing_revision="org/chat@missing",
+        uncached="org/remote",
+        long={"max_new_tokens": 4000, "ignore_eos": True},
+    )
+
+
+# Real loads take a while: the asynchronous client makes them all, and the blocking one, which
+# shares all but the transport with it, those of the fake and of tests/integration.
+@pytest.fixture(params=["fake-sync", "fake-async", "real-async"])
+def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """The backend's name and the client's."""
+    daemon, _, client = str(request.param).partition("-")
+    return daemon, client
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, kind: tuple[str, str]) -> Backend:
+    backend: Backend = request.getfixturevalue(f"{kind[0]}_backend")
     return backend
 
 
-@pytest.fixture(params=["sync", "async"])
-async def client(request: pytest.FixtureRequest, backend: Backend) -> AsyncIterator[AsyncClient]:
-    """A client of either kind; when it is done, nothing is loaded."""
-    blocking = request.param == "sync"
+@pytest.fixture
+async def client(
+    request: pytest.FixtureRequest, kind: tuple[str, str], backend: Backend
+) -> AsyncIterator[AsyncClient]:
+    """A client of either kind; where a test is about loading, nothing is loaded before it."""
+    blocking = kind[1] == "sync"
     client = as_async(Client(backend.address)) if blocking else AsyncClient(backend.address)
     async with client:
         yield client
-    with Client(backend.address) as cleaner:
-        for model in cleaner.models():
+    if _is_about_loading(request):
+        unload_all(backend.address)
+
+
+def _is_about_loading(request: pytest.FixtureRequest) -> bool:
+    return request.module.__name__.rpartition("_")[2] in {"load", "watch", "cache"}
+
+
+def unload_all(address: str) -> None:
+    with Client(address) as client:
+        for model in client.models():
             with suppress(ModelNotLoadedError):  # it may be on its way out
                 model.unload(force=True)
 

@@ -7,22 +7,6 @@ import pytest
 
 from loaderd.client import Client, Model
 from tests.daemon import SpawnedDaemon
-from tests.hub.tiny_models import build_tiny_model
-
-REAL_MODEL = Path(".cache/models/SmolLM2-135M-Instruct").absolute()
-
-
-@pytest.fixture(scope="session")
-def real_model() -> Path:
-    """The folder of SmolLM2-135M-Instruct."""
-    assert REAL_MODEL.is_dir(), "there is no demo model: run `make model`"
-    return REAL_MODEL
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny random model."""
-    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")

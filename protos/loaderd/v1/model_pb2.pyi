@@ -564,7 +564,7 @@ class Model(_message.Message):
     """Generation requests that run or wait now."""
     @_builtins.property
     def options(self) -> Global___LoadOptions:
-        """The options that it was loaded with, as asked."""
+        """The options that it was loaded with; those that have their default are unset."""
 
     @_builtins.property
     def details(self) -> Global___ModelDetails:

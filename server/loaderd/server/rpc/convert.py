@@ -50,7 +50,7 @@ def model(view: ModelView) -> model_pb2.Model:
         repo_id=view.repo_id,
         commit=view.commit,
         state=state(view.state),
-        options=model_pb2.LoadOptions(dtype=view.options.dtype, device_map=view.options.device_map),
+        options=_options_asked_for(view.options),
         details=view.details,
         active_requests=view.active_requests,
         created_at=Timestamp(),
@@ -63,6 +63,15 @@ def model(view: ModelView) -> model_pb2.Model:
         message.failure.reason = view.failure.number
         message.failure.message = str(view.failure)
     return message
+
+
+def _options_asked_for(options: LoadOptions) -> model_pb2.LoadOptions:
+    """The options without those that have their default."""
+    default = LoadOptions()
+    return model_pb2.LoadOptions(
+        dtype=None if options.dtype == default.dtype else options.dtype,
+        device_map=None if options.device_map == default.device_map else options.device_map,
+    )
 
 
 def _timings(timings: LoadTimings) -> model_pb2.LoadTimings:
