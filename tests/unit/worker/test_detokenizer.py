@@ -139,6 +139,21 @@ def test_characters_split_over_many_tokens_come_whole(
         assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
+def test_a_long_run_of_tokens_that_all_end_inside_characters_is_shown_whole() -> None:
+    letters, text = byte_letters(), "日本語" * 20
+    written = "".join(letters[byte] for byte in text.encode())
+    tokens = [written[0], *(written[at : at + 3] for at in range(1, len(written), 3))]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    pieces = deltas(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer),
+        [vocabulary[token] for token in tokens],
+    )
+    assert "".join(pieces) == text
+    assert sum(1 for piece in pieces if piece) > 3, "it must not wait for the end"
+
+
 def byte_letters() -> list[str]:
     """How byte-level vocabularies write the 256 bytes: GPT-2's printable characters."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -172,25 +187,19 @@ def whole(tokenizer: Any, token_id: int) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_output_goes_on_where_the_prompt_ends(tokenizers: dict[str, Any], kind: str) -> None:
-    tokenizer = tokenizers[kind]
-    token_ids = tokenizer.encode("The sky is blue", add_special_tokens=False)
-    for cut in range(1, len(token_ids)):
-        prompt, output = token_ids[:cut], token_ids[cut:]
-        shown = "".join(deltas(tokenizer, output, prompt=prompt))
-        assert decode(tokenizer, prompt) + shown == decode(tokenizer, token_ids)
-
-
-@pytest.mark.parametrize("kind", ["real", "byte-fallback"])
-def test_a_character_that_the_prompt_begins_is_shown_whole(
-    tokenizers: dict[str, Any], kind: str
+@pytest.mark.parametrize("text", ["The sky is blue", "a " + 5 * "\N{GRINNING FACE}" + "é b"])
+def test_the_output_goes_on_where_the_prompt_ends(
+    tokenizers: dict[str, Any], kind: str, text: str
 ) -> None:
+    """The last tokens of a prompt that leave a character unfinished are the output's."""
     tokenizer = tokenizers[kind]
-    head = tokenizer.encode("is ", add_special_tokens=False)
-    smile = tokenizer.encode("\N{GRINNING FACE}\N{GRINNING FACE}b", add_special_tokens=False)
-    smile = [token_id for token_id in smile if tokenizer.decode([token_id]).strip()]
-    shown = "".join(deltas(tokenizer, smile[1:], prompt=[*head, smile[0]]))
-    assert shown == "\N{GRINNING FACE}\N{GRINNING FACE}b"
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    whole, finished = decode(tokenizer, token_ids), ""
+    for cut in range(1, len(token_ids)):
+        prompt = decode(tokenizer, token_ids[:cut])
+        finished = finished if "\N{REPLACEMENT CHARACTER}" in prompt else prompt
+        shown = "".join(deltas(tokenizer, token_ids[cut:], prompt=token_ids[:cut]))
+        assert finished + shown == whole
 
 
 def test_skipped_special_tokens_do_not_cost_the_space_after_them(
@@ -204,6 +213,7 @@ def test_skipped_special_tokens_do_not_cost_the_space_after_them(
         "".join(deltas(tokenizer, token_ids)) == decode(tokenizer, token_ids) == "The sky The sky"
     )
     assert "".join(deltas(tokenizer, words, prompt=[*words, *[end] * 20])) == " The sky"
+    assert "".join(deltas(tokenizer, words, prompt=[end])) == "The sky"
 
 
 class Counting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -9,9 +10,9 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT = 6
 """Tokens of the prompt that the first token is decoded after."""
 _MAX_PENDING = 8
-"""Tokens that may wait for a character's end; one has at most four bytes."""
-_MAX_HELD = 3
-"""Characters that an unfinished character may show as, when each byte of it shows as one."""
+"""Tokens that may wait for a whole character."""
+_MAX_BYTES = 4
+"""Of a character in UTF-8."""
 
 
 class Decoder(Protocol):
@@ -28,7 +29,7 @@ class Decoder(Protocol):
 
 
 class Detokenizer:
-    r"""Detokenizes a growing list of tokens, at a cost per token that its length does not change.
+    """Detokenizes a growing list of tokens, at a cost per token that its length does not change.
 
     A token's text depends on what stands before it: byte-level tokenizers split a character
     over tokens, sentencepiece-like ones drop the space that begins a text. So each new token
@@ -44,7 +45,8 @@ class Detokenizer:
     Args:
         tokenizer: Decodes.
         special_ids: Ids of special tokens when they are to be left out of the text, else empty.
-        prompt: Tokens before the first one; their text is not shown.
+        prompt: Tokens before the first one. Their text is not shown, but for that of the last
+            ones when they leave a character unfinished.
     """
 
     def __init__(
@@ -54,9 +56,9 @@ class Detokenizer:
         self._special_ids = special_ids
         # The tokenizer filters special tokens before it decodes; here they must not even be in
         # the window, where a run of them would push out what the next token is decoded after.
-        self._window = [token for token in prompt if token not in special_ids][-_CONTEXT:]
-        self._read = len(self._window)
-        self._prefix = self._decode(self._window)
+        context = [token for token in prompt if token not in special_ids]
+        self._window, self._read = self._last_characters(context)
+        self._prefix = self._decode(self._window[: self._read])
 
     def push(self, token_id: int) -> str:
         """Takes the next token.
@@ -81,24 +83,29 @@ class Detokenizer:
     def flush(self) -> str:
         """The text that was held back, now that no more comes."""
         text = self._decode(self._window)
-        delta = self._new(text)
+        delta = text[len(self._prefix) :]
         self._prefix = text
         return delta
 
     def _show(self, text: str, *, held: int) -> str:
-        delta = self._new(text[: len(text) - held])
-        if held or not self._prefix.endswith(_REPLACEMENT):
-            self._window = self._window[self._read :]  # else it would begin inside a character
+        delta = text[len(self._prefix) : len(text) - held]
+        self._window = self._window[self._read :]
         self._read = len(self._window)
         prefix = self._decode(self._window)
         self._prefix = prefix[: max(len(prefix) - held, 0)]
         return delta
 
-    def _new(self, text: str) -> str:
-        if text.startswith(self._prefix):
-            return text[len(self._prefix) :]
-        # The output finished a character that the prompt had left unfinished: it is the output's.
-        return text[len(self._prefix) - _held(self._prefix) :]
+    def _last_characters(self, token_ids: list[int]) -> tuple[list[int], int]:
+        """The last tokens and how many of them end in a whole character.
+
+        More of them are taken when they begin inside a character and that spoils the rest.
+        """
+        for more, unfinished in itertools.product(range(_MAX_BYTES), repeat=2):
+            window = token_ids[-_CONTEXT - more :]
+            read = max(len(window) - unfinished, 0)
+            if not self._decode(window[:read]).endswith(_REPLACEMENT):
+                return window, read
+        return window, len(window)
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(
@@ -109,4 +116,4 @@ class Detokenizer:
 def _held(text: str) -> int:
     """How many characters at the end may be an unfinished one."""
     run = len(text) - len(text.rstrip(_REPLACEMENT))
-    return min(run, _MAX_HELD)
+    return min(run, _MAX_BYTES - 1)

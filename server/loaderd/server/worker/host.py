@@ -105,8 +105,10 @@ class ModelHost:
 
     def call(self, command: worker_pb2.Call) -> None:
         """Does tokenizer work."""
+        asked = command.WhichOneof("request")
+        name = getattr(command, asked).model if asked else ""
         try:
-            reply = self._model("").tokenization.answer(command)
+            reply = self._model(name).tokenization.answer(command)
         except LoaderdError as error:
             reply = worker_pb2.Reply(error=error_message(error))
         except Exception as error:
