@@ -34,7 +34,8 @@ def measure_loading(daemon: SpawnedDaemon, model: Path, rounds: int) -> Table:
             loaded.unload()
             wait_for_standby(client)
             started = time.perf_counter()
-            subprocess.run([sys.executable, "-c", _BARE_SCRIPT, str(model)], check=True)
+            command = [sys.executable, "-c", _BARE_SCRIPT, str(model)]
+            subprocess.run(command, check=True, capture_output=True)
             scripts.append(time.perf_counter() - started)
     table = Table("", "loaderd", "a Python script", "ratio", title="Loading a cached model")
     ours, bare = statistics.median(loads), statistics.median(scripts)
