@@ -59,7 +59,7 @@ GRPC_PARTS = (
     "loaderd.server.daemon",
     "loaderd.server.worker",
 )
-PURE = ("loaderd.server.models.lifecycle", "loaderd.server.models.placement")
+PURE = ("loaderd.server.models.lifecycle",)
 NOT_PURE = GRPC | HEAVY | {"asyncio"}
 
 # Besides the standard library.
