@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 FILES = {"config.json": 700, "tokenizer.json": 2_000_000, "model.safetensors": 38_000_000}
 TOTAL = sum(FILES.values())
 CHUNK = 8_000_000
-ON_HUB = {"demo/chat", "demo/base", "demo/remote", "demo/stuck", "demo/stalled"}
+EXAMPLE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the documentation shows
+ON_HUB = {EXAMPLE, "demo/chat", "demo/base", "demo/remote", "demo/stuck", "demo/stalled"}
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
@@ -32,7 +33,7 @@ class Cache:
     """Which repositories are cached."""
 
     def __init__(self) -> None:
-        self.cached = {"demo/chat", "demo/base", "demo/stuck"}
+        self.cached = {EXAMPLE, "demo/chat", "demo/base", "demo/stuck"}
 
     def check_name(self, name: str) -> str:
         """The repository of a name, or its path.

@@ -158,9 +158,9 @@ def test_pull_ls_and_resolve(ctl: Ctl) -> None:
     listing = ctl("ls").stdout.splitlines()
     row = next(line.split() for line in listing if line.startswith("demo/remote"))
     assert row[1:7] == ["main", commit[:12], "40.0", "MB", "3", "complete"]
-    assert listing[-1] == "4 snapshots take 160.0 MB on disk"
+    assert listing[-1] == "5 snapshots take 200.0 MB on disk"
     as_json = document(ctl("ls", "--json"))
-    assert as_json["total_bytes"] == 4 * TOTAL
+    assert as_json["total_bytes"] == 5 * TOTAL
     assert [s["repo_id"] for s in as_json["snapshots"]] == sorted(
         s["repo_id"] for s in as_json["snapshots"]
     )
