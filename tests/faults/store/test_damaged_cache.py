@@ -124,6 +124,20 @@ async def test_a_commit_is_checked_too_before_it_is_taken_from_the_cache(
     assert contents(again.path) == {name: MODEL[name] for name in NEEDED}
 
 
+async def test_a_link_to_another_content_of_the_same_size_is_put_right(
+    store: ModelStore, hub: Hub
+) -> None:
+    snapshot = await download(store)
+    pointer = snapshot.path / FILE
+    other = pointer.parents[2] / "blobs" / ("0" * 64)
+    other.write_bytes(MODEL[FILE][:-1] + b"\0")
+    pointer.unlink()
+    pointer.symlink_to(f"../../blobs/{other.name}")
+    await download(store)
+    assert contents(snapshot.path) == {name: MODEL[name] for name in NEEDED}
+    assert gets(hub) == sorted([*NEEDED, FILE])
+
+
 async def test_damage_while_the_hub_is_gone_is_the_hubs_error(store: ModelStore, hub: Hub) -> None:
     snapshot = await download(store)
     _cut(snapshot.path / FILE)

@@ -21,6 +21,7 @@ from loaderd.server.errors import (
     SnapshotCorruptError,
     SnapshotIncompleteError,
 )
+from loaderd.server.store.hub_access import RetryPolicy
 from loaderd.server.store.names import HubName
 from loaderd.server.store.store import CachedSnapshot, ModelStore, NotCached
 from tests.faults.store.support import (
@@ -232,8 +233,13 @@ async def test_a_passing_fault_is_not_noticed(
     assert contents(snapshot.path) == {name: MODEL[name] for name in NEEDED}
 
 
-async def test_a_broken_body_goes_on_where_it_was(store: ModelStore, hub: Hub) -> None:
-    hub.inject(faults.short_body(after_bytes=2_500_000), path=WEIGHTS, times=1)
+@pytest.mark.parametrize("cut", [faults.short_body, faults.reset])
+async def test_a_broken_body_goes_on_where_it_was(
+    store: ModelStore, hub: Hub, cut: Callable[..., Fault]
+) -> None:
+    # A reset loses what has not been read yet, so there is time to read.
+    hub.inject(faults.hang(after_bytes=2_500_000, seconds=0.5), path=WEIGHTS, times=1)
+    hub.inject(cut(after_bytes=2_500_001), path=WEIGHTS, times=1)
     await download(store)
     ranges = [r.range for r in hub.requests if r.range and r.path.endswith("model.safetensors")]
     assert ranges == [f"bytes={2 << 20}-"]
@@ -268,6 +274,14 @@ async def test_a_plan_that_hangs_is_given_up(hub: Hub, cache: Path) -> None:
         with pytest.raises(HubUnreachableError):
             await store.plan(NAME)
     assert children() == []
+    await store.close()
+
+
+async def test_a_wait_that_the_hub_asks_for_is_no_silence(hub: Hub, cache: Path) -> None:
+    hub.inject(faults.status(429, {"Retry-After": "5"}), path=INFO)
+    patient = RetryPolicy(attempts=3, first_wait=0.1, longest_wait=10.0)
+    store = ModelStore(settings(hub, cache, stall_timeout=1.0, retry=patient))
+    assert isinstance(await failed(store, cache), HubRateLimitedError)
     await store.close()
 
 

@@ -77,6 +77,15 @@ def test_other_calls_of_the_library_are_left_alone(hub: Hub, cache: Path) -> Non
         set_client_factory(default_client_factory)
 
 
+def test_without_a_token_none_is_sent_whatever_the_environment_holds(
+    hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody")
+    plan = hub_functions.plan(NAME, cache, access(hub))
+    hub_functions.download(plan, cache, access(hub))
+    assert {request.token for request in hub.requests} == {None}
+
+
 def test_a_plan_is_good_for_a_later_download_too(hub: Hub, cache: Path) -> None:
     plan = hub_functions.plan(NAME, cache, access(hub))
     hub.inject(faults.status(429), path=INFO)
