@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated, Any, NoReturn, cast
@@ -117,4 +118,5 @@ def program(
 
 def main() -> None:
     """Entry point of the command `loaderctl`."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core would write lines of its own
     app()

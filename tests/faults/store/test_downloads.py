@@ -141,9 +141,9 @@ async def test_waiters_of_one_name_share_one_child_and_one_request_a_file(
 async def test_two_daemons_on_one_cache_fetch_each_file_once(
     store: ModelStore, hub: Hub, cache: Path
 ) -> None:
-    hub.inject(faults.throttle(3e6), path=WEIGHTS)
+    hub.inject(faults.throttle(1e6), path=WEIGHTS)
     # Shorter than the download: the one that waits for the other's lock sees its bytes come.
-    other = ModelStore(settings(hub, cache, stall_timeout=0.8))
+    other = ModelStore(settings(hub, cache, stall_timeout=1.8))
     first, second = await asyncio.gather(download(store), download(other))
     await other.close()
     assert first == second

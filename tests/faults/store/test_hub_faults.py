@@ -256,15 +256,15 @@ HANGING = {
 
 @pytest.mark.parametrize(("fault", "path", "method"), HANGING.values(), ids=HANGING)
 async def test_a_hub_that_falls_silent_is_given_up(
-    hub: Hub, cache: Path, fault: Fault, path: str, method: str
+    store: ModelStore, hub: Hub, cache: Path, fault: Fault, path: str, method: str
 ) -> None:
     hub.inject(fault, path=path, method=method)
-    store = ModelStore(settings(hub, cache, stall_timeout=0.6))
+    impatient = ModelStore(settings(hub, cache, stall_timeout=0.6))
     async with asyncio.timeout(15):
-        assert isinstance(await failed(store, cache), HubUnreachableError)
+        assert isinstance(await failed(impatient, cache), HubUnreachableError)
+    await impatient.close()
     hub.heal()
     assert isinstance(await download(store), CachedSnapshot)
-    await store.close()
 
 
 async def test_a_plan_that_hangs_is_given_up(hub: Hub, cache: Path) -> None:
@@ -280,7 +280,7 @@ async def test_a_plan_that_hangs_is_given_up(hub: Hub, cache: Path) -> None:
 async def test_a_wait_that_the_hub_asks_for_is_no_silence(hub: Hub, cache: Path) -> None:
     hub.inject(faults.status(429, {"Retry-After": "5"}), path=INFO)
     patient = RetryPolicy(attempts=3, first_wait=0.1, longest_wait=10.0)
-    store = ModelStore(settings(hub, cache, stall_timeout=1.0, retry=patient))
+    store = ModelStore(settings(hub, cache, stall_timeout=2.0, retry=patient))
     assert isinstance(await failed(store, cache), HubRateLimitedError)
     await store.close()
 
@@ -289,8 +289,8 @@ async def test_a_slow_hub_is_no_silent_one(hub: Hub, cache: Path) -> None:
     repo = HubRepo("org/model")
     repo.commit(SMALL_MODEL)
     hub.add(repo)
-    hub.inject(faults.hang(seconds=0.4), method="*")
-    store = ModelStore(settings(hub, cache, stall_timeout=1.0))
+    hub.inject(faults.hang(seconds=0.5), method="*")
+    store = ModelStore(settings(hub, cache, stall_timeout=1.6))
     assert isinstance(await download(store), CachedSnapshot)
     await store.close()
 

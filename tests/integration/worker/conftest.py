@@ -1,22 +1,11 @@
 """Worker processes; starting one costs seconds, so tests share them where they can."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hub.tiny_models import build_tiny_model
 from tests.integration.worker.harness import Worker
-
-# As in a worker: tests share the processors with much else.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny random model."""
-    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OPENMP_WAITING = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
-
 
 def main() -> None:
     """Runs a worker; never returns."""
@@ -31,7 +29,6 @@ def main() -> None:
     token = sys.stdin.buffer.readline().decode().strip()
     exit_when_closed(sys.stdin.fileno())
     _send_all_output_to_the_log(arguments.id)
-    _share_the_processors()
     link = Link(arguments.link, arguments.id, token)
     run(link)
     _exit(0)
@@ -96,16 +93,6 @@ def _send_all_output_to_the_log(worker_id: str) -> None:
     )
     logging.captureWarnings(capture=True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
-
-
-def _share_the_processors() -> None:
-    """Has threads that wait for each other give way soon, if nobody said otherwise.
-
-    By default GNU OpenMP's threads, which torch computes with, spin for milliseconds where they
-    meet. When another process wants the same processors, that costs a factor of 30.
-    """
-    if not _OPENMP_WAITING & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = "1000"  # read when torch is imported
 
 
 def _exit(code: int) -> None:
