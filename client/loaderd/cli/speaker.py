@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from loaderd.cli import output
 from loaderd.cli.progress import progress_display
-from loaderd.cli.units import span
 from loaderd.client.errors import ModelNotLoadedError
 from loaderd.client.types import ModelState
 
@@ -100,7 +99,8 @@ def _statistics(result: GenerationResult) -> str:
     if timings.decode and usage.generated_tokens > 1:
         rate = (usage.generated_tokens - 1) / timings.decode.total_seconds()
         parts.append(f"{rate:.1f} tokens/s")
-    parts.append(f"first token after {span(timings.time_to_first_token)}")
+    first_ms = timings.time_to_first_token.total_seconds() * 1000
+    parts.append(f"first token after {first_ms:.0f} ms")
     parts.append(f"ended by {result.finish.reason.name.lower()}")
     parts.append(f"seed {result.seed}")
     return ", ".join(parts)

@@ -268,7 +268,7 @@ def test_run_prints_statistics(ctl: Ctl) -> None:
 
     last = result.stderr.splitlines()[-1]
     assert last == (
-        "loaderctl: 20 prompt tokens, 17 generated, 32.0 tokens/s, first token after 0.0 s, "
+        "loaderctl: 20 prompt tokens, 17 generated, 32.0 tokens/s, first token after 25 ms, "
         "ended by stop, seed 4711"
     )
 
