@@ -7,17 +7,15 @@ to stdout, logs to stderr. The child ends when its parent does or closes stdin.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import signal
 import sys
-import threading
 import traceback
 from pathlib import Path
 from typing import BinaryIO
 
 from loaderd.server.errors import LoaderdError
+from loaderd.server.parent import die_with_parent, exit_when_closed
 from loaderd.server.store.cache import RepoFolder
 from loaderd.server.store.confine import confine_writing
 from loaderd.server.store.hub_access import HubAccess
@@ -35,12 +33,10 @@ from loaderd.server.store.names import HubName
 # The library writes and reports in pieces of 10 MiB, and goes on after a fault from there.
 CHUNK_BYTES = 1 << 20
 
-_PR_SET_PDEATHSIG = 1
-
 
 def main() -> None:
     """Does what the request says, then ends the process."""
-    _die_with_parent()
+    die_with_parent()
     output = _take_stdout()
     line = sys.stdin.buffer.readline()
     if not line:
@@ -49,7 +45,7 @@ def main() -> None:
     _log_to_stderr(request.repo_id)
     try:
         _confine(RepoFolder(Path(request.cache_dir), request.repo_id), request.operation)
-        threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
+        exit_when_closed(sys.stdin.fileno())
         answer = _run(request, output)
     except LoaderdError as error:
         answer = error
@@ -85,16 +81,6 @@ def _confine(repo: RepoFolder, operation: Operation) -> None:
         # The operator may have moved a repository, or its blobs, to another disk.
         folders = [repo.cache_dir, *filter(Path.is_dir, (repo.path, repo.blobs))]
     confine_writing(folders)
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _end_with_stdin() -> None:
-    while sys.stdin.buffer.read(1):
-        pass
-    os._exit(1)
 
 
 def _take_stdout() -> BinaryIO:

@@ -11,8 +11,8 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from loaderd.server.parent import die_with_parent, exit_when_closed
 from loaderd.server.worker.link import HeartbeatThread, Link
-from loaderd.server.worker.parent import die_with_parent, exit_when_closed
 
 if TYPE_CHECKING:
     from loaderd.server.worker.host import ModelHost

@@ -1,4 +1,4 @@
-"""A worker's life ends with the daemon's, whatever the daemon dies of."""
+"""A child's life ends with the daemon's, whatever the daemon dies of."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def die_with_parent() -> None:
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:
-        raise ProcessLookupError("the daemon ended while this worker started")
+        raise ProcessLookupError("the daemon ended while this process started")
 
 
 def exit_when_closed(descriptor: int) -> None:
