@@ -8,6 +8,7 @@ import pytest
 
 from loaderd.client import Client
 from tests.fake_daemon import FakeDaemon
+from tests.unit.client.ctl import Ctl, ctl_for
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +26,9 @@ def daemon() -> Iterator[FakeDaemon]:
 def client(daemon: FakeDaemon) -> Iterator[Client]:
     with Client(daemon.address) as client:
         yield client
+
+
+@pytest.fixture
+def ctl(daemon: FakeDaemon) -> Ctl:
+    """Runs `loaderctl` against the fake daemon."""
+    return ctl_for(daemon.address)

@@ -5,33 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from loaderd.cli.exits import MEANINGS, ExitCode
-from loaderd.cli.main import app
+from loaderd.cli.exits import ExitCode
 from loaderd.cli.options import DtypeName
 from loaderd.client import Client, Dtype
-from loaderd.client.errors import BY_REASON
 from tests.fake_daemon import FakeDaemon
 from tests.fake_daemon.cache import TOTAL, commit_of
 from tests.fake_daemon.models import FREED_BYTES, WEIGHT_BYTES
-
-Ctl = Callable[..., Result]
-
-
-@pytest.fixture
-def ctl(daemon: FakeDaemon) -> Ctl:
-    """Runs `loaderctl` against the fake daemon."""
-
-    def run(*args: str, stdin: str | None = None) -> Result:
-        return CliRunner().invoke(app, ["--address", daemon.address, *args], input=stdin)
-
-    return run
+from tests.unit.client.ctl import Ctl
 
 
 def lines(text: str) -> list[list[str]]:
@@ -326,106 +312,3 @@ def test_watch_as_json_is_an_object_a_line(daemon: FakeDaemon, client: Client) -
     ]
     assert [event["previous_state"] for event in events][:2] == ["unspecified", "resolving"]
     assert [event["sequence"] for event in events] == [1, 2, 3, 4, 5]
-
-
-EXPECTED_CODES = {
-    "MODEL_NOT_FOUND": 3,
-    "REVISION_NOT_FOUND": 3,
-    "MODEL_GATED": 8,
-    "INVALID_NAME": 4,
-    "INVALID_ARGUMENT": 4,
-    "UNSUPPORTED_OPTION": 4,
-    "HUB_UNREACHABLE": 5,
-    "HUB_RATE_LIMITED": 5,
-    "OFFLINE_NOT_CACHED": 6,
-    "MODEL_IN_USE": 6,
-    "MODEL_NOT_LOADED": 6,
-    "MODEL_UNSUPPORTED": 6,
-    "SNAPSHOT_CORRUPT": 9,
-    "SNAPSHOT_INCOMPLETE": 9,
-    "DISK_FULL": 7,
-    "DEVICE_MEMORY": 7,
-    "QUEUE_FULL": 7,
-    "SLOW_CONSUMER": 7,
-    "WORKER_DIED": 5,
-    "DRAINING": 5,
-    "DEADLINE": 10,
-    "INTERNAL": 1,
-}
-
-
-@pytest.mark.parametrize("reason", BY_REASON)
-def test_each_failure_is_a_line_and_an_exit_code(ctl: Ctl, reason: str) -> None:
-    result = ctl("load", f"fail/{reason.lower().replace('_', '-')}")
-
-    assert result.exit_code == EXPECTED_CODES[reason]
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith(f"loaderctl: {reason.lower().replace('_', ' ')}")
-
-
-@pytest.mark.parametrize(
-    ("args", "text"),
-    [
-        (("lod",), "Did you mean 'load'"),
-        (("load",), "loaderctl load --help"),
-        (("load", "a/b", "--dtype", "int8"), "float16"),
-        (("load", "a/b", "--nonsense"), "--nonsense"),
-        (("--timeout", "soon", "ps"), "--timeout"),
-    ],
-)
-def test_wrong_usage_is_a_line(ctl: Ctl, args: tuple[str, ...], text: str) -> None:
-    result = ctl(*args)
-
-    assert result.exit_code == ExitCode.USAGE
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("loaderctl: ")
-    assert text in line
-    assert "--help" in line
-
-
-def test_no_daemon_is_a_line() -> None:
-    result = CliRunner().invoke(app, ["-a", "127.0.0.1:1", "ps"])
-
-    assert result.exit_code == ExitCode.UNAVAILABLE
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("loaderctl: no loaderd daemon answers at 127.0.0.1:1")
-
-
-def test_a_deadline_is_a_line(ctl: Ctl) -> None:
-    result = ctl("--timeout", "0.2", "load", "demo/stuck")
-
-    assert result.exit_code == ExitCode.DEADLINE
-    assert "0.2 s" in result.stderr.splitlines()[-1]
-
-
-def test_the_address_comes_from_the_environment(
-    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LOADERD_ADDRESS", daemon.address)
-
-    assert CliRunner().invoke(app, ["health"]).stdout == "serving\n"
-
-
-def test_version_and_help() -> None:
-    version = CliRunner().invoke(app, ["--version"])
-    helped = CliRunner().invoke(app, ["--help"])
-    bare = CliRunner().invoke(app, [])
-
-    assert (version.exit_code, version.stdout) == (ExitCode.OK, "loaderctl 0.1.0\n")
-    words = " ".join(helped.stdout.split())
-    for code, meaning in MEANINGS.items():
-        assert f"{code} {meaning}" in words
-    assert (bare.exit_code, helped.exit_code) == (ExitCode.OK, ExitCode.OK)
-    assert "Commands" in bare.stdout
-
-
-def test_a_reader_that_has_enough_is_no_defect(daemon: FakeDaemon) -> None:
-    command = f"{sys.executable} -m loaderd.cli -a {daemon.address} run demo/base x | head -c 3"
-    run = subprocess.run(
-        ["/bin/sh", "-c", command], capture_output=True, check=False, text=True, timeout=60
-    )
-
-    assert len(run.stdout) == 3
-    assert "Traceback" not in run.stderr
-    assert daemon.last("StreamGenerate").cancelled.wait(10)

@@ -149,7 +149,7 @@ def test_all_fields_of_a_request_are_parameters(
 def test_imports_stay_light(module: str, heavy: set[str]) -> None:
     program = f"import sys, {module}; print('\\n'.join(sys.modules))"
     run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, check=True, text=True
+        [sys.executable, "-c", program], capture_output=True, check=True, text=True, timeout=60
     )
 
     loaded = set(run.stdout.split())

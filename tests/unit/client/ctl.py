@@ -1,0 +1,21 @@
+"""`loaderctl` in this process, without a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from typer.testing import CliRunner, Result
+
+from loaderd.cli.main import app
+
+Ctl = Callable[..., Result]
+"""Runs `loaderctl` with the arguments given; `stdin` is what is piped in."""
+
+
+def ctl_for(address: str) -> Ctl:
+    """Runs against the daemon at `address`."""
+
+    def run(*args: str, stdin: str | None = None) -> Result:
+        return CliRunner().invoke(app, ["--address", address, *args], input=stdin)
+
+    return run
