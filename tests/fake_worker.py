@@ -26,6 +26,8 @@ class FakeWorker:
     def __init__(self, launcher: FakeLauncher, worker_id: str, token: str, link: str) -> None:
         self.pid = next(_pids)
         self.silent = False
+        self.deaf_to_calls = False
+        self._calls: list[int] = []
         self.loads: list[worker_pb2.Load] = []
         self.cancelled: list[int] = []
         self._launcher = launcher
@@ -45,6 +47,17 @@ class FakeWorker:
     @property
     def running_requests(self) -> int:
         return len(self._requests)
+
+    @property
+    def exited(self) -> bool:
+        return self._exit.done()
+
+    def answer_calls(self) -> None:
+        for key in self._calls:
+            reply = worker_pb2.Reply(key=key)
+            reply.tokenize.token_ids.extend([1, 2, 3])
+            self._send(reply=reply)
+        self._calls.clear()
 
     async def _run(self) -> None:
         try:
@@ -88,9 +101,9 @@ class FakeWorker:
             if command.cancel.key in self._requests:
                 self._requests.pop(command.cancel.key).cancel()
         elif command.HasField("call"):
-            reply = worker_pb2.Reply(key=command.call.key)
-            reply.tokenize.token_ids.extend([1, 2, 3])
-            self._send(reply=reply)
+            self._calls.append(command.call.key)
+            if not self.deaf_to_calls:
+                self.answer_calls()
 
     async def _load(self, load: worker_pb2.Load) -> None:
         self.loads.append(load)

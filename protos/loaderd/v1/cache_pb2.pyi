@@ -338,6 +338,7 @@ class Snapshot(_message.Message):
     MODIFIED_AT_FIELD_NUMBER: _builtins.int
     ACCESSED_AT_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
     repo_id: _builtins.str
     """`org/name`."""
     commit: _builtins.str
@@ -350,6 +351,10 @@ class Snapshot(_message.Message):
     """Whether all files that loading needs are there."""
     path: _builtins.str
     """Its folder."""
+    stale: _builtins.bool
+    """Set by DownloadModel when the hub did not answer and this is what the cache
+    had: it may be older than what the revision is now.
+    """
     @_builtins.property
     def refs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Branches and tags that point to it in the cache."""
@@ -374,10 +379,11 @@ class Snapshot(_message.Message):
         modified_at: _timestamp_pb2.Timestamp | None = ...,
         accessed_at: _timestamp_pb2.Timestamp | None = ...,
         path: _builtins.str = ...,
+        stale: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accessed_at", b"accessed_at", "modified_at", b"modified_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accessed_at", b"accessed_at", "commit", b"commit", "complete", b"complete", "file_count", b"file_count", "modified_at", b"modified_at", "path", b"path", "refs", b"refs", "repo_id", b"repo_id", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accessed_at", b"accessed_at", "commit", b"commit", "complete", b"complete", "file_count", b"file_count", "modified_at", b"modified_at", "path", b"path", "refs", b"refs", "repo_id", b"repo_id", "size_bytes", b"size_bytes", "stale", b"stale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

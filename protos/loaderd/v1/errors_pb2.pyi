@@ -105,7 +105,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 20
     """UNAVAILABLE. The daemon is shutting down. Details: RetryInfo."""
     ERROR_REASON_DEADLINE: _ErrorReason.ValueType  # 21
-    """DEADLINE_EXCEEDED. The call's deadline passed."""
+    """DEADLINE_EXCEEDED. The call's deadline passed. gRPC itself says so, mostly
+    without an ErrorInfo.
+    """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 22
     """INTERNAL. A defect of the daemon. Its log has the cause under `incident`.
     Metadata: incident.
@@ -203,7 +205,9 @@ Metadata: model. Details: RetryInfo.
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 20
 """UNAVAILABLE. The daemon is shutting down. Details: RetryInfo."""
 ERROR_REASON_DEADLINE: ErrorReason.ValueType  # 21
-"""DEADLINE_EXCEEDED. The call's deadline passed."""
+"""DEADLINE_EXCEEDED. The call's deadline passed. gRPC itself says so, mostly
+without an ErrorInfo.
+"""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 22
 """INTERNAL. A defect of the daemon. Its log has the cause under `incident`.
 Metadata: incident.

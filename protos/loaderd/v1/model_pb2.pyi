@@ -309,7 +309,7 @@ class UnloadModelResponse(_message.Message):
     FREED_BYTES_FIELD_NUMBER: _builtins.int
     freed_bytes: _builtins.int
     """Memory that the model's process held just before it ended, in bytes: its
-    resident memory and its allocations on accelerators.
+    resident memory and its allocations on accelerators; 0 when it was not READY.
     """
     @_builtins.property
     def model(self) -> Global___Model:

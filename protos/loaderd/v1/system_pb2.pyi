@@ -230,7 +230,7 @@ class Device(_message.Message):
     total_bytes: _builtins.int
     """Its memory, in bytes; for the CPU what the box or its cgroup allows."""
     free_bytes: _builtins.int
-    """Memory that was free when asked (CPU) or when last reported (others)."""
+    """Memory that was free when the newest worker process had started."""
     cores: _builtins.int
     """Cores of a CPU that the daemon may use; 0 for accelerators."""
     def __init__(

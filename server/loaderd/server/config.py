@@ -48,10 +48,24 @@ def _existing_folder(path: Path) -> Path:
     return path.resolve()
 
 
+def _no_file(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is not a folder")
+    return path
+
+
+def _default_local_roots() -> tuple[Path, ...]:
+    """The folder that the daemon is started in, unless that is everything."""
+    folder = Path.cwd()
+    return () if folder == Path(folder.root) else (folder,)
+
+
 def _hub_endpoint(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError("must be an https:// address")
+    if parts.username or parts.password:
+        raise ValueError("must have no user or password; the token has a setting of its own")
     if parts.scheme == "http" and not _is_loopback(parts.hostname):
         raise ValueError("must be https:// unless it is on this box")
     return url.rstrip("/")
@@ -85,15 +99,15 @@ class ServerConfig(BaseSettings):
     insecure: bool = False
     """Allow a --host that other machines reach: whoever reaches it may use and unload models."""
 
-    cache_dir: FilePath | None = None
+    cache_dir: Annotated[FilePath, AfterValidator(_no_file)] | None = None
     """Hugging Face cache. Default: as the hub library: HF_HUB_CACHE, else HF_HOME/hub, else
     ~/.cache/huggingface/hub."""
 
     allow_local: Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(_split_paths)] = Field(
-        default_factory=lambda: (Path.cwd(),)
+        default_factory=_default_local_roots
     )
     """Folder below which local models may be loaded; give it again for more (LOADERD_ALLOW_LOCAL:
-    separated by colons). Default: the folder that the daemon is started in."""
+    separated by colons). Default: the folder that the daemon is started in, none if that is /."""
 
     hub_endpoint: Annotated[str, AfterValidator(_hub_endpoint)] = Field(
         default_factory=lambda: os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
@@ -196,6 +210,10 @@ def load_config(flags: Mapping[str, object]) -> ServerConfig:
             path = Path(file)
             return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, path)
 
+    for name in os.environ:
+        setting = name.removeprefix("LOADERD_").lower()
+        if name.startswith("LOADERD_") and setting not in _known_variables():
+            raise ConfigError(f"{name}: there is no such setting; loaderd --help lists them")
     if file is not None and not Path(file).is_file():
         raise ConfigError(f"config: there is no file {file}")
     try:
@@ -205,6 +223,11 @@ def load_config(flags: Mapping[str, object]) -> ServerConfig:
         raise ConfigError("; ".join(problems)) from error
     except (SettingsError, tomllib.TOMLDecodeError, OSError) as error:
         raise ConfigError(f"config: {error}") from error
+
+
+def _known_variables() -> set[str]:
+    """The daemon's, and those of its clients, which may be set for the whole box."""
+    return {*ServerConfig.model_fields, "config", "address"}
 
 
 def _describe(location: tuple[int | str, ...], kind: str, message: str) -> str:

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -22,7 +21,8 @@ from loaderd.server.store.cache import default_cache_dir
 from loaderd.server.store.store import ModelStore, StoreSettings
 from loaderd.server.supervisor.launcher import LocalLauncher
 from loaderd.server.supervisor.runtime_folder import RuntimeFolder
-from loaderd.server.supervisor.supervisor import Supervisor, WorkerLimits
+from loaderd.server.supervisor.supervisor import Supervisor
+from loaderd.server.supervisor.worker import WorkerLimits
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +84,14 @@ class Daemon:
             await supervisor.start()
             await server.start()
             try:
-                print(f"loaderd {version('loaderd')} listening on {' and '.join(addresses)}")
-                sys.stdout.flush()
+                listening = " and ".join(addresses)
+                print(f"loaderd {version('loaderd')} listening on {listening}", flush=True)
                 await self._stop.wait()
                 logger.info("draining")
                 await asyncio.gather(registry.drain(config.drain_timeout), store.close())
-                await health
+                await asyncio.wait([health], timeout=_LAST_MESSAGES_S)
             finally:
+                health.cancel()
                 await store.close()
                 await registry.close()
                 await server.stop(_LAST_MESSAGES_S)
@@ -104,8 +105,9 @@ class Daemon:
                 port = server.bind(f"{host}:{config.tcp_port}")
             except RuntimeError as error:
                 raise AddressError(
-                    f"cannot listen on {host}:{config.tcp_port}; is another daemon there? "
-                    "Choose another --port, or 0 for a free one"
+                    f"cannot listen on {host}:{config.tcp_port}: the port is taken, perhaps by "
+                    "another daemon, or the host is not this box; choose another --port (0: a "
+                    "free one) or --host"
                 ) from error
             addresses.append(f"{host}:{port}")
         if config.socket is not None:

@@ -13,6 +13,7 @@ from typing import ClassVar, get_type_hints
 from loaderd.v1.errors_pb2 import ErrorReason
 
 _PREFIX = "ERROR_REASON_"
+_LONGEST_FIELD = 160  # a status travels in a header, and what a client sent may be long
 
 
 @dataclass(eq=False)
@@ -28,13 +29,12 @@ class LoaderdError(Exception):
     text: ClassVar[str]
 
     def __str__(self) -> str:
-        return self.text.format(**{f.name: getattr(self, f.name) for f in fields(self)})
+        return self.text.format(**{f.name: _shortened(getattr(self, f.name)) for f in fields(self)})
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The fields as strings, without those that are None."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: str(value) for name, value in values.items() if value is not None}
+        """The fields as strings."""
+        return {f.name: str(_shortened(getattr(self, f.name))) for f in fields(self)}
 
     @property
     def number(self) -> ErrorReason.ValueType:
@@ -152,7 +152,10 @@ class ModelInUseError(LoaderdError):
     """The model is answering requests or is still loading."""
 
     reason = "MODEL_IN_USE"
-    text = "model {model!r} is in use ({active_requests} requests); wait, or unload with force"
+    text = (
+        "model {model!r} is loading or in use ({active_requests} requests); "
+        "wait, or unload with force"
+    )
     model: str
     active_requests: int
 
@@ -275,3 +278,9 @@ BY_REASON: dict[str, type[LoaderdError]] = {
     kind.reason: kind for kind in LoaderdError.__subclasses__()
 }
 """The error classes by reason."""
+
+
+def _shortened(value: str | int) -> str | int:
+    if isinstance(value, str) and len(value) > _LONGEST_FIELD:
+        return value[: _LONGEST_FIELD - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return value

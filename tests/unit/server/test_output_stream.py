@@ -29,7 +29,7 @@ async def collect(stream: OutputStream) -> list[StreamGenerateResponse]:
 
 
 async def test_text_that_was_not_taken_comes_in_one_message() -> None:
-    stream = OutputStream(1000)
+    stream = OutputStream(1000, lambda: None)
     for message in (STARTED, delta("a", 1), delta("b", 2), delta("c", 3), FINISHED):
         stream.put(message)
     started, joined, finished = await collect(stream)
@@ -43,7 +43,7 @@ def test_each_index_keeps_its_text_in_order_however_slow_the_reader(
     parts: list[tuple[int, str, bool]],
 ) -> None:
     async def run() -> dict[int, str]:
-        stream = OutputStream(1 << 20)
+        stream = OutputStream(1 << 20, lambda: None)
         texts: dict[int, str] = {0: "", 1: "", 2: ""}
 
         async def read() -> None:
@@ -65,7 +65,7 @@ def test_each_index_keeps_its_text_in_order_however_slow_the_reader(
 
 
 async def test_a_reader_that_is_too_slow_is_cut_off_and_memory_stays_bounded() -> None:
-    stream = OutputStream(1000)
+    stream = OutputStream(1000, lambda: None)
     for _ in range(100):
         stream.put(delta("x" * 100))
     assert stream.ended
@@ -77,7 +77,7 @@ async def test_a_reader_that_is_too_slow_is_cut_off_and_memory_stays_bounded() -
 
 
 async def test_text_before_a_failure_still_arrives() -> None:
-    stream = OutputStream(1000)
+    stream = OutputStream(1000, lambda: None)
     stream.put(delta("so far"))
     stream.fail(WorkerDiedError(model="org/name"))
     stream.put(delta("too late"))

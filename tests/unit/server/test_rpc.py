@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from safetensors.numpy import save_file
 
-from loaderd.server.errors import ModelUnsupportedError, SlowConsumerError
+from loaderd.server.errors import ModelNotLoadedError, ModelUnsupportedError, SlowConsumerError
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.loads import Loads
 from loaderd.server.models.record import LoadOptions
@@ -22,7 +22,8 @@ from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.server import RpcServer
 from loaderd.server.store.names import LocalName
 from loaderd.server.store.store import ModelStore, StoreSettings
-from loaderd.server.supervisor.supervisor import Supervisor, WorkerLimits
+from loaderd.server.supervisor.supervisor import Supervisor
+from loaderd.server.supervisor.worker import WorkerLimits
 from loaderd.v1 import (
     generation_pb2,
     generation_pb2_grpc,
@@ -213,6 +214,8 @@ async def test_a_reader_that_does_not_read_is_cut_off_and_others_are_not(box: Bo
     assert "".join(texts) == "0 1 2 "
     # What gRPC buffers on the way is about 6 MiB; then the daemon's own bound is reached.
     await until(lambda: len(box.launcher.workers[0].cancelled) == 1)
+    (model,) = await box.list()
+    assert model.active_requests == 0  # it holds no place in the queue, though it still is there
     assert await reason_of(slow) == "SLOW_CONSUMER"
 
 
@@ -284,6 +287,86 @@ async def test_draining_refuses_work_and_ends_watches_but_lets_requests_finish(b
     running.cancel()
     async with asyncio.timeout(10):
         await drain
+
+
+async def test_another_load_of_the_name_does_not_disturb_the_model_that_is_ready(box: Box) -> None:
+    ready = await box.load()
+    box.launcher.load_gate.clear()
+    request = model_pb2.LoadModelRequest(model=str(box.folder))
+    request.options.device_map = "cpu"
+    load = box.models.LoadModel(request, timeout=30)
+    await anext(aiter(load))
+    started = await anext(aiter(box.stream("count 1")))
+    assert started.started.model_id == ready.id
+    box.launcher.load_gate.set()
+
+
+async def test_a_request_between_the_check_and_the_unload_is_refused_not_cut(box: Box) -> None:
+    model = await box.load()
+    unload = asyncio.ensure_future(box.registry.unload(model.id, force=False))
+    await asyncio.sleep(0)  # it has checked
+    with pytest.raises(ModelNotLoadedError), box.registry.use(model.id):
+        pass
+    view, _ = await unload
+    assert view.state is ModelState.UNLOADED
+
+
+async def test_a_load_that_is_unloaded_has_ended_when_that_is_said(box: Box) -> None:
+    box.launcher.load_gate.clear()
+    request = model_pb2.LoadModelRequest(model=str(box.folder))
+    load = box.models.LoadModel(request, timeout=30)
+    await anext(aiter(load))
+    await until(lambda: box.launcher.loads == 1)
+    await box.models.UnloadModel(
+        model_pb2.UnloadModelRequest(model=str(box.folder), force=True), timeout=30
+    )
+    assert box.launcher.workers[0].exited
+
+
+async def test_a_cancelled_tokenizer_call_keeps_its_place_until_the_worker_is_done(
+    box: Box,
+) -> None:
+    await box.load()
+    box.launcher.workers[0].deaf_to_calls = True
+    request = generation_pb2.TokenizeRequest(model=str(box.folder), text="x")
+    for _ in range(MAX_REQUESTS):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await box.generation.Tokenize(request, timeout=0.1)
+    assert await reason_of(box.generation.Tokenize(request, timeout=30)) == "QUEUE_FULL"
+    box.launcher.workers[0].deaf_to_calls = False
+    box.launcher.workers[0].answer_calls()
+    await until(lambda: box.registry.views()[0].active_requests == 0)
+
+
+@pytest.mark.parametrize("name", ["m:" + "x" * 20_000, "/" + "\u00e4" * 3000, "o/" + "x" * 4000])
+async def test_a_long_name_is_a_status_of_ours(box: Box, name: str) -> None:
+    request = model_pb2.GetModelRequest(model=name)
+    assert await reason_of(box.models.GetModel(request, timeout=30)) in {
+        "INVALID_NAME",
+        "MODEL_NOT_LOADED",
+    }
+
+
+async def test_a_looping_link_is_no_defect(box: Box, tmp_path: Path) -> None:
+    await box.load()
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    request = model_pb2.GetModelRequest(model=str(loop))
+    assert await reason_of(box.models.GetModel(request, timeout=30)) == "MODEL_NOT_LOADED"
+
+
+def test_the_model_that_failed_last_is_the_last_that_is_forgotten() -> None:
+    async def run() -> None:
+        registry = ModelRegistry(MAX_REQUESTS)
+        oldest = registry.add(LocalName(Path("/oldest")), LoadOptions())
+        for number in range(40):
+            record = registry.add(LocalName(Path(f"/{number}")), LoadOptions())
+            registry.to(record, ModelState.FAILED, ModelUnsupportedError("x", "y"))
+        registry.to(oldest, ModelState.FAILED, ModelUnsupportedError("x", "y"))
+        assert registry.find("/oldest") is oldest
+        assert len(registry.views()) == 16
+
+    asyncio.run(run())
 
 
 async def test_the_two_generate_requests_are_equal_field_by_field() -> None:

@@ -6,7 +6,8 @@ import grpc
 import pytest
 
 from loaderd.server.errors import DeviceMemoryError, ModelUnsupportedError, WorkerDiedError
-from loaderd.server.supervisor.supervisor import Supervisor, WorkerLimits
+from loaderd.server.supervisor.supervisor import Supervisor
+from loaderd.server.supervisor.worker import WorkerLimits
 from loaderd.v1.generation_pb2 import StreamGenerateRequest
 from loaderd.worker.v1 import worker_pb2, worker_pb2_grpc
 from tests.fake_worker import FakeLauncher
@@ -36,7 +37,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def texts(worker_text: str, loaded: object) -> list[str]:
     request = StreamGenerateRequest(model="org/name", request_id="r", text=worker_text)
-    with loaded.worker.link.generate(request) as stream:  # type: ignore[attr-defined]
+    with loaded.worker.link.generate(request, lambda: None) as stream:  # type: ignore[attr-defined]
         return [message.delta.text async for message in stream if message.HasField("delta")]
 
 
@@ -147,7 +148,7 @@ async def test_leaving_a_stream_early_cancels_it_in_the_worker(
 ) -> None:
     loaded = await supervisor.load(LOAD)
     request = StreamGenerateRequest(model="org/name", request_id="r", text="hang")
-    with loaded.worker.link.generate(request) as stream:
+    with loaded.worker.link.generate(request, lambda: None) as stream:
         async for _ in stream:
             break
     await until(lambda: len(launcher.workers[0].cancelled) == 1)

@@ -45,8 +45,11 @@ class Client:
         self.facts = model_facts(model)
         self._outputs: dict[int, Outputs] = {}
         self._changed = threading.Condition()
+        self.died = threading.Event()
         tokenizer = Tokenizer(Numbers(), frozenset({EOS}))
-        self.engine = SequentialEngine(model, tokenizer, "org/name", self._take)
+        self.engine = SequentialEngine(
+            model, tokenizer, "org/name", self._take, on_death=self.died.set
+        )
 
     def _take(self, outputs: Sequence[worker_pb2.Output]) -> None:
         with self._changed:
@@ -388,3 +391,15 @@ def test_generate_says_nothing(llama: Client, recwarn: pytest.WarningsRecorder) 
     llama.generate(max_new_tokens=3, temperature=0.5, top_k=3)
     llama.generate(max_new_tokens=3, do_sample=False, ignore_eos=True)
     assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_an_engine_that_can_serve_no_more_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client(build("llama"))
+
+    def broken(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError("a device-side assert")
+
+    monkeypatch.setattr(client.model, "generate", broken)
+    client.start()
+
+    assert client.died.wait(TIMEOUT)

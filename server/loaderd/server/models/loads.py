@@ -6,8 +6,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from loaderd.server.errors import InternalError, LoaderdError
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.record import LoadOptions, ModelRecord, identity_of
 from loaderd.server.models.registry import ModelRegistry
-from loaderd.server.single_flight import Flight, Publish, SingleFlight
+from loaderd.server.single_flight import Publish, SingleFlight
 from loaderd.server.store.names import HubName, LocalName, parse_name
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder, NotCached
 from loaderd.server.store.store import DownloadProgress, ModelStore
@@ -43,9 +43,6 @@ class LoadProgress:
     elapsed_s: float
 
 
-LoadFlight = Flight[LoadProgress, ModelRecord]
-
-
 class Loads:
     """Loads models; all who ask for one model at the same time share one load.
 
@@ -63,11 +60,15 @@ class Loads:
             SingleFlight()
         )
 
-    @asynccontextmanager
-    async def join(self, text: str, options: LoadOptions) -> AsyncIterator[LoadFlight]:
+    async def load(
+        self, text: str, options: LoadOptions
+    ) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
         """Joins the model's load, or starts it; a model that is READY is there at once.
 
-        Leaving early stops the load, unless others wait for it.
+        Closing the generator early stops the load, unless others wait for it.
+
+        Yields:
+            Progress, and the model, READY, at the end.
 
         Raises:
             LoaderdError: The name is invalid, or its files cannot be used.
@@ -83,14 +84,18 @@ class Loads:
             key = identity_of(files)
             work = partial(self._load, name, files, None, options)
         async with self._flights.join((key, options), work) as flight:
-            yield flight
+            async for progress in flight.progress():
+                yield progress
+            record = await flight.result()
+            self._registry.name(record, name)
+            yield record
 
     async def _fetch(
         self, name: HubName, options: LoadOptions, publish: Publish[LoadProgress]
     ) -> ModelRecord:
         """Downloads, then joins the load of the commit that came."""
         record = self._registry.add(name, options)
-        record.carried_by(asyncio.current_task())
+        record.load_task = asyncio.current_task()
         with self._settled(record):
             files = await self._download(name, record, publish)
             work = partial(self._load, name, files, record, options)
@@ -110,7 +115,7 @@ class Loads:
             async for progress in download.progress():
                 if record.state is ModelState.RESOLVING and progress.total_bytes:
                     self._registry.to(record, ModelState.DOWNLOADING)
-                publish(_progress(record, progress))
+                publish(_progress(record, progress if progress.total_bytes else None))
             snapshot: CachedSnapshot = await download.result()
             return snapshot
 
@@ -127,11 +132,10 @@ class Loads:
         if held is not None and held.state is ModelState.UNLOADING:
             await held.gone.wait()
         elif held is not None and held.state is ModelState.READY:
-            held.aliases.add(name)
             return held
         if record is None:
             record = self._registry.add(name, options)
-        record.carried_by(asyncio.current_task())
+        record.load_task = asyncio.current_task()
         with self._settled(record):
             record.found(files)
             self._registry.to(record, ModelState.LOADING)
@@ -145,10 +149,7 @@ class Loads:
                     ),
                 )
             )
-            record.details = model.loaded.details
-            record.details.worker_pid = model.worker.pid
-            record.worker_wait_s = model.wait_s
-            record.weights_s = model.loaded.weights.ToTimedelta().total_seconds()
+            record.loaded_by(model)
             self._registry.ready(record, model.worker)
             return record
 
@@ -158,7 +159,8 @@ class Loads:
         try:
             yield
         except asyncio.CancelledError:
-            if record.state.is_loading:
+            # A load that was handed on to another task goes on there, for others who wait.
+            if record.state.is_loading and record.load_task is asyncio.current_task():
                 self._registry.to(record, ModelState.UNLOADED)
             if record.abort_error is not None:
                 raise record.abort_error from None

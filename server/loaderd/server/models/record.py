@@ -14,10 +14,11 @@ from loaderd.server.errors import InvalidArgumentError, LoaderdError
 from loaderd.server.models.lifecycle import Lifecycle, ModelState
 from loaderd.server.store.names import HubName, LocalName
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder
+from loaderd.server.supervisor.supervisor import LoadedWorker
 from loaderd.server.supervisor.worker import Worker
 from loaderd.v1 import model_pb2
 
-_ID_PREFIX = "m:"
+_ID = re.compile(r"m:[0-9a-f]{12}")
 _DEVICE_MAP = re.compile(r"auto|cpu|mps|(cuda|xpu):\d{1,3}")
 
 
@@ -69,6 +70,7 @@ class ModelView:
 
     id: str
     name: str
+    aliases: tuple[str, ...]
     source: ModelSource
     repo_id: str
     commit: str
@@ -90,15 +92,17 @@ class ModelRecord:
     Attributes:
         id: Unique; never a valid name of the hub's, since it has a colon.
         name: The name that it was asked for by.
-        aliases: All names that it was asked for by.
+        aliases: The names that requests may call it by.
         identity: Real path or repository and commit; empty while the commit is not known.
         worker: The process that holds it, while it is READY.
         active_requests: Generation requests that run or wait.
+        abort_error: What `abort` was called with first.
+        load_task: The task that loads it.
         gone: Set when it is UNLOADED.
     """
 
     def __init__(self, name: HubName | LocalName, options: LoadOptions) -> None:
-        self.id = _ID_PREFIX + secrets.token_hex(6)
+        self.id = f"m:{secrets.token_hex(6)}"
         self.name = name
         self.aliases = {name}
         self.options = options
@@ -116,7 +120,7 @@ class ModelRecord:
         self.ready_at: datetime | None = None
         self.gone = asyncio.Event()
         self.abort_error: LoaderdError | None = None
-        self._load: asyncio.Task[object] | None = None
+        self.load_task: asyncio.Task[object] | None = None
 
     @property
     def state(self) -> ModelState:
@@ -131,23 +135,26 @@ class ModelRecord:
             if self.lifecycle.state is ModelState.RESOLVING:
                 self.source = ModelSource.CACHED
 
+    def loaded_by(self, model: LoadedWorker) -> None:
+        """Notes what the worker found, and how long it took."""
+        self.details = model.loaded.details
+        self.details.worker_pid = model.worker.pid
+        self.worker_wait_s = model.wait_s
+        self.weights_s = model.loaded.weights.ToTimedelta().total_seconds()
+
     def is_named(self, name: HubName | LocalName) -> bool:
         """Whether a request by this name means this model."""
         if name in self.aliases:
             return True
         if isinstance(name, LocalName) or isinstance(self.name, LocalName):
-            return isinstance(name, LocalName) and self.identity == str(name.path.resolve())
+            return isinstance(name, LocalName) and self.identity == str(name.path)
         return name.repo_id == self.name.repo_id and name.revision == self.commit
 
-    def carried_by(self, task: asyncio.Task[object] | None) -> None:
-        """Notes the task that loads it."""
-        self._load = task
-
     def abort(self, error: LoaderdError) -> None:
-        """Stops its load; whoever waits for it gets `error`."""
-        self.abort_error = error
-        if self._load is not None:
-            self._load.cancel()
+        """Stops its load; whoever waits for it gets `error`, or that of an earlier abort."""
+        if self.abort_error is None and self.load_task is not None:
+            self.abort_error = error
+            self.load_task.cancel()
 
     def view(self) -> ModelView:
         """The record as it is now."""
@@ -155,6 +162,7 @@ class ModelRecord:
         return ModelView(
             id=self.id,
             name=str(self.name),
+            aliases=tuple(sorted(map(str, self.aliases))),
             source=self.source,
             repo_id=self.name.repo_id if isinstance(self.name, HubName) else "",
             commit=self.commit,
@@ -177,7 +185,7 @@ class ModelRecord:
 
 def is_model_id(text: str) -> bool:
     """Whether a request's `model` is an id rather than a name."""
-    return text.startswith(_ID_PREFIX)
+    return _ID.fullmatch(text) is not None
 
 
 def identity_of(files: LocalFolder | CachedSnapshot) -> str:

@@ -39,10 +39,13 @@ class ModelRegistry:
 
     Attributes:
         events: Every change of a model's state.
+        changed: Set at every change of state or name, and when draining begins; for one reader,
+            who clears it.
     """
 
     def __init__(self, max_requests: int) -> None:
         self.events = EventBus()
+        self.changed = asyncio.Event()
         self._max_requests = max_requests
         self._records: dict[str, ModelRecord] = {}
         self._draining = False
@@ -69,7 +72,12 @@ class ModelRegistry:
             raise ModelNotLoadedError(model=text)
         name = parse_name(text)
         named = [record for record in self._records.values() if record.is_named(name)]
-        found = [record for record in named if record.state.is_held] or named[-1:]
+        # A load of the same name must not disturb who uses the model that is there.
+        found = (
+            [record for record in named if record.state is ModelState.READY]
+            or [record for record in named if record.state.is_held]
+            or named[-1:]
+        )
         if not found:
             raise ModelNotLoadedError(model=text)
         if len(found) > 1:
@@ -100,6 +108,17 @@ class ModelRegistry:
         self._publish(record, None)
         return record
 
+    def name(self, record: ModelRecord, name: HubName | LocalName) -> None:
+        """Lets requests call a model by `name`.
+
+        A branch that moved means the newest of the models that were loaded by its name.
+        """
+        record.aliases.add(name)
+        for other in self._records.values():
+            if other is not record and other.options == record.options:
+                other.aliases.discard(name)
+        self.changed.set()
+
     def to(
         self, record: ModelRecord, state: ModelState, failure: LoaderdError | None = None
     ) -> None:
@@ -113,7 +132,10 @@ class ModelRegistry:
             record.gone.set()
         elif state is ModelState.FAILED:
             record.worker = None
-        logger.info("%s %s: %s", record.id, record.name, state.value)
+        if failure is None:
+            logger.info("%s %s: %s", record.id, record.name, state.value)
+        else:
+            logger.warning("%s %s: %s: %s", record.id, record.name, state.value, failure)
         self._publish(record, previous)
         if state is ModelState.FAILED:
             self._forget_old_failures()
@@ -160,7 +182,7 @@ class ModelRegistry:
             raise ModelNotLoadedError(model=text)
         if not force and (record.active_requests or record.state.is_loading):
             raise ModelInUseError(model=text, active_requests=record.active_requests)
-        freed = await asyncio.shield(self._spawn(self._end(record)))
+        freed = await asyncio.shield(self._end(record))
         return record.view(), freed
 
     @property
@@ -176,13 +198,15 @@ class ModelRegistry:
     async def drain(self, patience_s: float) -> None:
         """Refuses new work, stops loads, and waits for running requests, at most `patience_s`."""
         self._draining = True
+        self.changed.set()
         self.events.end(DrainingError())
-        for record in list(self._records.values()):
-            if record.state.is_loading:
-                record.abort(DrainingError())
+        loading = [record for record in self._records.values() if record.state.is_loading]
+        for record in loading:
+            record.abort(DrainingError())
         try:
             async with asyncio.timeout(patience_s):
                 await self._idle.wait()
+                await asyncio.gather(*(record.gone.wait() for record in loading))
         except TimeoutError:
             logger.warning("cutting %d requests that still run", self._active_requests)
 
@@ -191,24 +215,28 @@ class ModelRegistry:
         for record in list(self._records.values()):
             if record.worker is not None:
                 record.worker.link.fail(DrainingError())
-        ends = [self._spawn(self._end(record)) for record in list(self._records.values())]
-        await asyncio.gather(*ends)
+        await asyncio.gather(*(self._end(record) for record in list(self._records.values())))
 
-    async def _end(self, record: ModelRecord) -> int:
+    def _end(self, record: ModelRecord) -> asyncio.Task[int]:
+        """Ends a model; no request is taken any more when this returns."""
         error = ModelNotLoadedError(model=str(record.name))
+        worker, record.worker = record.worker, None
+        if worker is not None:
+            self.to(record, ModelState.UNLOADING)
+            return self._spawn(self._close(record, worker, error))
         if record.state.is_loading:
             record.abort(error)
-            await record.gone.wait()
         elif record.state is ModelState.FAILED:
             self.to(record, ModelState.UNLOADED)
-        elif record.state is ModelState.UNLOADING:
-            await record.gone.wait()
-        elif record.worker is not None:
-            worker, record.worker = record.worker, None
-            self.to(record, ModelState.UNLOADING)
-            await worker.close(error)
-            self.to(record, ModelState.UNLOADED)
-            return worker.link.memory_bytes
+        return self._spawn(self._gone(record))
+
+    async def _close(self, record: ModelRecord, worker: Worker, error: LoaderdError) -> int:
+        await worker.close(error)
+        self.to(record, ModelState.UNLOADED)
+        return worker.link.memory_bytes
+
+    async def _gone(self, record: ModelRecord) -> int:
+        await record.gone.wait()
         return 0
 
     async def _watch(self, record: ModelRecord, worker: Worker) -> None:
@@ -218,6 +246,7 @@ class ModelRegistry:
 
     def _forget_old_failures(self) -> None:
         failed = [each for each in self._records.values() if each.state is ModelState.FAILED]
+        failed.sort(key=lambda each: each.lifecycle.entered[ModelState.FAILED])
         for record in failed[:-_MAX_FAILED]:
             self.to(record, ModelState.UNLOADED)
 
@@ -231,6 +260,7 @@ class ModelRegistry:
 
     def _publish(self, record: ModelRecord, previous: ModelState | None) -> None:
         self.events.publish(datetime.now(UTC), previous, record.view())
+        self.changed.set()
 
     def _spawn(self, work: Coroutine[None, None, R]) -> asyncio.Task[R]:
         task = asyncio.create_task(work)

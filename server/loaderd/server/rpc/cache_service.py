@@ -52,7 +52,8 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
             async for progress in download.progress():
                 yield cache_pb2.DownloadModelResponse(progress=convert.download_progress(progress))
             files = await download.result()
-        snapshot = convert.snapshot(await self._store.snapshot(files))
+        info = await self._store.snapshot(files)
+        snapshot = convert.snapshot(info, stale=files.stale)
         yield cache_pb2.DownloadModelResponse(snapshot=snapshot)
 
     async def ListSnapshots(

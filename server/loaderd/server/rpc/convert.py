@@ -131,8 +131,8 @@ def download_plan(plan: DownloadPlan) -> cache_pb2.DownloadPlan:
     )
 
 
-def snapshot(info: SnapshotInfo) -> cache_pb2.Snapshot:
-    """A snapshot as clients see it."""
+def snapshot(info: SnapshotInfo, *, stale: bool = False) -> cache_pb2.Snapshot:
+    """A snapshot as clients see it; stale when the hub could not say whether it is current."""
     message = cache_pb2.Snapshot(
         repo_id=info.repo_id,
         commit=info.commit,
@@ -141,6 +141,7 @@ def snapshot(info: SnapshotInfo) -> cache_pb2.Snapshot:
         file_count=info.file_count,
         complete=info.complete,
         path=str(info.path),
+        stale=stale,
     )
     message.modified_at.FromDatetime(info.modified_at)
     message.accessed_at.FromDatetime(info.accessed_at)

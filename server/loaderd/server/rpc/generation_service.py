@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import grpc
@@ -68,23 +68,27 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.TokenizeRequest, context: Context
     ) -> generation_pb2.TokenizeResponse:
         """Text or messages -> token ids."""
-        with self._registry.use(request.model) as (_, worker):
-            return (await worker.link.call(worker_pb2.Call(tokenize=request))).tokenize
+        reply = await self._call(request.model, worker_pb2.Call(tokenize=request))
+        return reply.tokenize
 
     async def Detokenize(
         self, request: generation_pb2.DetokenizeRequest, context: Context
     ) -> generation_pb2.DetokenizeResponse:
         """Token ids -> text."""
-        with self._registry.use(request.model) as (_, worker):
-            return (await worker.link.call(worker_pb2.Call(detokenize=request))).detokenize
+        reply = await self._call(request.model, worker_pb2.Call(detokenize=request))
+        return reply.detokenize
 
     async def ApplyChatTemplate(
         self, request: generation_pb2.ApplyChatTemplateRequest, context: Context
     ) -> generation_pb2.ApplyChatTemplateResponse:
         """Messages -> prompt."""
-        with self._registry.use(request.model) as (_, worker):
-            call = worker_pb2.Call(apply_chat_template=request)
-            return (await worker.link.call(call)).apply_chat_template
+        call = worker_pb2.Call(apply_chat_template=request)
+        return (await self._call(request.model, call)).apply_chat_template
+
+    async def _call(self, model: str, call: worker_pb2.Call) -> worker_pb2.Reply:
+        use = ExitStack()
+        _, worker = use.enter_context(self._registry.use(model))
+        return await worker.link.call(call, on_end=use.close)
 
     @contextmanager
     def _run(
@@ -96,8 +100,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         if not (0 < len(name) <= _MAX_REQUEST_ID and name.isascii() and name.isprintable()):
             problem = f"must be 1 to {_MAX_REQUEST_ID} printable ASCII characters"
             raise InvalidArgumentError("request_id", problem)
-        with (
-            self._registry.use(request.model) as (model_id, worker),
-            worker.link.generate(request) as stream,
-        ):
-            yield model_id, stream
+        # The model is in use until its worker is done, not until a slow client has read it all.
+        with ExitStack() as use:
+            model_id, worker = use.enter_context(self._registry.use(request.model))
+            with worker.link.generate(request, on_end=use.close) as stream:
+                yield model_id, stream

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio
 
-from loaderd.server.errors import DrainingError
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.registry import ModelRegistry
 
@@ -18,7 +17,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class Health:
     """Keeps the health service in step with the registry.
 
-    A model is known by its name and its id from the first time that it is READY; it is SERVING
+    A model is known by its names and its id from the first time that it is READY; it is SERVING
     while a model of this name is READY.
 
     Attributes:
@@ -35,16 +34,15 @@ class Health:
         """Runs until the daemon drains."""
         for service in self._services:
             await self.servicer.set(service, SERVING)
-        with self._registry.events.subscribe() as events:
-            try:
-                async for _ in events:
-                    await self._update()
-            except DrainingError:
-                await self.servicer.enter_graceful_shutdown()
+        while not self._registry.draining:
+            self._registry.changed.clear()
+            await self._update()
+            await self._registry.changed.wait()
+        await self.servicer.enter_graceful_shutdown()
 
     async def _update(self) -> None:
         ready = [view for view in self._registry.views() if view.state is ModelState.READY]
-        serving = {name for view in ready for name in (view.name, view.id)}
+        serving = {name for view in ready for name in (*view.aliases, view.id)}
         for name in serving - self._models:
             await self.servicer.set(name, SERVING)
         for name in self._models - serving:

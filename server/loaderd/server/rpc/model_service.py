@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
 
-from loaderd.server.models.loads import Loads
+from loaderd.server.models.loads import LoadProgress, Loads
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc import convert
 from loaderd.v1 import model_pb2, model_pb2_grpc
@@ -27,11 +28,12 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     ) -> AsyncIterator[model_pb2.LoadModelResponse]:
         """Streams progress, then the model."""
         options = convert.load_options(request.options)
-        async with self._loads.join(request.model, options) as load:
-            async for progress in load.progress():
-                yield model_pb2.LoadModelResponse(progress=convert.load_progress(progress))
-            record = await load.result()
-        yield model_pb2.LoadModelResponse(model=convert.model(record.view()))
+        async with aclosing(self._loads.load(request.model, options)) as updates:
+            async for update in updates:
+                if isinstance(update, LoadProgress):
+                    yield model_pb2.LoadModelResponse(progress=convert.load_progress(update))
+                else:
+                    yield model_pb2.LoadModelResponse(model=convert.model(update.view()))
 
     async def UnloadModel(
         self, request: model_pb2.UnloadModelRequest, context: Context

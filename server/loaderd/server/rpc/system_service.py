@@ -19,6 +19,8 @@ from loaderd.v1 import system_pb2, system_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+VERSION = version("loaderd")
+
 CAPABILITIES = (
     "cache.download",
     "cache.resolve",
@@ -46,7 +48,7 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
     ) -> system_pb2.GetServerInfoResponse:
         """Version, uptime, settings, abilities."""
         info = system_pb2.GetServerInfoResponse(
-            version=version("loaderd"),
+            version=VERSION,
             uptime=convert.duration(time.monotonic() - self._started),
             pid=os.getpid(),
             cache_dir=str(self._store.cache_dir),

@@ -42,13 +42,21 @@ class SnapshotFiles:
             return False
         return self.repo.holds(Path(os.path.realpath(path))) and self._is_sound(path, file)
 
-    def discard(self, file: PlannedFile) -> None:
-        """Takes away what the cache has of the file, so that the library fetches it again.
+    def discard(self, file: PlannedFile, on_bytes: Callable[[int], None]) -> None:
+        """Takes away what is wrong with the file, so that the library fetches or links it again.
 
-        A blob in the store that repositories share stays there; only the way to it goes.
+        A blob whose content is what its name says stays. So does one in the store that
+        repositories share; only the way to it goes.
         """
-        for path in self._paths(file):
-            path.unlink(missing_ok=True)
+        pointer, blob = self._paths(file)
+        pointer.unlink(missing_ok=True)
+        if not self.has_blob(file.digest, on_bytes):
+            blob.unlink(missing_ok=True)
+
+    def has_blob(self, digest: str, on_bytes: Callable[[int], None]) -> bool:
+        """Whether the cache has a content; hashes it."""
+        blob = self.repo.blobs / digest
+        return blob.is_file() and digest_of_file(blob, digest, on_bytes) == digest
 
     def verify(self, file: PlannedFile, on_bytes: Callable[[int], None]) -> None:
         """Compares the file's content with its digest.
@@ -63,7 +71,7 @@ class SnapshotFiles:
         pointer, _ = self._paths(file)
         found = digest_of_file(pointer, file.digest, on_bytes)
         if found != file.digest:
-            self.discard(file)
+            self.discard(file, on_bytes)
             raise SnapshotCorruptError(self.repo.repo_id, file.path, file.digest, found)
 
     def bytes_present(self, file: PlannedFile) -> int:

@@ -50,8 +50,9 @@ class Download:
         """See `hub.download`."""
         plan = self._plan
         self._missing = [file for file in plan.files if not self._files.is_whole(file)]
+        self._check_listing()
         for file in self._missing:
-            self._files.discard(file)
+            self._files.discard(file, self.moved)
         self._check_disk()
         if plan.tree:
             self._repo.write_tree(plan.commit, plan.tree)
@@ -164,6 +165,18 @@ class Download:
         return SnapshotCorruptError(
             self._plan.repo_id, file.path, f"{file.size_bytes} bytes", found
         )
+
+    def _check_listing(self) -> None:
+        """A commit never changes. If the hub says so, it is wrong where what we have is whole."""
+        known = self._repo.read_tree(self._plan.commit) or {}
+        for file in self._plan.files:
+            entry = known.get(file.path)
+            if entry is None or (entry.digest, entry.size) == (file.digest, file.size_bytes):
+                continue
+            if self._files.has_blob(entry.digest, self.moved):
+                raise SnapshotCorruptError(
+                    self._plan.repo_id, file.path, entry.digest, "another file of the same commit"
+                )
 
     def _check_disk(self) -> None:
         full = self._disk_full()

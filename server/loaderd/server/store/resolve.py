@@ -160,11 +160,17 @@ def _resolve_local(name: LocalName, roots: Sequence[Path] | None) -> LocalFolder
             f"{model!r} is outside the folders that the daemon may read; "
             f"start it with --allow-local {model}",
         )
-    if folder.is_file():
-        raise InvalidNameError("model", f"{model!r} is a file; give the folder that holds it")
-    if not folder.is_dir():
-        raise ModelNotFoundError(model)
-    return LocalFolder(folder, _check_folder(folder, model, confine, None))
+    try:
+        if folder.is_file():
+            raise InvalidNameError("model", f"{model!r} is a file; give the folder that holds it")
+        if not folder.is_dir():
+            raise ModelNotFoundError(model)
+        return LocalFolder(folder, _check_folder(folder, model, confine, None))
+    except FileNotFoundError:  # deleted meanwhile
+        raise ModelNotFoundError(model) from None
+    except PermissionError:
+        problem = f"the user that the daemon runs as may not read {model!r}"
+        raise InvalidNameError("model", problem) from None
 
 
 def _resolve_cached(name: HubName, cache_dir: Path) -> CachedSnapshot | NotCached:
@@ -176,6 +182,8 @@ def _resolve_cached(name: HubName, cache_dir: Path) -> CachedSnapshot | NotCache
         size = check_snapshot(repo, commit)
     except (SnapshotIncompleteError, SnapshotCorruptError, ModelUnsupportedError) as problem:
         return NotCached(name, commit, problem)
+    except FileNotFoundError:  # deleted meanwhile
+        return NotCached(name)
     return CachedSnapshot(name.repo_id, name.revision, commit, repo.snapshot(commit), size)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,11 +51,21 @@ class WorkerLink:
     def shutdown(self) -> None:
         """Asks the worker to end."""
         self._commands.put_nowait(worker_pb2.AttachResponse(shutdown=worker_pb2.Shutdown()))
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Ends the stream, and so the worker."""
         self._commands.put_nowait(None)
 
     @contextmanager
-    def generate(self, request: generation_pb2.StreamGenerateRequest) -> Iterator[OutputStream]:
+    def generate(
+        self, request: generation_pb2.StreamGenerateRequest, on_end: Callable[[], None]
+    ) -> Iterator[OutputStream]:
         """Starts a request; leaving before its end cancels it.
+
+        Args:
+            request: What to generate.
+            on_end: Called when the worker has ended it, or it was cut off.
 
         Raises:
             LoaderdError: The worker has ended.
@@ -63,7 +73,7 @@ class WorkerLink:
         if self._failure is not None:
             raise self._failure
         key = next(self._keys)
-        stream = self._streams[key] = OutputStream(self._max_stream_bytes)
+        stream = self._streams[key] = OutputStream(self._max_stream_bytes, on_end)
         command = worker_pb2.Generate(key=key, request=request)
         self._commands.put_nowait(worker_pb2.AttachResponse(generate=command))
         try:
@@ -71,21 +81,25 @@ class WorkerLink:
         finally:
             self._cancel(key)
 
-    async def call(self, call: worker_pb2.Call) -> worker_pb2.Reply:
+    async def call(self, call: worker_pb2.Call, on_end: Callable[[], None]) -> worker_pb2.Reply:
         """Sends tokenizer work and waits for its answer.
+
+        Args:
+            call: What to do.
+            on_end: Called when the worker has answered; cancelling the wait does not stop it.
 
         Raises:
             LoaderdError: The call failed, or the worker ended.
         """
         if self._failure is not None:
+            on_end()
             raise self._failure
         call.key = next(self._keys)
-        answer = self._calls[call.key] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[worker_pb2.Reply] = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(lambda _: on_end())
+        self._calls[call.key] = answer
         self._commands.put_nowait(worker_pb2.AttachResponse(call=call))
-        try:
-            reply: worker_pb2.Reply = await answer
-        finally:
-            del self._calls[call.key]
+        reply = await asyncio.shield(answer)
         if reply.HasField("error"):
             raise error_from(reply.error)
         return reply
@@ -105,7 +119,7 @@ class WorkerLink:
                 for output in event.step.outputs:
                     self._deliver(output)
             case "reply":
-                answer = self._calls.get(event.reply.key)
+                answer = self._calls.pop(event.reply.key, None)
                 if answer is not None and not answer.done():
                     answer.set_result(event.reply)
             case "standby" if not self.standby.done():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import grpc
 
 from loaderd.server.supervisor.link import WorkerLink
 from loaderd.worker.v1 import worker_pb2, worker_pb2_grpc
+
+logger = logging.getLogger(__name__)
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -63,6 +66,8 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServiceServicer):
             return
         self.forget(first.hello.worker_id)
         reader = asyncio.create_task(_receive_all(request_iterator, link))
+        # Deaf, the daemon could not keep the worker's streams alive.
+        reader.add_done_callback(lambda _: link.hang_up())
         try:
             async for command in link.commands():
                 yield command
@@ -71,5 +76,8 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServiceServicer):
 
 
 async def _receive_all(events: AsyncIterator[worker_pb2.AttachRequest], link: WorkerLink) -> None:
-    async for event in events:
-        link.receive(event)
+    try:
+        async for event in events:
+            link.receive(event)
+    except Exception:
+        logger.exception("a worker's event could not be understood; the worker is ended")

@@ -60,7 +60,7 @@ class StandbyPool:
         try:
             await asyncio.shield(worker.link.standby)
         except BaseException:
-            worker.kill()
+            await worker.kill()
             raise
         return worker
 

@@ -13,28 +13,11 @@ from loaderd.server.errors import LoaderdError, WorkerDiedError
 from loaderd.server.supervisor.launcher import WorkerLauncher
 from loaderd.server.supervisor.link_server import LinkServer
 from loaderd.server.supervisor.standby import StandbyPool
-from loaderd.server.supervisor.worker import Worker
+from loaderd.server.supervisor.worker import Worker, WorkerLimits
 from loaderd.v1 import system_pb2
 from loaderd.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class WorkerLimits:
-    """Bounds on workers.
-
-    Attributes:
-        standby: Number of spare workers.
-        load_timeout: Seconds that a worker may take to start and load.
-        heartbeat_timeout: Seconds without a sign of life before a worker is ended.
-        max_stream_bytes: Most bytes that may wait for one slow client.
-    """
-
-    standby: int
-    load_timeout: float
-    heartbeat_timeout: float
-    max_stream_bytes: int
 
 
 @dataclass(frozen=True)
@@ -70,6 +53,7 @@ class Supervisor:
         self._pool = StandbyPool(limits.standby, self._start_worker)
         self._latest: worker_pb2.Standby | None = None
         self._first_seen = asyncio.Event()
+        self._asking = asyncio.Lock()
 
     async def start(self) -> None:
         """Listens for workers and starts the spares."""
@@ -85,7 +69,7 @@ class Supervisor:
     def kill(self) -> None:
         """Ends all workers at once."""
         for worker in self._workers:
-            worker.kill()
+            worker.end_now()
 
     async def load(self, load: worker_pb2.Load) -> LoadedWorker:
         """Loads a model in a worker of its own. Cancelling it ends that worker.
@@ -105,7 +89,7 @@ class Supervisor:
                 return LoadedWorker(worker, loaded, wait_s)
         except BaseException as error:
             if worker is not None:
-                worker.kill()
+                await worker.kill()  # what it held is free when the load has ended
             if isinstance(error, TimeoutError | OSError):
                 logger.error("no worker for %s: %r", load.model, error)
                 raise WorkerDiedError(model=load.model) from error
@@ -131,23 +115,18 @@ class Supervisor:
         Raises:
             WorkerDiedError: No worker could be started within the load time-out.
         """
-        if self._latest is None and not self._limits.standby:
-            worker = await self._pool.take()
-            await worker.close()
         try:
-            async with asyncio.timeout(self._limits.load_timeout):
+            async with asyncio.timeout(self._limits.load_timeout), self._asking:
+                if self._latest is None and not self._limits.standby:
+                    worker = await self._pool.take()
+                    await worker.close()
                 await self._first_seen.wait()
-        except TimeoutError as error:
-            raise WorkerDiedError(model="") from error
+        except (TimeoutError, OSError) as error:
+            raise WorkerDiedError(model="a worker that looks at the devices") from error
         return [] if self._latest is None else list(self._latest.devices)
 
     async def _start_worker(self) -> Worker:
-        worker = await Worker.start(
-            self._launcher,
-            self._server,
-            self._limits.heartbeat_timeout,
-            self._limits.max_stream_bytes,
-        )
+        worker = await Worker.start(self._launcher, self._server, self._limits)
         self._workers.add(worker)
         watch = asyncio.create_task(self._watch(worker))
         self._watches.add(watch)

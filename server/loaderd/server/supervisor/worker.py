@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
+from dataclasses import dataclass
 
 from loaderd.server.errors import LoaderdError, WorkerDiedError
 from loaderd.server.supervisor.launcher import WorkerLauncher, WorkerProcess
@@ -15,35 +16,50 @@ from loaderd.server.supervisor.link_server import LinkServer
 logger = logging.getLogger(__name__)
 
 _SHUTDOWN_GRACE_S = 3.0
+_KILL_GRACE_S = 10.0
 _WATCH_INTERVAL_S = 0.5
+
+
+@dataclass(frozen=True)
+class WorkerLimits:
+    """Bounds on workers.
+
+    Attributes:
+        standby: Number of spare workers.
+        load_timeout: Seconds that a worker may take to start and load.
+        heartbeat_timeout: Seconds without a sign of life before a worker is ended.
+        max_stream_bytes: Most bytes that may wait for one slow client.
+    """
+
+    standby: int
+    load_timeout: float
+    heartbeat_timeout: float
+    max_stream_bytes: int
 
 
 class Worker:
     """A worker process and the link to it.
 
     Its end, whatever the cause, fails all that waits on the link within a second: a process that
-    ends is noticed at once, one that stops answering after `heartbeat_timeout`.
+    ends is noticed at once, one that stops answering after the heartbeat time-out. While it
+    imports its libraries, which may hold up its heartbeats, the load time-out holds.
 
     Attributes:
         model: Name of the model that it was given; empty while it is a spare.
         link: The stream to it.
     """
 
-    def __init__(self, process: WorkerProcess, link: WorkerLink, heartbeat_timeout: float) -> None:
+    def __init__(self, process: WorkerProcess, link: WorkerLink, limits: WorkerLimits) -> None:
         self.model = ""
         self.link = link
         self._process = process
-        self._heartbeat_timeout = heartbeat_timeout
+        self._limits = limits
         self._end_error: LoaderdError | None = None
         self._watch = asyncio.create_task(self._watch_process())
 
     @classmethod
     async def start(
-        cls,
-        launcher: WorkerLauncher,
-        server: LinkServer,
-        heartbeat_timeout: float,
-        max_stream_bytes: int,
+        cls, launcher: WorkerLauncher, server: LinkServer, limits: WorkerLimits
     ) -> Worker:
         """Launches a worker; it is not attached yet.
 
@@ -51,14 +67,14 @@ class Worker:
             OSError: The process could not be started.
         """
         worker_id, token = secrets.token_hex(8), secrets.token_hex(32)
-        link = WorkerLink(max_stream_bytes)
+        link = WorkerLink(limits.max_stream_bytes)
         server.expect(worker_id, token, link)
         try:
             process = await launcher.launch(worker_id, token, server.address)
         except OSError:
             server.forget(worker_id)
             raise
-        worker = cls(process, link, heartbeat_timeout)
+        worker = cls(process, link, limits)
         worker._watch.add_done_callback(lambda _: server.forget(worker_id))
         return worker
 
@@ -90,11 +106,19 @@ class Worker:
             async with asyncio.timeout(_SHUTDOWN_GRACE_S):
                 await self.wait()
         except TimeoutError:
-            self.kill()
-            await self.wait()
+            await self.kill()
 
-    def kill(self) -> None:
-        """Ends the process at once."""
+    async def kill(self) -> None:
+        """Ends the process at once and waits for it, though not for one that the kernel holds."""
+        self.end_now()
+        try:
+            async with asyncio.timeout(_KILL_GRACE_S):
+                await self.wait()
+        except TimeoutError:
+            logger.error("worker %d does not end; it may hold its memory still", self.pid)
+
+    def end_now(self) -> None:
+        """Ends the process at once, without waiting for it."""
         self._process.kill()
 
     async def _watch_process(self) -> None:
@@ -103,12 +127,16 @@ class Worker:
             while not exited.done():
                 await asyncio.wait([exited], timeout=_WATCH_INTERVAL_S)
                 silence = time.monotonic() - self.link.last_seen
-                if silence > self._heartbeat_timeout and not exited.done():
+                started = self.link.standby.done()
+                limit = self._limits.heartbeat_timeout if started else self._limits.load_timeout
+                if silence > limit and not exited.done():
                     logger.error("worker %d gave no sign of life for %.0f s", self.pid, silence)
-                    self.kill()
+                    self.end_now()
                     await exited
-            logger.info("worker %d ended with code %d", self.pid, exited.result())
+            code = exited.result()
+            level = logging.INFO if code == 0 else logging.WARNING
+            logger.log(level, "worker %d ended with code %d", self.pid, code)
         finally:
             exited.cancel()
-            self.kill()
+            self.end_now()
             self.link.fail(self._end_error or WorkerDiedError(model=self.model))

@@ -119,6 +119,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
+def is_broken(error: BaseException) -> bool:
+    """Whether a device will answer nothing any more in this process, such as after a failed assert.
+
+    CUDA reports such an error again at every later call.
+    """
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
 def _accelerator_kind() -> str | None:
     if not torch.accelerator.is_available():
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,7 +137,9 @@ class ModelHost:
         weights.FromNanoseconds(round((time.monotonic() - begin) * 1e9))
         facts = model_facts(model)
         completions = Tokenizer(tokenizer, special_ids(tokenizer))
-        engine = SequentialEngine(model, completions, command.model, self._emit)
+        engine = SequentialEngine(
+            model, completions, command.model, self._emit, on_death=_end_process
+        )
         self._hosted = _Hosted(facts, engine, Tokenization(tokenizer, facts.vocabulary_size))
         details = model_details(model, tokenizer, dtype, engine, _ENGINE_REASON)
         return worker_pb2.Loaded(details=details, weights=weights)
@@ -156,3 +159,8 @@ class ModelHost:
 
     def _emit(self, outputs: Sequence[worker_pb2.Output]) -> None:
         self._link.send(step=worker_pb2.Step(outputs=outputs))
+
+
+def _end_process() -> None:
+    logging.shutdown()
+    os._exit(1)

@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,7 @@ class SequentialEngine:
         tokenizer: Its tokenizer's part that completions need.
         model_name: For errors.
         emit: Takes the outputs, from the engine's thread and from those that call it.
+        on_death: Called when the engine can serve no more, such as with a broken accelerator.
     """
 
     name = "sequential"
@@ -123,13 +125,19 @@ class SequentialEngine:
     )
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Tokenizer, model_name: str, emit: Emit
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        model_name: str,
+        emit: Emit,
+        on_death: Callable[[], None],
     ) -> None:
         self._model = model
         self._takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
         self._tokenizer = tokenizer
         self._model_name = model_name
         self._emit = emit
+        self._on_death = on_death
         self._waiting: deque[_Job] = deque()
         self._running: _Job | None = None
         self._closed = False
@@ -172,11 +180,16 @@ class SequentialEngine:
         self._thread.join(_CLOSE_SECONDS)
 
     def _run(self) -> None:
-        while (job := self._next()) is not None:
-            failure = self._serve(job)
-            if failure is not None:
-                self._output(job, error=error_message(failure))
-                devices.release_cached_memory()
+        try:
+            while (job := self._next()) is not None:
+                failure = self._serve(job)
+                if failure is not None:
+                    self._output(job, error=error_message(failure))
+                    devices.release_cached_memory()
+        except BaseException:
+            # A process whose engine is dead must not look alive: the daemon tells all clients.
+            logger.critical("the engine failed; the worker ends", exc_info=True)
+            self._on_death()
 
     def _next(self) -> _Job | None:
         with self._changed:
@@ -202,6 +215,8 @@ class SequentialEngine:
             if devices.is_out_of_memory(error):
                 logger.warning("request %s: out of memory", request.request_id)
                 return DeviceMemoryError(self._model_name)
+            if devices.is_broken(error):
+                raise
             return incident(error, f"generating for request {request.request_id}")
         self._finish(job, completion.finish, completion.generated_tokens)
         return None
