@@ -200,6 +200,25 @@ async def test_a_model_larger_than_the_disk_is_refused_before_it_starts(
     assert found(cache, "*") == []
 
 
+LIES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
+    "size": _lfs(size=1234),
+    "content": _lfs(oid="0" * 64),
+    "small file": lambda tree: [{**e, "oid": "0" * 40} for e in tree],
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+async def test_a_commit_that_the_hub_tells_otherwise_now_stays_as_it_is(
+    store: ModelStore, hub: Hub, lie: Callable[[list[dict[str, Any]]], Any]
+) -> None:
+    snapshot = await download(store)
+    hub.inject(rewrite(lie), path=TREE)
+    with pytest.raises(SnapshotCorruptError):
+        await download(store)
+    assert await store.resolve(NAME) == snapshot
+    assert contents(snapshot.path) == {name: MODEL[name] for name in NEEDED}
+
+
 # --- the token -----------------------------------------------------------------------------------
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -284,6 +287,37 @@ def test_what_is_no_folder_is_said(tmp_path: Path) -> None:
     file.write_bytes(b"GGUF")
     with pytest.raises(InvalidNameError, match="is a file"):
         local(file)
+
+
+_UNREADABLE = """
+import os, sys
+from pathlib import Path
+from loaderd.server.store.names import LocalName
+from loaderd.server.store.resolve import resolve
+os.setuid(65534)
+try:
+    resolve(LocalName(Path(sys.argv[1])), cache_dir=Path("/"), local_roots=None)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can take another user's place")
+@pytest.mark.parametrize("unreadable", [".", "model.safetensors"])
+def test_what_the_daemons_user_may_not_read_is_said(tmp_path: Path, unreadable: str) -> None:
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    folder = write_folder(tmp_path / "model", SMALL_MODEL)
+    (folder / unreadable).chmod(0)
+    done = subprocess.run(
+        [sys.executable, "-c", _UNREADABLE, folder],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.startswith("InvalidNameError")
+    assert "may not read" in done.stdout
 
 
 def _truncate(folder: Path) -> None:
