@@ -34,6 +34,7 @@ class Cache:
 
     def __init__(self) -> None:
         self.cached = {EXAMPLE, "demo/chat", "demo/base", "demo/stuck"}
+        self.hub_answers = True
 
     def check_name(self, name: str) -> str:
         """The repository of a name, or its path.
@@ -137,7 +138,9 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
                         if repo_id != "demo/stalled":
                             break
                 self._cache.cached.add(repo_id)
-            yield cache_pb2.DownloadModelResponse(snapshot=self._cache.snapshot(repo_id))
+            snapshot = self._cache.snapshot(repo_id)
+            snapshot.stale = not self._cache.hub_answers
+            yield cache_pb2.DownloadModelResponse(snapshot=snapshot)
 
     def ListSnapshots(
         self, request: cache_pb2.ListSnapshotsRequest, context: Any

@@ -45,6 +45,7 @@ class Models:
         self._watchers: list[queue.Queue[model_pb2.ModelEvent]] = []
         self._models: dict[str, model_pb2.Model] = {}
         self._loads: dict[str, Load] = {}
+        self.freed_bytes = FREED_BYTES
 
     def all(self) -> list[model_pb2.Model]:
         with self._lock:
@@ -242,7 +243,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     def UnloadModel(
         self, request: model_pb2.UnloadModelRequest, context: Any
     ) -> model_pb2.UnloadModelResponse:
-        response = model_pb2.UnloadModelResponse(freed_bytes=FREED_BYTES)
+        response = model_pb2.UnloadModelResponse(freed_bytes=self._models.freed_bytes)
         with self._daemon.seen("UnloadModel", request, context).follow(context):
             response.model.CopyFrom(self._models.unload(request.model, force=request.force))
         return response

@@ -47,6 +47,9 @@ class Chat:
             except KeyboardInterrupt:
                 output.result("")
                 continue
+            except UnicodeDecodeError:
+                output.message("that is not valid Unicode text")
+                continue
             match text.strip():
                 case "":
                     continue

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loaderd.cli import output
 from loaderd.cli.progress import progress_display
+from loaderd.cli.units import count
 from loaderd.client.errors import ModelNotLoadedError
 from loaderd.client.types import ModelState
 
@@ -95,7 +96,7 @@ class Speaker:
 
 def _statistics(result: GenerationResult) -> str:
     usage, timings = result.usage, result.timings
-    parts = [f"{usage.prompt_tokens} prompt tokens, {usage.generated_tokens} generated"]
+    parts = [f"{count(usage.prompt_tokens, 'prompt token')}, {usage.generated_tokens} generated"]
     if timings.decode and usage.generated_tokens > 1:
         rate = (usage.generated_tokens - 1) / timings.decode.total_seconds()
         parts.append(f"{rate:.1f} tokens/s")

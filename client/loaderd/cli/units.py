@@ -15,6 +15,11 @@ def size(count: float) -> str:
     return f"{count / 1e12:.1f} TB"
 
 
+def count(number: int, noun: str) -> str:
+    """How many: "1 file", "3 files"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def span(time: timedelta) -> str:
     """A time span: "0.8 s", "42 s", "3 min 5 s", "2 h 10 min", "4 d 3 h"."""
     seconds = max(time.total_seconds(), 0.0)

@@ -9,7 +9,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
+from grpc_health.v1 import health_pb2
 
 from loaderd.client.errors import InvalidArgumentError, InvalidNameError
 from loaderd.client.parameters import GenerationParameters, Seconds
@@ -24,6 +26,15 @@ ChatMessages: TypeAlias = Sequence[Message | Mapping[str, str]]
 
 Setter: TypeAlias = Callable[[Any, str, Any], None]
 
+_NOT_UNICODE = "is not valid Unicode text"
+
+_BOUNDS = {
+    FieldDescriptor.TYPE_UINT32: (0, 2**32 - 1),
+    FieldDescriptor.TYPE_INT32: (-(2**31), 2**31 - 1),
+    FieldDescriptor.TYPE_UINT64: (0, 2**64 - 1),
+}
+"""The whole numbers that a type of the wire takes."""
+
 GenerationRequest = TypeVar(
     "GenerationRequest", generation_pb2.GenerateRequest, generation_pb2.StreamGenerateRequest
 )
@@ -35,9 +46,14 @@ def model_name(name: ModelName) -> str:
     A string is a path when it starts with `.`, `~` or `/`; a `Path` always is one.
 
     Raises:
-        InvalidNameError: The path starts with `~user` and there is no such user.
+        InvalidNameError: It is not valid Unicode text, or a path that starts with `~user` and
+            there is no such user.
     """
     text = os.fspath(name)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidNameError.of("model", _NOT_UNICODE) from error
     if isinstance(name, str) and not name.startswith((".", "~", "/")):
         return text
     try:
@@ -51,7 +67,9 @@ def load_request(
     name: ModelName, *, dtype: Dtype | DtypeName | None, device_map: str | None
 ) -> model_pb2.LoadModelRequest:
     """A LoadModelRequest; options that are None stay unset."""
-    options = model_pb2.LoadOptions(device_map=device_map)
+    options = model_pb2.LoadOptions()
+    if device_map is not None:
+        _set(options, "device_map", device_map)
     if dtype is not None:
         options.dtype = model_pb2.Dtype.ValueType(_dtype(dtype))
     return model_pb2.LoadModelRequest(model=model_name(name), options=options)
@@ -104,10 +122,21 @@ def tokenize_request(
     _require_one(text=text, messages=messages)
     request = generation_pb2.TokenizeRequest(model=model_id, add_special_tokens=add_special_tokens)
     if text is not None:
-        request.text = text
+        _set(request, "text", text)
     if messages is not None:
         request.messages.messages.extend(chat_messages(messages))
         request.messages.SetInParent()
+    return request
+
+
+def health_request(service: str) -> health_pb2.HealthCheckRequest:
+    """A HealthCheckRequest.
+
+    Raises:
+        InvalidArgumentError: The name is not valid Unicode text.
+    """
+    request = health_pb2.HealthCheckRequest()
+    _set(request, "service", service)
     return request
 
 
@@ -116,25 +145,30 @@ def chat_messages(messages: ChatMessages) -> list[generation_pb2.ChatMessage]:
 
     Raises:
         TypeError: Something in it is neither a `Message` nor a mapping.
-        InvalidArgumentError: A mapping has other keys than "role" and "content".
+        InvalidArgumentError: A mapping has other keys than "role" and "content", or a value is
+            not valid Unicode text.
     """
     return [_chat_message(index, message) for index, message in enumerate(messages)]
 
 
 def _chat_message(index: int, message: Message | Mapping[str, str]) -> generation_pb2.ChatMessage:
+    place = f"messages[{index}]"
     if isinstance(message, Message):
-        return generation_pb2.ChatMessage(role=message.role, content=message.content)
+        message = {"role": message.role, "content": message.content}
     if not isinstance(message, Mapping):
         raise TypeError(
-            f"messages[{index}] is a {type(message).__name__}, not a Message or a mapping "
+            f"{place} is a {type(message).__name__}, not a Message or a mapping "
             'with "role" and "content"'
         )
-    if set(message) != {"role", "content"}:
-        keys = ", ".join(map(repr, message)) or "none"
-        raise InvalidArgumentError.of(
-            f"messages[{index}]", f'the keys must be "role" and "content", not {keys}'
-        )
-    return generation_pb2.ChatMessage(role=message["role"], content=message["content"])
+    for key in ("role", "content"):
+        if key not in message:
+            raise InvalidArgumentError.of(place, f'"{key}" is missing')
+    request = generation_pb2.ChatMessage()
+    for key, value in message.items():
+        if key not in {"role", "content"}:
+            raise InvalidArgumentError.of(place, f'has "role" and "content", and no {key!r}')
+        _set(request, key, value, place=f"{place}.")
+    return request
 
 
 def _dtype(value: Dtype | str) -> Dtype:
@@ -160,20 +194,35 @@ def _require_one(**inputs: object) -> None:
         )
 
 
-def _set(request: Any, name: str, value: Any) -> None:
-    """Sets one field; what protobuf has against a value names the field.
+def _set(request: Any, name: str, value: Any, place: str = "") -> None:
+    """Sets one field; what protobuf has against a value names the field, after its `place`.
 
     Raises:
         TypeError: The value has the wrong type.
-        InvalidArgumentError: The value is out of the range that the wire can carry.
+        InvalidArgumentError: The wire cannot carry the value.
     """
     setter: Setter = _SETTERS.get(name, setattr)
     try:
         setter(request, name, value)
     except TypeError as error:
-        raise TypeError(f"{name}: {error}") from error
+        raise TypeError(f"{place}{name}: {error}") from error
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError.of(f"{place}{name}", _NOT_UNICODE) from error
     except (ValueError, OverflowError) as error:
-        raise InvalidArgumentError.of(name, str(error)) from error
+        problem = _range_problem(request.DESCRIPTOR.fields_by_name[name]) or str(error)
+        raise InvalidArgumentError.of(f"{place}{name}", problem) from error
+
+
+def _range_problem(field: FieldDescriptor) -> str | None:
+    """Which numbers a field of whole numbers, or a list or mapping of them, takes."""
+    kind = field.message_type
+    if kind is not None and kind.full_name == Duration.DESCRIPTOR.full_name:
+        return "is no time span that a timedelta can hold"
+    for number in kind.fields if kind is not None else [field]:
+        if number.type in _BOUNDS:
+            low, high = _BOUNDS[number.type]
+            return f"must be from {low} to {high}"
+    return None
 
 
 def _set_strings(request: Any, name: str, value: Sequence[str] | str) -> None:

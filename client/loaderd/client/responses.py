@@ -130,6 +130,7 @@ def snapshot(message: cache_pb2.Snapshot) -> types.Snapshot:
         modified_at=_time(message, "modified_at", message.modified_at),
         accessed_at=_time(message, "accessed_at", message.accessed_at),
         path=message.path,
+        stale=message.stale,
     )
 
 

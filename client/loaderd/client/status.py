@@ -41,16 +41,23 @@ class _Details:
     request_id: str | None = None
 
 
-def error_from_rpc(failure: grpc.RpcError, call: CallContext) -> errors.LoaderdError:
+def error_from_rpc(
+    failure: grpc.RpcError, call: CallContext, *, answered: bool = False
+) -> errors.LoaderdError:
     """The typed error of a failed call.
 
     With loaderd's ErrorInfo it is the class of the reason, or `LoaderdError` for an unknown one.
     Without it the failure comes from this side, from the network, or from another server.
+
+    Args:
+        failure: What gRPC raised.
+        call: The call.
+        answered: Whether the daemon had sent a part of its answer before.
     """
     details = _read_details(failure)
     message = failure.details() or failure.code().value[1]
     if details.reason is None:
-        kind, message = _own_error(failure.code(), message, call)
+        kind, message = _own_error(failure.code(), message, call, answered=answered)
     else:
         kind = errors.BY_REASON.get(details.reason, errors.LoaderdError)
     return kind(
@@ -64,14 +71,19 @@ def error_from_rpc(failure: grpc.RpcError, call: CallContext) -> errors.LoaderdE
 
 
 def _own_error(
-    code: grpc.StatusCode, message: str, call: CallContext
+    code: grpc.StatusCode, message: str, call: CallContext, *, answered: bool
 ) -> tuple[type[errors.LoaderdError], str]:
     """The class and text of a failure that no daemon explained."""
     match code:
+        case grpc.StatusCode.UNAVAILABLE if answered:
+            return errors.DaemonUnreachableError, (
+                f"the connection to the loaderd daemon at {call.address} was lost; "
+                "try again, or see whether it still runs"
+            )
         case grpc.StatusCode.UNAVAILABLE:
             return errors.DaemonUnreachableError, (
                 f"no loaderd daemon answers at {call.address}; start one with `loaderd`, or give "
-                f"its address, for example in LOADERD_ADDRESS ({message})"
+                "its address, for example in LOADERD_ADDRESS"
             )
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return errors.DeadlineError, (

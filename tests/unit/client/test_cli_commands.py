@@ -33,9 +33,7 @@ def test_load_tells_progress_on_stderr_and_the_model_on_stdout(ctl: Ctl) -> None
     result = ctl("load", "demo/remote")
 
     assert result.exit_code == ExitCode.OK
-    assert result.stdout.startswith("demo/remote is ready as m-1, FakeForCausalLM in bfloat16")
-    assert "38.0 MB on cpu" in result.stdout
-    assert len(result.stdout.splitlines()) == 1
+    assert result.stdout == "demo/remote is ready as m-1, bfloat16 on cpu, loaded in 0.0 s\n"
     progress = result.stderr.splitlines()
     assert progress[0] == "loaderctl: demo/remote: resolving"
     assert (
@@ -43,6 +41,15 @@ def test_load_tells_progress_on_stderr_and_the_model_on_stdout(ctl: Ctl) -> None
     )
     assert progress[-1] == "loaderctl: demo/remote: loading"
     assert "\x1b" not in result.output  # no bars where there is no terminal
+
+
+def test_load_of_a_model_that_is_there_says_so(ctl: Ctl) -> None:
+    ctl("load", "demo/chat")
+
+    again = ctl("load", "demo/chat")
+
+    assert again.stdout == "demo/chat is ready as m-1, bfloat16 on cpu, was loaded already\n"
+    assert again.stderr == ""
 
 
 def test_load_with_options_as_json(ctl: Ctl, daemon: FakeDaemon) -> None:
@@ -85,6 +92,13 @@ def test_unload_says_what_it_freed(ctl: Ctl) -> None:
     result = document(ctl("unload", "demo/chat", "--json"))
     assert result["freed_bytes"] == FREED_BYTES
     assert result["model"]["state"] == "unloaded"
+
+
+def test_unload_that_freed_nothing_says_nothing_of_it(ctl: Ctl, daemon: FakeDaemon) -> None:
+    ctl("load", "demo/chat")
+    daemon.models.freed_bytes = 0
+
+    assert ctl("unload", "demo/chat").stdout == "unloaded demo/chat\n"
 
 
 def test_unload_of_a_busy_model_needs_force(ctl: Ctl, daemon: FakeDaemon, client: Client) -> None:
@@ -144,7 +158,7 @@ def test_pull_ls_and_resolve(ctl: Ctl) -> None:
     listing = ctl("ls").stdout.splitlines()
     row = next(line.split() for line in listing if line.startswith("demo/remote"))
     assert row[1:7] == ["main", commit[:12], "40.0", "MB", "3", "complete"]
-    assert listing[-1] == "5 snapshots take 200.0 MB on disk"
+    assert listing[-1] == "5 snapshots, 200.0 MB on disk"
     as_json = document(ctl("ls", "--json"))
     assert as_json["total_bytes"] == 5 * TOTAL
     assert [s["repo_id"] for s in as_json["snapshots"]] == sorted(
@@ -154,6 +168,25 @@ def test_pull_ls_and_resolve(ctl: Ctl) -> None:
     cached = ctl("resolve", "demo/remote")
     assert lines(cached.stdout)[1] == ["commit", commit]
     assert document(ctl("resolve", "demo/remote", "--json"))["kind"] == "cached"
+
+
+def test_one_snapshot_is_no_plural(ctl: Ctl, daemon: FakeDaemon) -> None:
+    daemon.cache.cached = {"demo/chat"}
+
+    assert ctl("ls").stdout.splitlines()[-1] == "1 snapshot, 40.0 MB on disk"
+
+
+def test_pull_says_when_the_hub_did_not_answer(ctl: Ctl, daemon: FakeDaemon) -> None:
+    assert document(ctl("pull", "demo/chat", "--json"))["stale"] is False
+    daemon.cache.hub_answers = False
+
+    told = ctl("pull", "demo/chat")
+
+    assert told.stdout.startswith("demo/chat is cached at commit")
+    assert told.stderr == (
+        "loaderctl: the hub did not answer; what the cache had is used, and may be out of date\n"
+    )
+    assert document(ctl("pull", "demo/chat", "--json"))["stale"] is True
 
 
 def test_resolve_of_a_folder(ctl: Ctl, tmp_path: Path) -> None:

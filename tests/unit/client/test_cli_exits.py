@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -75,7 +76,28 @@ def test_no_daemon_is_a_line() -> None:
 
     assert result.exit_code == ExitCode.UNAVAILABLE
     (line,) = result.stderr.splitlines()
-    assert line.startswith("loaderctl: no loaderd daemon answers at 127.0.0.1:1")
+    assert line == (
+        "loaderctl: no loaderd daemon answers at 127.0.0.1:1; start one with `loaderd`, or give "
+        "its address, for example in LOADERD_ADDRESS"
+    )
+
+
+@pytest.mark.parametrize("args", [("run", "demo/chat", b"\xff\xfe"), ("run", "demo/chat")])
+def test_a_prompt_that_is_not_unicode_is_a_line(
+    daemon: FakeDaemon, args: tuple[str | bytes, ...]
+) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "loaderd.cli", "-a", daemon.address, *args],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:strict"},
+        input=b"\xff\xfe",
+        timeout=60,
+    )
+
+    assert run.returncode == ExitCode.INVALID
+    assert run.stderr == b"loaderctl: PROMPT: is not valid Unicode text\n"
+    assert daemon.calls == []
 
 
 def test_a_deadline_is_a_line(ctl: Ctl) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loaderd.cli.units import age, size, span
+from loaderd.cli.units import age, count, size, span
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,10 @@ def test_a_size_is_close_to_its_number(count: int) -> None:
 )
 def test_spans(seconds: float, text: str) -> None:
     assert span(timedelta(seconds=seconds)) == text
+
+
+def test_counts() -> None:
+    assert [count(number, "file") for number in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
 
 
 def test_ages() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from loaderd.client import AsyncClient, Client, LoaderdError, errors
 from loaderd.client.status import CallContext, error_from_rpc
 from loaderd.server import errors as server_errors
+from loaderd.v1 import model_pb2
 from loaderd.v1.errors_pb2 import ErrorReason
 from tests.fake_daemon import FakeDaemon
 from tests.fake_daemon.failure import REASONS, REQUEST_ID, RETRY_AFTER_S
@@ -134,22 +138,63 @@ def test_a_daemon_that_goes_away_ends_its_streams(daemon: FakeDaemon, client: Cl
         list(watch)
 
 
+class _Lost(grpc.RpcError):
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "Socket closed"
+
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
+
+
 def test_the_own_request_id_is_in_the_error() -> None:
-    class Lost(grpc.RpcError):
-        def code(self) -> grpc.StatusCode:
-            return grpc.StatusCode.UNAVAILABLE
-
-        def details(self) -> str:
-            return "Socket closed"
-
-        def trailing_metadata(self) -> tuple[()]:
-            return ()
-
-    error = error_from_rpc(Lost(), CallContext("box:1", None, "mine"))
+    error = error_from_rpc(_Lost(), CallContext("box:1", None, "mine"))
 
     assert isinstance(error, errors.DaemonUnreachableError)
     assert error.request_id == "mine"
-    assert "Socket closed" in str(error)
+
+
+class _BreaksOff(grpc.GenericRpcHandler):
+    """A server that says one thing on every stream, and then fails without a reason."""
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        def answer(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+            yield model_pb2.WatchModelsResponse(snapshot=model_pb2.ModelList()).SerializeToString()
+            context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+
+        return grpc.unary_stream_rpc_method_handler(answer)
+
+
+@pytest.fixture
+def breaks_off() -> Iterator[str]:
+    """The address of a server whose connections are lost in mid-stream."""
+    server = grpc.server(ThreadPoolExecutor(2), handlers=[_BreaksOff()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(0).wait(10)
+
+
+def test_a_connection_lost_in_mid_stream_is_said_to_be(breaks_off: str) -> None:
+    with Client(breaks_off) as client:
+        watch = client.watch()
+        next(watch)
+        with pytest.raises(errors.DaemonUnreachableError) as caught:
+            next(watch)
+
+    assert str(caught.value).startswith(f"the connection to the loaderd daemon at {breaks_off} was")
+    assert "Socket closed" not in str(caught.value)
+    assert "Socket closed" in str(caught.value.__cause__)  # for who looks at the traceback
+
+
+async def test_a_connection_lost_in_mid_stream_of_the_asyncio_client(breaks_off: str) -> None:
+    async with AsyncClient(breaks_off) as client:
+        watch = client.watch()
+        await anext(watch)
+        with pytest.raises(errors.DaemonUnreachableError, match="was lost"):
+            await anext(watch)
 
 
 @pytest.mark.parametrize(

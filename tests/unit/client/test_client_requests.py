@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -110,19 +111,57 @@ def test_fields_that_are_no_scalars() -> None:
 @pytest.mark.parametrize(
     ("parameters", "field"),
     [
-        ({"seed": -1}, "seed"),
-        ({"top_k": 2**32}, "top_k"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"max_time": math.inf}, "max_time"),
         ({"max_time": math.nan}, "max_time"),
+        ({"keep_alive": 1e30}, "keep_alive"),
     ],
 )
-def test_a_value_that_the_wire_cannot_carry_names_its_field(
+def test_a_time_span_that_the_wire_cannot_carry_names_its_field(
     parameters: dict[str, Any], field: str
 ) -> None:
     with pytest.raises(errors.InvalidArgumentError) as caught:
         build(**parameters)
     assert caught.value.field == field
+    assert caught.value.problem == "is no time span that a timedelta can hold"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "text"),
+    [
+        ({"max_new_tokens": -3}, "max_new_tokens: must be from 0 to 4294967295"),
+        ({"top_k": 2**32}, "top_k: must be from 0 to 4294967295"),
+        ({"seed": -1}, "seed: must be from 0 to 18446744073709551615"),
+        ({"priority": 2**31}, "priority: must be from -2147483648 to 2147483647"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids: must be from 0 to 4294967295"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids: must be from 0 to 4294967295"),
+    ],
+)
+def test_a_number_out_of_range_is_told_its_bounds(parameters: dict[str, Any], text: str) -> None:
+    with pytest.raises(errors.InvalidArgumentError) as caught:
+        build(**parameters)
+    assert str(caught.value) == text
+
+
+def test_text_that_is_not_unicode_names_its_field(client: Client) -> None:
+    bad = "bad \udcff"
+    model = client.load("demo/chat")
+    calls: dict[str, Callable[[], object]] = {
+        "text": lambda: model.generate(bad),
+        "stop": lambda: model.generate("x", stop=[bad]),
+        "messages[1].content": lambda: model.generate(
+            messages=[Message("user", "x"), {"role": "user", "content": bad}]
+        ),
+        "messages[0].role": lambda: model.apply_chat_template([Message(bad, "x")]),
+        "model": lambda: client.load(bad),
+        "device_map": lambda: client.load("demo/chat", device_map=bad),
+        "service": lambda: client.health(bad),
+    }
+    for field, call in calls.items():
+        with pytest.raises((errors.InvalidArgumentError, errors.InvalidNameError)) as caught:
+            call()
+        assert str(caught.value) == f"{field}: is not valid Unicode text"
+    with pytest.raises(errors.InvalidArgumentError, match="text: is not valid"):
+        model.tokenize(bad)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +213,8 @@ def test_an_empty_chat_is_the_daemons_to_refuse(daemon: FakeDaemon, client: Clie
 @pytest.mark.parametrize(
     ("messages", "error", "text"),
     [
-        ([{"role": "user"}], errors.InvalidArgumentError, r"messages\[0\]"),
+        ([{"role": "user"}], errors.InvalidArgumentError, r'messages\[0\]: "content" is missing'),
+        ([{"content": "x"}], errors.InvalidArgumentError, r'messages\[0\]: "role" is missing'),
         ([{"role": "user", "content": "x", "name": "y"}], errors.InvalidArgumentError, "'name'"),
         ([Message("user", "x"), "hello"], TypeError, r"messages\[1\].*str"),
         ("hello", TypeError, r"messages\[0\].*str"),

@@ -9,7 +9,7 @@ import typer
 from loaderd.cli import options, output
 from loaderd.cli.progress import progress_display
 from loaderd.cli.session import session_of
-from loaderd.cli.units import age, size
+from loaderd.cli.units import age, count, size
 
 if TYPE_CHECKING:
     from loaderd.client import DownloadPlan, Snapshot
@@ -22,12 +22,14 @@ def pull(context: typer.Context, model: options.Model, json: options.Json = Fals
         snapshot = client.cache.download(
             model, on_progress=display.download, timeout=session.timeout
         )
+    if snapshot.stale:
+        output.message("the hub did not answer; what the cache had is used, and may be out of date")
     if json:
         output.json_result(snapshot)
     else:
         output.result(
             f"{snapshot.repo_id} is cached at commit {snapshot.commit[:12]}, "
-            f"{snapshot.file_count} files, {size(snapshot.size_bytes)}"
+            f"{count(snapshot.file_count, 'file')}, {size(snapshot.size_bytes)}"
         )
 
 
@@ -44,7 +46,8 @@ def ls(context: typer.Context, json: options.Json = False) -> None:
         return
     columns = ("REPOSITORY", "REFS", "COMMIT", "SIZE", "FILES", "STATE", "MODIFIED")
     output.table(columns, map(_row, snapshots))
-    output.result(f"{len(snapshots)} snapshots take {size(snapshots.total_bytes)} on disk")
+    total = f"{size(snapshots.total_bytes)} on disk"
+    output.result(f"{count(len(snapshots), 'snapshot')}, {total}")
 
 
 def resolve(context: typer.Context, model: options.Model, json: options.Json = False) -> None:
@@ -64,7 +67,10 @@ def resolve(context: typer.Context, model: options.Model, json: options.Json = F
                 ("cached", resolution.path),
                 ("commit", resolution.commit),
                 ("refs", ", ".join(resolution.refs)),
-                ("size", f"{size(resolution.size_bytes)} in {resolution.file_count} files"),
+                (
+                    "size",
+                    f"{size(resolution.size_bytes)} in {count(resolution.file_count, 'file')}",
+                ),
             ]
         case _:
             kind, lines = "download", _plan(resolution)

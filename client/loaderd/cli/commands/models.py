@@ -30,18 +30,23 @@ def load(
 ) -> None:
     """Load a model, downloading what the cache lacks."""
     session = session_of(context)
+    worked = False
     with session.connect() as client, progress_display(model) as display:
-        info = client.load(
+        operation = client.start_load(
             model,
             dtype=dtype.value if dtype else None,
             device_map=device_map,
-            on_progress=display.load,
             timeout=session.timeout,
-        ).info
+        )
+        with operation:
+            for progress in operation:
+                worked = True
+                display.load(progress)
+            info = operation.result().info
     if json:
         output.json_result(info)
     else:
-        output.result(_sentence(info))
+        output.result(_sentence(info, worked=worked))
 
 
 def unload(
@@ -57,7 +62,8 @@ def unload(
     if json:
         output.json_result(unloaded)
     else:
-        output.result(f"unloaded {unloaded.model.name}, {size(unloaded.freed_bytes)} freed")
+        freed = f", {size(unloaded.freed_bytes)} freed" if unloaded.freed_bytes else ""
+        output.result(f"unloaded {unloaded.model.name}{freed}")
 
 
 def ps(context: typer.Context, json: options.Json = False) -> None:
@@ -102,12 +108,14 @@ def _change(model: ModelInfo, previous: ModelState) -> str:
     return f"{model.name} ({model.id}): {arrow}{reason}"
 
 
-def _sentence(model: ModelInfo) -> str:
+def _sentence(model: ModelInfo, *, worked: bool) -> str:
+    """What came of a load; `worked` says whether it had anything to do."""
     parts = [f"{model.name} is ready as {model.id}"]
     if (details := model.details) is not None:
-        parts.append(f"{details.architecture} in {_name(details.dtype)} ({details.dtype_reason})")
-        parts.append(f"{size(details.weight_bytes)} on {_devices(details)}")
-    if model.timings.total is not None:
+        parts.append(f"{_name(details.dtype)} on {_devices(details)}")
+    if not worked:
+        parts.append("was loaded already")
+    elif model.timings.total is not None:
         parts.append(f"loaded in {span(model.timings.total)}")
     return ", ".join(parts)
 

@@ -84,9 +84,18 @@ def run(  # noqa: PLR0917 - an argument for each option
 
 
 def _prompt(argument: str | None) -> str | None:
-    """The prompt; None when there shall be a chat."""
-    if argument is not None and argument != "-":
-        return argument
+    """The prompt; None when there shall be a chat.
+
+    Raises:
+        InvalidArgumentError: It is not valid Unicode text.
+    """
+    from loaderd.client.errors import InvalidArgumentError
+
     if argument is None and sys.stdin.isatty():
         return None
-    return sys.stdin.read().removesuffix("\n")
+    try:
+        text = sys.stdin.read().removesuffix("\n") if argument in {None, "-"} else argument
+        text.encode()  # bytes that could not be decoded are lone surrogates in arguments
+    except UnicodeError as error:
+        raise InvalidArgumentError.of("PROMPT", "is not valid Unicode text") from error
+    return text

@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Self
 
 from grpc import StatusCode
-from grpc_health.v1 import health_pb2
 
 from loaderd.client import responses
 from loaderd.client.aio.cache import AsyncCacheClient
@@ -18,7 +17,7 @@ from loaderd.client.aio.stream import AsyncModelWatch
 from loaderd.client.aio.transport import AsyncStubs, AsyncTransport
 from loaderd.client.channel import DEFAULT_TIMEOUT
 from loaderd.client.errors import LoaderdError
-from loaderd.client.requests import ModelName, load_request, model_name
+from loaderd.client.requests import ModelName, health_request, load_request, model_name
 from loaderd.client.types import (
     Device,
     Dtype,
@@ -154,7 +153,7 @@ class AsyncClient:
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
         """What grpc.health.v1 says of a service; "" is the daemon as a whole."""
-        request = health_pb2.HealthCheckRequest(service=service)
+        request = health_request(service)
         try:
             response = await self._transport.call(self.raw.health.Check, request, timeout)
         except LoaderdError as error:

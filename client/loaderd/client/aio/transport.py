@@ -160,10 +160,9 @@ def _task_is_cancelled() -> bool:
 
 
 class AsyncResponseStream(Generic[Response]):
-    """The messages of one streaming call.
+    """The messages of one streaming call, which is cancelled when nobody holds this any more.
 
-    gRPC keeps a call alive whose iterator was dropped, and the daemon goes on with it; this one
-    cancels the call when nobody holds it any more.
+    gRPC may keep a call alive whose iterator was dropped, and then the daemon goes on with it.
     """
 
     def __init__(
@@ -174,6 +173,7 @@ class AsyncResponseStream(Generic[Response]):
         self._context = context
         self._loop = asyncio.get_running_loop()
         self._error: Exception | None = None
+        self._answered = False
 
     def __aiter__(self) -> AsyncIterator[Response]:
         return self
@@ -182,15 +182,17 @@ class AsyncResponseStream(Generic[Response]):
         if self._error is not None:  # gRPC tells it once, and then a plain end
             raise self._error
         try:
-            return await anext(self._messages)
+            message = await anext(self._messages)
         except grpc.RpcError as failure:
-            self._error = error_from_rpc(failure, self._context)
+            self._error = error_from_rpc(failure, self._context, answered=self._answered)
             raise self._error from failure
         except asyncio.CancelledError:
             self._error = CallCancelledError("the call was cancelled")
             if _task_is_cancelled():
                 raise
             raise self._error from None
+        self._answered = True
+        return message
 
     def cancel(self) -> None:
         """Cancels the call; nothing happens when it has ended."""

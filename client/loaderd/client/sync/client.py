@@ -7,12 +7,11 @@ from types import TracebackType
 from typing import Self
 
 from grpc import StatusCode
-from grpc_health.v1 import health_pb2
 
 from loaderd.client import responses
 from loaderd.client.channel import DEFAULT_TIMEOUT
 from loaderd.client.errors import LoaderdError
-from loaderd.client.requests import ModelName, load_request, model_name
+from loaderd.client.requests import ModelName, health_request, load_request, model_name
 from loaderd.client.sync.cache import CacheClient
 from loaderd.client.sync.model import Model
 from loaderd.client.sync.operation import LoadOperation
@@ -148,7 +147,7 @@ class Client:
 
     def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
         """What grpc.health.v1 says of a service; "" is the daemon as a whole."""
-        request = health_pb2.HealthCheckRequest(service=service)
+        request = health_request(service)
         try:
             response = self._transport.call(self.raw.health.Check, request, timeout)
         except LoaderdError as error:

@@ -153,29 +153,31 @@ class _StreamingCall(Protocol[Response_co]):
 
 
 class ResponseStream(Generic[Response]):
-    """The messages of one streaming call.
+    """The messages of one streaming call, which is cancelled when nobody holds this any more.
 
-    gRPC keeps a call alive whose iterator was dropped, and the daemon goes on with it; this one
-    cancels the call when nobody holds it any more.
+    gRPC may keep a call alive whose iterator was dropped, and then the daemon goes on with it.
     """
 
     def __init__(self, call: _StreamingCall[Response], context: CallContext) -> None:
         self._call = call
         self._context = context
+        self._answered = False
 
     def __iter__(self) -> Iterator[Response]:
         return self
 
     def __next__(self) -> Response:
         try:
-            return next(self._call)
+            message = next(self._call)
         except StopIteration:
             raise
         except grpc.RpcError as failure:
-            raise error_from_rpc(failure, self._context) from failure
+            raise error_from_rpc(failure, self._context, answered=self._answered) from failure
         except BaseException:
             self.cancel()
             raise
+        self._answered = True
+        return message
 
     def cancel(self) -> None:
         """Cancels the call; nothing happens when it has ended."""

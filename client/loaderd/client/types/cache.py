@@ -59,6 +59,9 @@ class Snapshot:
     """When one of its files was last read, in UTC, as far as the file system keeps count."""
     path: str
     """Its folder on the daemon's box."""
+    stale: bool
+    """Set by a download when the hub did not answer and this is what the cache had: it may be
+    older than what the revision is now."""
 
     @property
     def revision(self) -> str:

@@ -130,7 +130,7 @@ class UnloadResult:
     model: ModelInfo
     """The model as it was, now UNLOADED."""
     freed_bytes: int
-    """Memory that its process held: resident, and on accelerators."""
+    """Memory that its process held: resident, and on accelerators; 0 when it was not READY."""
 
 
 @dataclass(frozen=True)
