@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from loaderd.cli.speaker import Speaker
 
 _PROMPT = ">>> "
+_COMMAND = re.compile(r"/\w*(\s|$)")  # a path is none
 
 
 class Chat:
@@ -57,6 +59,8 @@ class Chat:
                     return
                 case "/clear":
                     self._said.clear()
+                case command if _COMMAND.match(command):
+                    output.message(f"there is no {command}; the commands are /clear and /exit")
                 case _:
                     self._answer_and_go_on(text)
 
@@ -75,7 +79,8 @@ class Chat:
         try:
             self._speaker.say(self._prompt(text), spoken)
         except KeyboardInterrupt:
-            output.result("")
+            if not spoken:
+                output.result("")
             output.message("stopped")
         except LoaderdError as error:
             output.message(str(error))

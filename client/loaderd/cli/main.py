@@ -47,7 +47,8 @@ def _report(error: Exception) -> ExitCode:
     if isinstance(error, _UsageError):
         error = cast("typer.BadParameter", error)
         command = error.ctx.command_path if error.ctx else "loaderctl"
-        output.message(f"{error.format_message().rstrip('.')} (see `{command} --help`)")
+        problem = error.format_message().rstrip(".").replace(": Value error, ", ": ")  # Pydantic's
+        output.message(f"{problem} (see `{command} --help`)")
         return ExitCode.USAGE
     raise error
 

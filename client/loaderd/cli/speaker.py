@@ -9,7 +9,7 @@ from loaderd.cli import output
 from loaderd.cli.progress import progress_display
 from loaderd.cli.units import count
 from loaderd.client.errors import ModelNotLoadedError
-from loaderd.client.types import ModelState
+from loaderd.client.types import FinishReason, ModelState
 
 if TYPE_CHECKING:
     from loaderd.client import (
@@ -61,14 +61,34 @@ class Speaker:
 
     def _say(self, prompt: str | list[Message], spoken: list[str]) -> None:
         with self._stream(prompt) as stream:
-            for delta in stream:
-                spoken.append(delta.text)
-                sys.stdout.write(delta.text)
-                sys.stdout.flush()
-        if not "".join(spoken).endswith("\n"):
-            output.result("")
+            try:
+                for delta in stream:
+                    spoken.append(delta.text)
+                    sys.stdout.write(delta.text)
+                    sys.stdout.flush()
+            except BaseException:
+                if spoken and sys.stdout.isatty():
+                    _end_line(spoken)  # what is told of the failure stands by itself
+                raise
+        _end_line(spoken)
         if self._stats:
             output.message(_statistics(stream.result))
+        if self._stats or sys.stderr.isatty():
+            self._tell_limit(stream.result)
+
+    def _tell_limit(self, result: GenerationResult) -> None:
+        """Says that the answer goes on where a limit cut it off that nobody has set."""
+        unasked = self._parameters.get("max_new_tokens") is None
+        if not unasked or result.finish.reason is not FinishReason.LENGTH:
+            return
+        usage = result.usage
+        text = f"stopped at {count(usage.generated_tokens, 'token')}"
+        details = self._ready_model().details
+        context = details.context_length if details is not None else None
+        if context is not None and usage.prompt_tokens + usage.generated_tokens >= context:
+            output.message(f"{text}: the model's context of {context} is full")
+        else:
+            output.message(f"{text}; --max-new-tokens for more")
 
     def _stream(self, prompt: str | list[Message]) -> GenerationStream:
         model = self._ready_model()
@@ -92,6 +112,11 @@ class Speaker:
     def _load(self) -> Model:
         with progress_display(self._name) as display:
             return self._client.load(self._name, on_progress=display.load, timeout=self._timeout)
+
+
+def _end_line(spoken: list[str]) -> None:
+    if not "".join(spoken).endswith("\n"):
+        output.result("")
 
 
 def _statistics(result: GenerationResult) -> str:

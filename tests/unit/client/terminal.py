@@ -18,7 +18,7 @@ import pexpect
 from pexpect.fdpexpect import fdspawn
 
 WAIT_S = 20
-_ROWS, _COLUMNS = 24, 120
+_ROWS = 24
 
 # Makes the terminal the controlling one, so that Ctrl-C in it is a SIGINT, and goes on.
 _LAUNCH = """
@@ -32,9 +32,9 @@ runpy.run_module("loaderd.cli", run_name="__main__")
 class Terminal:
     """A running `loaderctl`, and what is typed and shown there."""
 
-    def __init__(self, *args: str) -> None:
+    def __init__(self, *args: str, columns: int = 120) -> None:
         master, slave = os.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", _ROWS, _COLUMNS, 0, 0))
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", _ROWS, columns, 0, 0))
         self._process = subprocess.Popen(
             [sys.executable, "-c", _LAUNCH, *args],
             stdin=slave,

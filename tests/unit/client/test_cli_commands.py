@@ -292,6 +292,17 @@ def test_run_prints_statistics(ctl: Ctl) -> None:
     )
 
 
+def test_run_tells_the_default_limit_with_the_statistics_only(ctl: Ctl) -> None:
+    note = "loaderctl: stopped at 256 tokens; --max-new-tokens for more"
+    quiet = ctl("run", "demo/base", "Once")
+    with_stats = ctl("run", "demo/base", "Once", "--stats")
+    asked_for = ctl("run", "demo/base", "Once", "--stats", "--max-new-tokens", "256")
+
+    assert quiet.stdout == with_stats.stdout == asked_for.stdout
+    assert with_stats.stderr.splitlines()[-1] == note
+    assert "stopped" not in quiet.stderr + asked_for.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "code", "text"),
     [

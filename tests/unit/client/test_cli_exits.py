@@ -56,7 +56,7 @@ def test_each_failure_is_a_line_and_an_exit_code(ctl: Ctl, reason: str) -> None:
     [
         (("lod",), "Did you mean 'load'"),
         (("load",), "loaderctl load --help"),
-        (("load", "a/b", "--dtype", "int8"), "float16"),
+        (("load", "a/b", "--dtype", "int8"), "'--dtype': 'int8' is not one of 'float16'"),
         (("load", "a/b", "--nonsense"), "--nonsense"),
         (("--timeout", "soon", "ps"), "--timeout"),
     ],

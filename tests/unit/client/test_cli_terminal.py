@@ -11,6 +11,7 @@ import pytest
 from loaderd.cli.exits import ExitCode
 from loaderd.client import Client
 from tests.fake_daemon import FakeDaemon
+from tests.fake_daemon.cache import EXAMPLE
 from tests.unit.client.terminal import WAIT_S, Terminal
 
 Spawn = Callable[..., Terminal]
@@ -23,8 +24,9 @@ def spawn(daemon: FakeDaemon) -> Iterator[Spawn]:
     """Starts `loaderctl` under a pseudo-terminal."""
     with ExitStack() as stack:
 
-        def start(*args: str) -> Terminal:
-            return stack.enter_context(Terminal("--address", daemon.address, *args))
+        def start(*args: str, columns: int = 120) -> Terminal:
+            terminal = Terminal("--address", daemon.address, *args, columns=columns)
+            return stack.enter_context(terminal)
 
         yield start
 
@@ -33,10 +35,38 @@ def test_a_bar_shows_the_download(daemon: FakeDaemon, spawn: Spawn) -> None:
     daemon.step_s = 0.15
     child = spawn("pull", "demo/remote")
 
-    child.expect(re.escape("demo/remote: downloading"))
+    child.expect("downloading demo/remote")
     child.expect("━")  # the bar
     child.expect(re.escape("16.0 MB of 40.0 MB, 25.0 MB/s, 1.0 s left"))
     child.expect("demo/remote is cached at commit")
+    assert child.ending() == ExitCode.OK
+
+
+@pytest.mark.parametrize("columns", [80, 60])
+def test_a_bar_is_whole_on_a_narrow_terminal(
+    daemon: FakeDaemon, spawn: Spawn, columns: int
+) -> None:
+    daemon.step_s = 0.15
+    daemon.cache.cached.remove(EXAMPLE)
+    child = spawn("pull", EXAMPLE, columns=columns)
+
+    child.expect(f"downloading {EXAMPLE}")
+    child.expect("━")
+    child.expect(re.escape("16.0 MB of 40.0 MB, 25.0 MB/s, 1.0 s left"))
+    child.expect("is cached at commit")
+    assert child.ending() == ExitCode.OK
+
+
+def test_a_name_that_is_too_long_is_cut_and_the_bar_is_not(
+    daemon: FakeDaemon, spawn: Spawn
+) -> None:
+    daemon.step_s = 0.15
+    daemon.cache.cached.remove(EXAMPLE)
+    child = spawn("pull", EXAMPLE, columns=45)
+
+    child.expect("downloading HuggingFaceTB/[^…]+…")
+    child.expect("━")
+    child.expect(re.escape("16.0 MB of 40.0 MB, 25.0 MB/s, 1.0 s left"))
     assert child.ending() == ExitCode.OK
 
 
@@ -44,9 +74,9 @@ def test_a_spinner_shows_the_state(daemon: FakeDaemon, spawn: Spawn) -> None:
     daemon.step_s = 0.15
     child = spawn("load", "demo/remote")
 
-    child.expect("resolving")
-    child.expect("downloading")
-    child.expect("loading")
+    child.expect("resolving demo/remote")
+    child.expect("downloading demo/remote")
+    child.expect("[^n]loading demo/remote")
     child.expect("demo/remote is ready as m-1")
     assert child.ending() == ExitCode.OK
 
@@ -73,6 +103,47 @@ def test_ctrl_c_cancels_and_ends(
     child.expect("loaderctl: interrupted")
     assert child.ending() == ExitCode.INTERRUPTED
     assert call.cancelled.wait(WAIT_S)
+
+
+def test_ctrl_c_in_mid_answer_ends_the_line(client: Client, spawn: Spawn) -> None:
+    client.load("demo/base")
+    child = spawn("run", "demo/base", "x", "--max-new-tokens", "50000")
+    child.expect("[a-z]{5}")
+
+    child.send(CTRL_C)
+
+    child.expect("[a-z ^C]\r\nloaderctl: interrupted")
+
+
+def test_a_failure_in_mid_answer_ends_the_line(client: Client, spawn: Spawn) -> None:
+    client.load("demo/base")
+    child = spawn("run", "demo/base", "x", "--max-new-tokens", "50000")
+    child.expect("[a-z]{5}")
+
+    client.unload("demo/base", force=True)
+
+    child.expect("[a-z ]\r\nloaderctl: model not loaded")
+    assert child.ending() == ExitCode.PRECONDITION
+
+
+def test_an_answer_that_the_default_limit_ends_says_so(spawn: Spawn) -> None:
+    child = spawn("run", "demo/base", "Once")
+
+    child.expect("[a-z ]\r\nloaderctl: stopped at 256 tokens; --max-new-tokens for more")
+    assert child.ending() == ExitCode.OK
+
+
+def test_an_unknown_command_is_no_prompt(daemon: FakeDaemon, spawn: Spawn) -> None:
+    child = spawn("run", "demo/chat")
+    child.expect(PROMPT)
+    for line in ("/help", "/clear all", "/"):
+        child.sendline(line)
+        child.expect(f"there is no {line}; the commands are /clear and /exit")
+        child.expect(PROMPT)
+    assert [call.method for call in daemon.calls].count("StreamGenerate") == 0
+
+    child.sendline("/etc/passwd is a file")
+    child.expect(re.escape("[1] you said: /etc/passwd is a file"))
 
 
 def test_a_chat_remembers_forgets_and_ends(daemon: FakeDaemon, spawn: Spawn) -> None:
@@ -123,7 +194,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(daemon: FakeDaemon, spawn: S
 
     child.send(CTRL_C)
 
-    child.expect("loaderctl: stopped")
+    child.expect("\r\nloaderctl: stopped")
     assert daemon.last("StreamGenerate").cancelled.wait(WAIT_S)
     daemon.token_s = 0.0
     child.expect(PROMPT)

@@ -56,8 +56,7 @@ def run(  # noqa: PLR0917 - an argument for each option
 ) -> None:
     """Load a model if need be and stream its answer; without a prompt, chat with it.
 
-    In a chat, /clear forgets what was said and /exit leaves, as does Ctrl-D. Ctrl-C stops the
-    current answer.
+    In a chat /clear forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops the answer.
     """
     from loaderd.cli.chat import Chat
     from loaderd.cli.speaker import Speaker
