@@ -20,7 +20,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="org/name, org/name@revision, or a local folder (starting with ., ~ or /).",
+        help="org/name, name, either with @revision, or a local folder (starting with ., ~ or /).",
         show_default=False,
     ),
 ]

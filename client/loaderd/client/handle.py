@@ -9,6 +9,7 @@ from loaderd.client.requests import (
     ChatMessages,
     GenerationRequest,
     chat_messages,
+    detokenize_request,
     generation_request,
     tokenize_request,
 )
@@ -77,9 +78,7 @@ class ModelHandle:
     def _detokenize_request(
         self, token_ids: Sequence[int], skip_special_tokens: bool | None
     ) -> generation_pb2.DetokenizeRequest:
-        return generation_pb2.DetokenizeRequest(
-            model=self.id, token_ids=token_ids, skip_special_tokens=skip_special_tokens
-        )
+        return detokenize_request(self.id, token_ids, skip_special_tokens)
 
     def _apply_chat_template_request(
         self, messages: ChatMessages, add_generation_prompt: bool | None

@@ -19,7 +19,7 @@ from loaderd.client.types import Dtype, DtypeName, Message
 from loaderd.v1 import generation_pb2, model_pb2
 
 ModelName: TypeAlias = str | os.PathLike[str]
-"""`org/name`, `org/name@revision`, a model's id, or the path of a local folder."""
+"""`org/name` or `name`, either with `@revision`, a model's id, or the path of a local folder."""
 
 ChatMessages: TypeAlias = Sequence[Message | Mapping[str, str]]
 """A chat, oldest first: `Message`s, or mappings with "role" and "content"."""
@@ -129,6 +129,21 @@ def tokenize_request(
     return request
 
 
+def detokenize_request(
+    model_id: str, token_ids: Sequence[int], skip_special_tokens: bool | None
+) -> generation_pb2.DetokenizeRequest:
+    """A DetokenizeRequest.
+
+    Raises:
+        InvalidArgumentError: A token id is out of the range that the wire can carry.
+    """
+    request = generation_pb2.DetokenizeRequest(
+        model=model_id, skip_special_tokens=skip_special_tokens
+    )
+    _set(request, "token_ids", token_ids, setter=_set_numbers)
+    return request
+
+
 def health_request(service: str) -> health_pb2.HealthCheckRequest:
     """A HealthCheckRequest.
 
@@ -194,14 +209,16 @@ def _require_one(**inputs: object) -> None:
         )
 
 
-def _set(request: Any, name: str, value: Any, place: str = "") -> None:
+def _set(
+    request: Any, name: str, value: Any, *, place: str = "", setter: Setter | None = None
+) -> None:
     """Sets one field; what protobuf has against a value names the field, after its `place`.
 
     Raises:
         TypeError: The value has the wrong type.
         InvalidArgumentError: The wire cannot carry the value.
     """
-    setter: Setter = _SETTERS.get(name, setattr)
+    setter = setter or _SETTERS.get(name, setattr)
     try:
         setter(request, name, value)
     except TypeError as error:

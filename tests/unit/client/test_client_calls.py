@@ -143,6 +143,30 @@ def test_ctrl_c_while_waiting_for_an_item_cancels_the_stream(
     assert daemon.last("LoadModel").cancelled.wait(WAIT_S)
 
 
+def test_ctrl_c_at_any_moment_lets_the_client_close(daemon: FakeDaemon) -> None:
+    """gRPC's default streams do not: they wait forever for a call that nobody ends."""
+    armed = False
+
+    def interrupt_once(*_: object) -> None:
+        nonlocal armed
+        if armed:
+            armed = False
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt_once)
+    try:
+        for attempt in range(60):
+            with Client(daemon.address) as client:
+                timer = threading.Timer(attempt / 20_000, signal.raise_signal, [signal.SIGINT])
+                armed = True
+                with pytest.raises(KeyboardInterrupt):
+                    timer.start()
+                    list(client.start_load("demo/stuck", timeout=WAIT_S))
+                timer.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 async def test_a_cancelled_task_cancels_its_calls(daemon: FakeDaemon) -> None:
     async with AsyncClient(daemon.address) as client:
         model = await client.load("demo/chat")

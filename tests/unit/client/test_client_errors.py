@@ -121,6 +121,16 @@ def test_no_daemon_says_where_and_what_to_do() -> None:
         assert part in str(caught.value)
 
 
+def test_a_request_that_grpc_refuses_has_no_reason(client: Client) -> None:
+    model = client.load("demo/chat")
+
+    with pytest.raises(LoaderdError) as caught:
+        model.tokenize("a" * 5 * 1024 * 1024)
+
+    assert type(caught.value) is LoaderdError
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "")
+
+
 def test_a_stream_without_a_daemon_says_so_too() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(errors.DaemonUnreachableError):
         client.load("demo/chat")

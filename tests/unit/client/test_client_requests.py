@@ -142,6 +142,15 @@ def test_a_number_out_of_range_is_told_its_bounds(parameters: dict[str, Any], te
     assert str(caught.value) == text
 
 
+def test_a_token_id_out_of_range_is_told_its_bounds(client: Client) -> None:
+    model = client.load("demo/chat")
+
+    with pytest.raises(
+        errors.InvalidArgumentError, match="^token_ids: must be from 0 to 4294967295"
+    ):
+        model.detokenize([1, -1])
+
+
 def test_text_that_is_not_unicode_names_its_field(client: Client) -> None:
     bad = "bad \udcff"
     model = client.load("demo/chat")
