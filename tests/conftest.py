@@ -1,6 +1,7 @@
 """What holds for every test, and the models that they load."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from tests.hub.tiny_models import build_tiny_model
 
 # The tests' own torch processes share few cores with the daemon's; see LocalLauncher.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REAL_MODEL = Path(".cache/models/SmolLM2-135M-Instruct").absolute()
 
