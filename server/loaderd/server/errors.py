@@ -245,7 +245,7 @@ class WorkerDiedError(LoaderdError):
     """The process that holds the model ended or stopped answering."""
 
     reason = "WORKER_DIED"
-    text = "the process that held {model!r} ended; load the model again"
+    text = "the process that worked on {model!r} ended; load or fetch it again"
     model: str
 
 

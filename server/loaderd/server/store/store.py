@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -89,6 +90,9 @@ class ModelStore:
 
     async def start(self) -> None:
         """Deletes what downloads left behind that were killed in an earlier life."""
+        cache_dir = self.settings.cache_dir
+        if cache_dir.exists() and not os.access(cache_dir, os.W_OK):
+            _log.warning("the cache %s cannot be written to; every download will fail", cache_dir)
         freed = await asyncio.to_thread(self._sweep)
         if freed:
             _log.info("deleted %d bytes of downloads that never ended", freed)
