@@ -230,7 +230,9 @@ class StreamGenerateRequest(_message.Message):
     generation config says. False with one of those is INVALID_ARGUMENT.
     """
     temperature: _builtins.float
-    """From 0 to 100. 0 is greedy. Default: the model's own, else 1."""
+    """0, which is greedy whatever else is given, or from 0.001 to 100. Default: the
+    model's own, else 1.
+    """
     top_k: _builtins.int
     """Sample among this many most probable tokens; 0: no limit. Default: the
     model's own, else no limit.
@@ -257,7 +259,7 @@ class StreamGenerateRequest(_message.Message):
     """Candidates of which the best `n` are returned. Default n."""
     repetition_penalty: _builtins.float
     """Divides (above 1) the logits of tokens that are in the prompt or output;
-    above 0, at most 100. Default: the model's own, else 1.
+    from 0.01 to 100. Default: the model's own, else 1.
     """
     presence_penalty: _builtins.float
     """Subtracted from the logits of tokens in the output; -2 to 2. Default 0."""
@@ -331,8 +333,9 @@ class StreamGenerateRequest(_message.Message):
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that end the output where they appear, also across tokens; at most
-        16 of at most 256 characters, none empty.
+        """Strings that end the output where they appear in its text, also across tokens;
+        at most 16 of at most 256 characters, none empty. A special token that is left
+        out of the text ends it by stop_token_ids only.
         """
 
     @_builtins.property

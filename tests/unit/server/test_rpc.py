@@ -347,6 +347,11 @@ async def test_a_long_name_is_a_status_of_ours(box: Box, name: str) -> None:
     }
 
 
+async def test_a_path_with_a_name_that_is_too_long_is_invalid(box: Box) -> None:
+    request = model_pb2.LoadModelRequest(model=str(box.folder / ("x" * 300)))
+    assert await reason_of(box.models.LoadModel(request, timeout=30)) == "INVALID_NAME"
+
+
 async def test_a_looping_link_is_no_defect(box: Box, tmp_path: Path) -> None:
     await box.load()
     loop = tmp_path / "loop"

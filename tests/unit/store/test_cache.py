@@ -104,3 +104,10 @@ def test_refs_are_those_that_hold_a_commit(tmp_path: Path) -> None:
     assert repo.commit_of("main") == OTHER_COMMIT
     assert repo.commit_of("refs") is None
     assert repo.commit_of("main/x") is None
+
+
+def test_a_branch_takes_the_place_of_one_that_was(tmp_path: Path) -> None:
+    repo = RepoFolder(tmp_path, "org/model")
+    for revision in ("dev", "dev/x", "dev"):
+        repo.write_ref(revision, COMMIT)
+        assert repo.commit_of(revision) == COMMIT

@@ -92,3 +92,15 @@ def test_shards_are_plain_file_names(name: str) -> None:
     assert shards == {name}
     assert Path("/folder", name).parent == Path("/folder")
     assert name.endswith(".safetensors")
+
+
+def test_offsets_beyond_all_numbers_are_damage() -> None:
+    header = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1e400]}}'
+    with pytest.raises(SnapshotCorruptError):
+        check(struct.pack("<Q", len(header)) + header)
+
+
+def test_a_shard_whose_name_no_file_system_takes_is_damage() -> None:
+    index = json.dumps({"weight_map": {"a": "x" * 400 + ".safetensors"}})
+    with pytest.raises(SnapshotCorruptError):
+        read_shards(index.encode(), "org/model")

@@ -53,6 +53,25 @@ def test_sampling_defaults_are_the_models_own_else_neutral() -> None:
     assert model_facts(model).defaults == expected
 
 
+@pytest.mark.parametrize(
+    "own",
+    [{"top_k": -1}, {"top_p": 0.0}, {"temperature": 1e-39}, {"repetition_penalty": 0.0}],
+)
+def test_own_defaults_that_no_request_could_ask_for_count_as_not_there(own: Any) -> None:
+    model = build("llama")
+    model.generation_config = GenerationConfig(do_sample=True)
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    assert model_facts(model).defaults == SamplingDefaults(do_sample=True)
+
+
+def test_an_own_temperature_of_zero_says_that_the_model_does_not_sample() -> None:
+    model = build("llama")
+    model.generation_config = GenerationConfig(do_sample=True)
+    model.generation_config.temperature = 0.0
+    assert model_facts(model).defaults == SamplingDefaults(do_sample=False)
+
+
 def test_details() -> None:
     model = build("llama").to(torch.bfloat16)
     engine = SequentialEngine

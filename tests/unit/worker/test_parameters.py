@@ -155,6 +155,11 @@ def test_sampling_options_contradict_do_sample_false(field: str) -> None:
     assert refused_field(do_sample=False, **option) == "do_sample"
 
 
+def test_what_would_make_logits_infinite_is_out_of_bounds() -> None:
+    assert refused_field(temperature=1e-39) == "temperature"
+    assert refused_field(repetition_penalty=1e-39) == "repetition_penalty"
+
+
 def test_temperature_zero_contradicts_do_sample_true() -> None:
     assert refused_field(do_sample=True, temperature=0.0) == "temperature"
 

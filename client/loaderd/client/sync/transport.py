@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loaderd.client.address import resolve_address
 from loaderd.client.channel import CHANNEL_OPTIONS, call_context, check_timeout
+from loaderd.client.errors import UnexpectedAnswerError
 from loaderd.client.status import CallContext, error_from_rpc
 from loaderd.v1 import (
     cache_pb2_grpc,
@@ -116,8 +117,10 @@ class Transport:
             request: What to send.
             timeout: Seconds; None: it has no deadline.
         """
-        (response,) = self.stream(self._generate, request, timeout)
-        return response
+        answers = list(self.stream(self._generate, request, timeout))
+        if len(answers) != 1:
+            raise UnexpectedAnswerError(f"{len(answers)} answers came to a call that has one")
+        return answers[0]
 
     def stream(
         self,

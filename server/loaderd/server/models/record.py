@@ -19,7 +19,7 @@ from loaderd.server.supervisor.worker import Worker
 from loaderd.v1 import model_pb2
 
 _ID = re.compile(r"m:[0-9a-f]{12}")
-_DEVICE_MAP = re.compile(r"auto|cpu|mps|(cuda|xpu):\d{1,3}")
+_DEVICE_MAP = re.compile(r"auto|cpu|mps|(cuda|xpu):(0|[1-9]\d{0,2})")
 
 
 class ModelSource(Enum):

@@ -37,6 +37,8 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
             return cache_pb2.ResolveModelResponse(
                 cached=convert.snapshot(await self._store.snapshot(files))
             )
+        if self._store.settings.offline and files.problem is not None:
+            raise files.problem
         plan = await self._store.plan(files.name)
         return cache_pb2.ResolveModelResponse(download=convert.download_plan(plan))
 

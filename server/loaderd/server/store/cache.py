@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +117,16 @@ class RepoFolder:
 
     def write_ref(self, revision: str, commit: str) -> None:
         """Notes which commit a revision is now."""
-        if not is_commit(revision) and self.commit_of(revision) != commit:
-            _replace(self.path / "refs" / revision, commit)
+        if is_commit(revision) or self.commit_of(revision) == commit:
+            return
+        ref = self.path / "refs" / revision
+        # Git has no branch `a` beside a branch `a/b`: what stands in the way is a branch that was.
+        for folder in ref.relative_to(self.path / "refs").parents[:-1]:
+            if (self.path / "refs" / folder).is_file():
+                (self.path / "refs" / folder).unlink()
+        if ref.is_dir():
+            shutil.rmtree(ref)
+        _replace(ref, commit)
 
     def read_tree(self, commit: str) -> dict[str, TreeEntry] | None:
         """The hub's listing of a commit; None when the cache has none that is readable."""

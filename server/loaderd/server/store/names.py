@@ -105,9 +105,16 @@ def parse_name_or_path(text: str, field: str = "model") -> HubName | LocalName:
         path = Path(text).expanduser()
     except RuntimeError:
         raise InvalidNameError(field, "no such user's home directory") from None
-    if text.startswith(_LOCAL_STARTS) or path.is_dir():
+    if text.startswith(_LOCAL_STARTS) or _is_folder(path):
         return LocalName(path.absolute())
     return parse_name(text, field)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # such as a name that is too long for a file
+        return False
 
 
 def _local_name(text: str, field: str) -> LocalName:

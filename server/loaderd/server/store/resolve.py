@@ -171,18 +171,20 @@ def _resolve_local(name: LocalName, roots: Sequence[Path] | None) -> LocalFolder
     except PermissionError:
         problem = f"the user that the daemon runs as may not read {model!r}"
         raise InvalidNameError("model", problem) from None
+    except OSError as error:  # such as a name that is too long
+        raise InvalidNameError("model", f"{model!r} cannot be read: {error.strerror}") from None
 
 
 def _resolve_cached(name: HubName, cache_dir: Path) -> CachedSnapshot | NotCached:
     repo = RepoFolder(cache_dir, name.repo_id)
-    commit = repo.commit_of(name.revision)
-    if commit is None or not repo.snapshot(commit).is_dir():
-        return NotCached(name)
     try:
+        commit = repo.commit_of(name.revision)
+        if commit is None or not repo.snapshot(commit).is_dir():
+            return NotCached(name)
         size = check_snapshot(repo, commit)
     except (SnapshotIncompleteError, SnapshotCorruptError, ModelUnsupportedError) as problem:
         return NotCached(name, commit, problem)
-    except FileNotFoundError:  # deleted meanwhile
+    except OSError:  # deleted meanwhile, or not ours to read
         return NotCached(name)
     return CachedSnapshot(name.repo_id, name.revision, commit, repo.snapshot(commit), size)
 

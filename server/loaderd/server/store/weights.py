@@ -14,6 +14,7 @@ from loaderd.server.store.selection import WEIGHTS_INDEX
 # The hub library's bound; real headers are smaller by an order of magnitude.
 MAX_HEADER_BYTES = 25_000_000
 
+_LONGEST_NAME = 255
 _LENGTH = struct.Struct("<Q")
 
 
@@ -65,7 +66,7 @@ def check_weights(path: Path, file: str, model: str) -> None:
         )
     try:
         end = max((_end(tensor) for tensor in _tensors(header)), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise SnapshotCorruptError(
             model, file, "a safetensors header", "an unreadable one"
         ) from None
@@ -75,7 +76,8 @@ def check_weights(path: Path, file: str, model: str) -> None:
 
 
 def _is_plain(name: str) -> bool:
-    return name.endswith(".safetensors") and "/" not in name and name.isprintable()
+    short = len(name.encode()) <= _LONGEST_NAME
+    return short and name.endswith(".safetensors") and "/" not in name and name.isprintable()
 
 
 def _tensors(header: bytes) -> list[Any]:

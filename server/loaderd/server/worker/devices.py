@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ from loaderd.v1.system_pb2 import Device, DeviceType
 AUTO = "auto"
 CPU = "cpu"
 
+_INDEX = re.compile(r"0|[1-9][0-9]{0,3}")
 _ACCELERATORS = {
     "cuda": DeviceType.DEVICE_TYPE_CUDA,
     "mps": DeviceType.DEVICE_TYPE_MPS,
@@ -87,7 +89,7 @@ def check_device_map(device_map: str) -> None:
     kind, colon, index = device_map.partition(":")
     if device_map in {AUTO, CPU}:
         return
-    if kind not in _ACCELERATORS or (colon and not (index.isascii() and index.isdigit())):
+    if kind not in _ACCELERATORS or (colon and not _INDEX.fullmatch(index)):
         raise InvalidArgumentError(
             _DEVICE_MAP, f'{device_map!r} is not "auto", "cpu" or a device such as "cuda:0"'
         )

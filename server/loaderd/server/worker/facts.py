@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,16 @@ TORCH_DTYPES = {
 }
 """Dtypes of the protocol, as torch calls them."""
 
+_BOUNDS: dict[str, Callable[[float], bool]] = {
+    "temperature": lambda value: 0.001 <= value <= 100,  # 0 says that it does not sample
+    "top_k": lambda value: value >= 0,
+    "top_p": lambda value: 0 < value <= 1,
+    "min_p": lambda value: 0 <= value <= 1,
+    "typical_p": lambda value: 0 < value <= 1,
+    "repetition_penalty": lambda value: 0.01 <= value <= 100,
+    "no_repeat_ngram_size": lambda value: value >= 0,
+}
+
 # Configurations have one of these, or map it to a name of their own; recurrent ones have none.
 _CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len")
 
@@ -29,7 +40,7 @@ def model_facts(model: PreTrainedModel) -> ModelFacts:
     config = model.config.get_text_config(decoder=True)
     lengths = (getattr(config, name, None) for name in _CONTEXT_NAMES)
     return ModelFacts(
-        context_length=next((int(length) for length in lengths if length), 0),
+        context_length=next((int(length) for length in lengths if length and length > 0), 0),
         vocabulary_size=int(config.vocab_size),
         eos_token_ids=_token_ids(model.generation_config.eos_token_id),
         defaults=_sampling_defaults(model.generation_config),
@@ -68,14 +79,18 @@ def _token_ids(token_ids: int | list[int] | None) -> tuple[int, ...]:
 
 
 def _sampling_defaults(config: Any) -> SamplingDefaults:
+    """The model's own defaults; those that no request could ask for count as not there."""
     neutral = SamplingDefaults()
 
     def own(name: str) -> Any:
         value = getattr(config, name)
-        return getattr(neutral, name) if value is None else value
+        allowed = _BOUNDS.get(name)
+        if value is None or (allowed is not None and not allowed(value)):
+            return getattr(neutral, name)
+        return value
 
     return SamplingDefaults(
-        do_sample=bool(own("do_sample")),
+        do_sample=bool(own("do_sample")) and config.temperature != 0,
         temperature=float(own("temperature")),
         top_k=int(own("top_k")),
         top_p=float(own("top_p")),

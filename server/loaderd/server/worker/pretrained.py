@@ -33,6 +33,7 @@ from loaderd.server.errors import (
 from loaderd.server.store.selection import CONFIG, SINGLE_WEIGHTS, weights_index
 from loaderd.server.store.weights import check_weights, read_shards
 from loaderd.server.worker import devices
+from loaderd.server.worker.tokenizer_files import without_foreign_files
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,8 @@ class ModelFolder:
             ModelUnsupportedError: There is none that transformers can read.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path, **_TRUST)
+            with without_foreign_files(self.path) as folder:
+                tokenizer = AutoTokenizer.from_pretrained(folder, **_TRUST)
         except Exception as error:  # its files are data, and the ways to misread them are many
             self._unsupported(error, "it has no tokenizer that can be read")
         if tokenizer.pad_token is None:

@@ -169,11 +169,17 @@ def _sampling(given: Mapping[str, Any], defaults: SamplingDefaults) -> Sampling:
         seed=given.get("seed", secrets.randbelow(_UINT64)),
     )
     # Written so that NaN fails.
-    _require(0 <= sampling.temperature <= 100, "temperature", "from 0 to 100")
-    _require(0 < sampling.top_p <= 1, "top_p", "above 0, at most 1")
-    _require(0 <= sampling.min_p <= 1, "min_p", "from 0 to 1")
-    _require(0 < sampling.typical_p <= 1, "typical_p", "above 0, at most 1")
-    _require(0 < sampling.repetition_penalty <= 100, "repetition_penalty", "above 0, at most 100")
+    # The lower bounds keep logits, which are divided by these, finite.
+    _require(
+        sampling.temperature == 0 or 0.001 <= sampling.temperature <= 100,
+        "temperature",
+        "must be 0 or from 0.001 to 100",
+    )
+    _require(0 < sampling.top_p <= 1, "top_p", "must be above 0, at most 1")
+    _require(0 <= sampling.min_p <= 1, "min_p", "must be from 0 to 1")
+    _require(0 < sampling.typical_p <= 1, "typical_p", "must be above 0, at most 1")
+    penalty = sampling.repetition_penalty
+    _require(0.01 <= penalty <= 100, "repetition_penalty", "must be from 0.01 to 100")
     return sampling
 
 

@@ -1,0 +1,64 @@
+"""A tokenizer's files, without what would have transformers read others.
+
+Keys of `tokenizer_config.json` and `special_tokens_map.json` become arguments of the tokenizer,
+and some of those name files. A model's own files are found by their names, so no model needs such
+a key; one with a path of its making could show any file of this user in its vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_FILE_ARGUMENTS = frozenset({"vocab", "merges", "gguf_file", "tokenizer_object"})
+_SPECIAL_TOKENS = ("_token", "additional_special_tokens", "extra_special_tokens")
+
+
+@contextmanager
+def without_foreign_files(folder: Path) -> Iterator[Path]:
+    """The folder, or for the time of the block a view of it whose settings name no files."""
+    safe = {
+        name: kept
+        for name, keeps in _KEEPS.items()
+        if (kept := _filtered(folder / name, keeps)) is not None
+    }
+    if not safe:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as view:
+        for path in folder.iterdir():
+            if path.name not in safe:
+                Path(view, path.name).symlink_to(path)
+        for name, settings in safe.items():
+            Path(view, name).write_text(json.dumps(settings))
+        yield Path(view)
+
+
+def _filtered(path: Path, keeps: Callable[[str], bool]) -> dict[str, Any] | None:
+    """The settings that are kept; None when that is all of them, or there are none."""
+    try:
+        settings = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None  # absent, or for transformers to refuse
+    if not isinstance(settings, dict) or all(map(keeps, settings)):
+        return None
+    return {key: value for key, value in settings.items() if keeps(key)}
+
+
+def _is_no_file(key: str) -> bool:
+    return key not in _FILE_ARGUMENTS and not key.endswith("_file")
+
+
+def _is_special_token(key: str) -> bool:
+    return key.endswith(_SPECIAL_TOKENS)
+
+
+_KEEPS: dict[str, Callable[[str], bool]] = {
+    "tokenizer_config.json": _is_no_file,
+    "special_tokens_map.json": _is_special_token,
+}
+"""By file, which of its keys stay."""
