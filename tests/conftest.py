@@ -9,7 +9,7 @@ import pytest
 from tests.hub.tiny_models import build_tiny_model
 
 # The tests' own torch processes share few cores with the daemon's; see LocalLauncher.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
