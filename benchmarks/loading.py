@@ -12,6 +12,7 @@ from rich.table import Table
 
 from loaderd.client import Client
 from tests.daemon import SpawnedDaemon
+from tests.waiting import until
 
 _BARE_SCRIPT = """
 import sys, torch
@@ -47,8 +48,4 @@ def measure_loading(daemon: SpawnedDaemon, model: Path, rounds: int) -> Table:
 
 def wait_for_standby(client: Client) -> None:
     """Waits until a spare worker has imported everything."""
-    for _ in range(600):
-        if client.info().standby_workers:
-            return
-        time.sleep(0.1)
-    raise TimeoutError("no standby worker became ready")
+    until(lambda: client.info().standby_workers > 0, patience_s=60)

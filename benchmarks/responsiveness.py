@@ -13,6 +13,7 @@ from rich.table import Table
 from benchmarks.loading import wait_for_standby
 from loaderd.client import Client, Model
 from tests.daemon import SpawnedDaemon
+from tests.waiting import until
 
 _CALLS = 50
 
@@ -81,7 +82,4 @@ def _time_cancels(client: Client, model: Model) -> str:
 
 
 def _wait_for_requests(client: Client, model: Model, count: int) -> None:
-    deadline = time.monotonic() + 20
-    while client.model(model.id).info.active_requests != count:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not {count} requests")
+    until(lambda: client.model(model.id).info.active_requests == count, interval_s=0)

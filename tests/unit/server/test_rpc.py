@@ -1,7 +1,7 @@
 """The public services over gRPC, on fake workers: what clients see when things go wrong."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from loaderd.v1 import (
     system_pb2_grpc,
 )
 from tests.fake_worker import FakeLauncher
+from tests.waiting import until_in_loop as until
 
 MAX_REQUESTS = 4
 
@@ -124,12 +125,6 @@ async def reason_of(call: Any) -> str:
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)
     return str(info.reason)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_waiters_share_a_load_and_its_failure(box: Box) -> None:

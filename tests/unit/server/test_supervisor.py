@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -11,6 +11,7 @@ from loaderd.server.supervisor.worker import WorkerLimits
 from loaderd.v1.generation_pb2 import StreamGenerateRequest
 from loaderd.worker.v1 import worker_pb2, worker_pb2_grpc
 from tests.fake_worker import FakeLauncher
+from tests.waiting import until_in_loop as until
 
 LIMITS = WorkerLimits(standby=1, load_timeout=20, heartbeat_timeout=1, max_stream_bytes=1 << 16)
 LOAD = worker_pb2.Load(path="/model", model="org/name")
@@ -27,12 +28,6 @@ async def supervisor(launcher: FakeLauncher, tmp_path: Path) -> AsyncIterator[Su
     await supervisor.start()
     yield supervisor
     await supervisor.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def texts(worker_text: str, loaded: object) -> list[str]:
