@@ -70,7 +70,7 @@ class Cache:
             path=f"/cache/models--{repo_id.replace('/', '--')}/snapshots/{commit_of(repo_id)}",
         )
         snapshot.modified_at.FromSeconds(1_700_000_000)
-        snapshot.accessed_at.FromSeconds(1_700_000_100)
+        snapshot.last_used_at.FromSeconds(1_700_000_100)
         return snapshot
 
     def progress(self, downloaded: int) -> cache_pb2.DownloadProgress:

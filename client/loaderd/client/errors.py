@@ -106,7 +106,7 @@ class RevisionNotFoundError(LoaderdError):
 
 
 class ModelGatedError(LoaderdError):
-    """The daemon's hub token does not open the repository."""
+    """The repository's terms were not accepted with the account of the daemon's hub token."""
 
     code = StatusCode.PERMISSION_DENIED
     reason = "MODEL_GATED"
@@ -263,6 +263,65 @@ class InternalError(LoaderdError):
     code = StatusCode.INTERNAL
     reason = "INTERNAL"
     incident = _TextField()
+
+
+class HubUnauthorizedError(LoaderdError):
+    """The hub does not accept the daemon's token, or wants one and the daemon has none."""
+
+    code = StatusCode.PERMISSION_DENIED
+    reason = "HUB_UNAUTHORIZED"
+    model = _TextField()
+
+
+class SnapshotNotFoundError(LoaderdError):
+    """The cache has no such snapshot."""
+
+    code = StatusCode.NOT_FOUND
+    reason = "SNAPSHOT_NOT_FOUND"
+    model = _TextField()
+
+
+class SnapshotInUseError(LoaderdError):
+    """A loaded model or a download uses the snapshot."""
+
+    code = StatusCode.FAILED_PRECONDITION
+    reason = "SNAPSHOT_IN_USE"
+    model = _TextField()
+    holders = _TextField()
+
+
+class CacheLimitError(LoaderdError):
+    """The download does not fit below the operator's limit of the cache's size."""
+
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = "CACHE_LIMIT"
+    needed_bytes = _NumberField()
+    max_bytes = _NumberField()
+    held_bytes = _NumberField()
+
+
+class CacheNotWritableError(LoaderdError):
+    """The daemon cannot write to its cache."""
+
+    code = StatusCode.FAILED_PRECONDITION
+    reason = "CACHE_NOT_WRITABLE"
+    problem = _TextField()
+
+
+class DownloadCancelledError(LoaderdError):
+    """Somebody stopped the download."""
+
+    code = StatusCode.ABORTED
+    reason = "DOWNLOAD_CANCELLED"
+    model = _TextField()
+
+
+class DownloadInterruptedError(LoaderdError):
+    """The process that downloaded was ended from outside."""
+
+    code = StatusCode.UNAVAILABLE
+    reason = "DOWNLOAD_INTERRUPTED"
+    model = _TextField()
 
 
 class DaemonUnreachableError(LoaderdError):

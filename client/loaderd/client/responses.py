@@ -128,7 +128,7 @@ def snapshot(message: cache_pb2.Snapshot) -> types.Snapshot:
         file_count=message.file_count,
         complete=message.complete,
         modified_at=_time(message, "modified_at", message.modified_at),
-        accessed_at=_time(message, "accessed_at", message.accessed_at),
+        last_used_at=_time(message, "last_used_at", message.last_used_at),
         path=message.path,
         stale=message.stale,
     )

@@ -22,38 +22,73 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16loaderd/v1/cache.proto\x12\nloaderd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"$\n\x13ResolveModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xa4\x01\n\x14ResolveModelResponse\x12(\n\x05local\x18\x01 \x01(\x0b\x32\x17.loaderd.v1.LocalFolderH\x00\x12&\n\x06\x63\x61\x63hed\x18\x02 \x01(\x0b\x32\x14.loaderd.v1.SnapshotH\x00\x12,\n\x08\x64ownload\x18\x03 \x01(\x0b\x32\x18.loaderd.v1.DownloadPlanH\x00\x42\x0c\n\nresolution\"/\n\x0bLocalFolder\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\x95\x01\n\x0c\x44ownloadPlan\x12\x0f\n\x07repo_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x03 \x01(\t\x12&\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x17.loaderd.v1.PlannedFile\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\x15\n\rmissing_bytes\x18\x06 \x01(\x04\"?\n\x0bPlannedFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\"%\n\x14\x44ownloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"}\n\x15\x44ownloadModelResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1c.loaderd.v1.DownloadProgressH\x00\x12(\n\x08snapshot\x18\x02 \x01(\x0b\x32\x14.loaderd.v1.SnapshotH\x00\x42\x08\n\x06update\"\x89\x01\n\x10\x44ownloadProgress\x12\x18\n\x10\x64ownloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x17\n\x0f\x63ompleted_files\x18\x03 \x01(\r\x12\x13\n\x0btotal_files\x18\x04 \x01(\r\x12\x18\n\x10\x62ytes_per_second\x18\x05 \x01(\x01\"\x16\n\x14ListSnapshotsRequest\"U\n\x15ListSnapshotsResponse\x12\'\n\tsnapshots\x18\x01 \x03(\x0b\x32\x14.loaderd.v1.Snapshot\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"\xf2\x01\n\x08Snapshot\x12\x0f\n\x07repo_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x02 \x01(\t\x12\x0c\n\x04refs\x18\x03 \x03(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x12\n\nfile_count\x18\x05 \x01(\r\x12\x10\n\x08\x63omplete\x18\x06 \x01(\x08\x12/\n\x0bmodified_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x61\x63\x63\x65ssed_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04path\x18\t \x01(\t\x12\r\n\x05stale\x18\n \x01(\x08\x32\x8f\x02\n\x0c\x43\x61\x63heService\x12Q\n\x0cResolveModel\x12\x1f.loaderd.v1.ResolveModelRequest\x1a .loaderd.v1.ResolveModelResponse\x12V\n\rDownloadModel\x12 .loaderd.v1.DownloadModelRequest\x1a!.loaderd.v1.DownloadModelResponse0\x01\x12T\n\rListSnapshots\x12 .loaderd.v1.ListSnapshotsRequest\x1a!.loaderd.v1.ListSnapshotsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16loaderd/v1/cache.proto\x12\nloaderd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"5\n\x13ResolveModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07refresh\x18\x02 \x01(\x08\"\xa4\x01\n\x14ResolveModelResponse\x12(\n\x05local\x18\x01 \x01(\x0b\x32\x17.loaderd.v1.LocalFolderH\x00\x12&\n\x06\x63\x61\x63hed\x18\x02 \x01(\x0b\x32\x14.loaderd.v1.SnapshotH\x00\x12,\n\x08\x64ownload\x18\x03 \x01(\x0b\x32\x18.loaderd.v1.DownloadPlanH\x00\x42\x0c\n\nresolution\"/\n\x0bLocalFolder\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\xed\x01\n\x0c\x44ownloadPlan\x12\x0f\n\x07repo_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x03 \x01(\t\x12&\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x17.loaderd.v1.PlannedFile\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\x15\n\rmissing_bytes\x18\x06 \x01(\x04\x12(\n\x07skipped\x18\x07 \x03(\x0b\x32\x17.loaderd.v1.SkippedFile\x12\x15\n\rskipped_count\x18\x08 \x01(\r\x12\x15\n\rskipped_bytes\x18\t \x01(\x04\"V\n\x0bPlannedFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\x12\x15\n\rpartial_bytes\x18\x04 \x01(\x04\"W\n\x0bSkippedFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12&\n\x06reason\x18\x03 \x01(\x0e\x32\x16.loaderd.v1.SkipReason\"%\n\x14\x44ownloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xa7\x01\n\x15\x44ownloadModelResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1c.loaderd.v1.DownloadProgressH\x00\x12(\n\x08snapshot\x18\x02 \x01(\x0b\x32\x14.loaderd.v1.SnapshotH\x00\x12(\n\x04plan\x18\x03 \x01(\x0b\x32\x18.loaderd.v1.DownloadPlanH\x00\x42\x08\n\x06update\"\x90\x02\n\x10\x44ownloadProgress\x12\x18\n\x10\x64ownloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x17\n\x0f\x63ompleted_files\x18\x03 \x01(\r\x12\x13\n\x0btotal_files\x18\x04 \x01(\r\x12\x18\n\x10\x62ytes_per_second\x18\x05 \x01(\x01\x12\'\n\x05\x66iles\x18\x06 \x03(\x0b\x32\x18.loaderd.v1.FileProgress\x12,\n\tremaining\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rresumed_bytes\x18\x08 \x01(\x04\x12\x17\n\x0frefetched_bytes\x18\t \x01(\x04\"J\n\x0c\x46ileProgress\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x18\n\x10\x64ownloaded_bytes\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"&\n\x15\x43\x61ncelDownloadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"=\n\x16\x43\x61ncelDownloadResponse\x12\x0f\n\x07waiters\x18\x01 \x01(\r\x12\x12\n\nkept_bytes\x18\x02 \x01(\x04\"Z\n\x08\x44ownload\x12\r\n\x05model\x18\x01 \x01(\t\x12.\n\x08progress\x18\x02 \x01(\x0b\x32\x1c.loaderd.v1.DownloadProgress\x12\x0f\n\x07waiters\x18\x03 \x01(\r\"\x16\n\x14ListSnapshotsRequest\"\xbb\x01\n\x15ListSnapshotsResponse\x12\'\n\tsnapshots\x18\x01 \x03(\x0b\x32\x14.loaderd.v1.Snapshot\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x14\n\x0corphan_bytes\x18\x03 \x01(\x04\x12\'\n\tdownloads\x18\x04 \x03(\x0b\x32\x14.loaderd.v1.Download\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\x11\n\tmax_bytes\x18\x06 \x01(\x04\"\x9c\x02\n\x08Snapshot\x12\x0f\n\x07repo_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x02 \x01(\t\x12\x0c\n\x04refs\x18\x03 \x03(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x12\n\nfile_count\x18\x05 \x01(\r\x12\x10\n\x08\x63omplete\x18\x06 \x01(\x08\x12/\n\x0bmodified_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0clast_used_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04path\x18\t \x01(\t\x12\r\n\x05stale\x18\n \x01(\x08\x12\x14\n\x0cunique_bytes\x18\x0b \x01(\x04\x12\x11\n\tin_use_by\x18\x0c \x03(\t\"6\n\x15VerifySnapshotRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06repair\x18\x02 \x01(\x08\"\xda\x01\n\x16VerifySnapshotResponse\x12.\n\x08progress\x18\x01 \x01(\x0b\x32\x1a.loaderd.v1.VerifyProgressH\x00\x12*\n\x07problem\x18\x02 \x01(\x0b\x32\x17.loaderd.v1.FileProblemH\x00\x12.\n\x06repair\x18\x03 \x01(\x0b\x32\x1c.loaderd.v1.DownloadProgressH\x00\x12*\n\x06report\x18\x04 \x01(\x0b\x32\x18.loaderd.v1.VerifyReportH\x00\x42\x08\n\x06update\"\x84\x01\n\x0eVerifyProgress\x12\x16\n\x0everified_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x16\n\x0everified_files\x18\x03 \x01(\r\x12\x13\n\x0btotal_files\x18\x04 \x01(\r\x12\x18\n\x10\x62ytes_per_second\x18\x05 \x01(\x01\"c\n\x0b\x46ileProblem\x12\x0c\n\x04path\x18\x01 \x01(\t\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.loaderd.v1.ProblemKind\x12\x10\n\x08\x65xpected\x18\x03 \x01(\t\x12\r\n\x05\x66ound\x18\x04 \x01(\t\"\xbf\x01\n\x0cVerifyReport\x12&\n\x08snapshot\x18\x01 \x01(\x0b\x32\x14.loaderd.v1.Snapshot\x12)\n\x08problems\x18\x02 \x03(\x0b\x32\x17.loaderd.v1.FileProblem\x12\x10\n\x08repaired\x18\x03 \x01(\x08\x12\x16\n\x0everified_files\x18\x04 \x01(\r\x12\x16\n\x0everified_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12unverifiable_files\x18\x06 \x03(\t\"9\n\x16\x44\x65leteSnapshotsRequest\x12\x0e\n\x06models\x18\x01 \x03(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"A\n\x17\x44\x65leteSnapshotsResponse\x12&\n\x08\x64\x65letion\x18\x01 \x01(\x0b\x32\x14.loaderd.v1.Deletion\"\xa0\x01\n\x11PruneCacheRequest\x12\x0f\n\x07orphans\x18\x01 \x01(\x08\x12\x14\n\x0cunreferenced\x18\x02 \x01(\x08\x12-\n\nunused_for\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\tmax_bytes\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x0f\n\x07\x64ry_run\x18\x05 \x01(\x08\x42\x0c\n\n_max_bytes\"<\n\x12PruneCacheResponse\x12&\n\x08\x64\x65letion\x18\x01 \x01(\x0b\x32\x14.loaderd.v1.Deletion\"\x9b\x01\n\x08\x44\x65letion\x12\'\n\tsnapshots\x18\x01 \x03(\x0b\x32\x14.loaderd.v1.Snapshot\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x04\x12\x14\n\x0corphan_files\x18\x03 \x01(\r\x12\"\n\x04kept\x18\x04 \x03(\x0b\x32\x14.loaderd.v1.Snapshot\x12\x17\n\x0fremaining_bytes\x18\x05 \x01(\x04*\xad\x01\n\nSkipReason\x12\x1b\n\x17SKIP_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12SKIP_REASON_PICKLE\x10\x01\x12\x1c\n\x18SKIP_REASON_OTHER_FORMAT\x10\x02\x12\x1a\n\x16SKIP_REASON_OTHER_COPY\x10\x03\x12\x14\n\x10SKIP_REASON_CODE\x10\x04\x12\x1a\n\x16SKIP_REASON_NOT_NEEDED\x10\x05*\x8d\x01\n\x0bProblemKind\x12\x1c\n\x18PROBLEM_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14PROBLEM_KIND_MISSING\x10\x01\x12\x15\n\x11PROBLEM_KIND_SIZE\x10\x02\x12\x18\n\x14PROBLEM_KIND_CONTENT\x10\x03\x12\x15\n\x11PROBLEM_KIND_LINK\x10\x04\x32\xec\x04\n\x0c\x43\x61\x63heService\x12Q\n\x0cResolveModel\x12\x1f.loaderd.v1.ResolveModelRequest\x1a .loaderd.v1.ResolveModelResponse\x12V\n\rDownloadModel\x12 .loaderd.v1.DownloadModelRequest\x1a!.loaderd.v1.DownloadModelResponse0\x01\x12W\n\x0e\x43\x61ncelDownload\x12!.loaderd.v1.CancelDownloadRequest\x1a\".loaderd.v1.CancelDownloadResponse\x12T\n\rListSnapshots\x12 .loaderd.v1.ListSnapshotsRequest\x1a!.loaderd.v1.ListSnapshotsResponse\x12Y\n\x0eVerifySnapshot\x12!.loaderd.v1.VerifySnapshotRequest\x1a\".loaderd.v1.VerifySnapshotResponse0\x01\x12Z\n\x0f\x44\x65leteSnapshots\x12\".loaderd.v1.DeleteSnapshotsRequest\x1a#.loaderd.v1.DeleteSnapshotsResponse\x12K\n\nPruneCache\x12\x1d.loaderd.v1.PruneCacheRequest\x1a\x1e.loaderd.v1.PruneCacheResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loaderd.v1.cache_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RESOLVEMODELREQUEST']._serialized_start=71
-  _globals['_RESOLVEMODELREQUEST']._serialized_end=107
-  _globals['_RESOLVEMODELRESPONSE']._serialized_start=110
-  _globals['_RESOLVEMODELRESPONSE']._serialized_end=274
-  _globals['_LOCALFOLDER']._serialized_start=276
-  _globals['_LOCALFOLDER']._serialized_end=323
-  _globals['_DOWNLOADPLAN']._serialized_start=326
-  _globals['_DOWNLOADPLAN']._serialized_end=475
-  _globals['_PLANNEDFILE']._serialized_start=477
-  _globals['_PLANNEDFILE']._serialized_end=540
-  _globals['_DOWNLOADMODELREQUEST']._serialized_start=542
-  _globals['_DOWNLOADMODELREQUEST']._serialized_end=579
-  _globals['_DOWNLOADMODELRESPONSE']._serialized_start=581
-  _globals['_DOWNLOADMODELRESPONSE']._serialized_end=706
-  _globals['_DOWNLOADPROGRESS']._serialized_start=709
-  _globals['_DOWNLOADPROGRESS']._serialized_end=846
-  _globals['_LISTSNAPSHOTSREQUEST']._serialized_start=848
-  _globals['_LISTSNAPSHOTSREQUEST']._serialized_end=870
-  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_start=872
-  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_end=957
-  _globals['_SNAPSHOT']._serialized_start=960
-  _globals['_SNAPSHOT']._serialized_end=1202
-  _globals['_CACHESERVICE']._serialized_start=1205
-  _globals['_CACHESERVICE']._serialized_end=1476
+  _globals['_SKIPREASON']._serialized_start=3264
+  _globals['_SKIPREASON']._serialized_end=3437
+  _globals['_PROBLEMKIND']._serialized_start=3440
+  _globals['_PROBLEMKIND']._serialized_end=3581
+  _globals['_RESOLVEMODELREQUEST']._serialized_start=103
+  _globals['_RESOLVEMODELREQUEST']._serialized_end=156
+  _globals['_RESOLVEMODELRESPONSE']._serialized_start=159
+  _globals['_RESOLVEMODELRESPONSE']._serialized_end=323
+  _globals['_LOCALFOLDER']._serialized_start=325
+  _globals['_LOCALFOLDER']._serialized_end=372
+  _globals['_DOWNLOADPLAN']._serialized_start=375
+  _globals['_DOWNLOADPLAN']._serialized_end=612
+  _globals['_PLANNEDFILE']._serialized_start=614
+  _globals['_PLANNEDFILE']._serialized_end=700
+  _globals['_SKIPPEDFILE']._serialized_start=702
+  _globals['_SKIPPEDFILE']._serialized_end=789
+  _globals['_DOWNLOADMODELREQUEST']._serialized_start=791
+  _globals['_DOWNLOADMODELREQUEST']._serialized_end=828
+  _globals['_DOWNLOADMODELRESPONSE']._serialized_start=831
+  _globals['_DOWNLOADMODELRESPONSE']._serialized_end=998
+  _globals['_DOWNLOADPROGRESS']._serialized_start=1001
+  _globals['_DOWNLOADPROGRESS']._serialized_end=1273
+  _globals['_FILEPROGRESS']._serialized_start=1275
+  _globals['_FILEPROGRESS']._serialized_end=1349
+  _globals['_CANCELDOWNLOADREQUEST']._serialized_start=1351
+  _globals['_CANCELDOWNLOADREQUEST']._serialized_end=1389
+  _globals['_CANCELDOWNLOADRESPONSE']._serialized_start=1391
+  _globals['_CANCELDOWNLOADRESPONSE']._serialized_end=1452
+  _globals['_DOWNLOAD']._serialized_start=1454
+  _globals['_DOWNLOAD']._serialized_end=1544
+  _globals['_LISTSNAPSHOTSREQUEST']._serialized_start=1546
+  _globals['_LISTSNAPSHOTSREQUEST']._serialized_end=1568
+  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_start=1571
+  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_end=1758
+  _globals['_SNAPSHOT']._serialized_start=1761
+  _globals['_SNAPSHOT']._serialized_end=2045
+  _globals['_VERIFYSNAPSHOTREQUEST']._serialized_start=2047
+  _globals['_VERIFYSNAPSHOTREQUEST']._serialized_end=2101
+  _globals['_VERIFYSNAPSHOTRESPONSE']._serialized_start=2104
+  _globals['_VERIFYSNAPSHOTRESPONSE']._serialized_end=2322
+  _globals['_VERIFYPROGRESS']._serialized_start=2325
+  _globals['_VERIFYPROGRESS']._serialized_end=2457
+  _globals['_FILEPROBLEM']._serialized_start=2459
+  _globals['_FILEPROBLEM']._serialized_end=2558
+  _globals['_VERIFYREPORT']._serialized_start=2561
+  _globals['_VERIFYREPORT']._serialized_end=2752
+  _globals['_DELETESNAPSHOTSREQUEST']._serialized_start=2754
+  _globals['_DELETESNAPSHOTSREQUEST']._serialized_end=2811
+  _globals['_DELETESNAPSHOTSRESPONSE']._serialized_start=2813
+  _globals['_DELETESNAPSHOTSRESPONSE']._serialized_end=2878
+  _globals['_PRUNECACHEREQUEST']._serialized_start=2881
+  _globals['_PRUNECACHEREQUEST']._serialized_end=3041
+  _globals['_PRUNECACHERESPONSE']._serialized_start=3043
+  _globals['_PRUNECACHERESPONSE']._serialized_end=3103
+  _globals['_DELETION']._serialized_start=3106
+  _globals['_DELETION']._serialized_end=3261
+  _globals['_CACHESERVICE']._serialized_start=3584
+  _globals['_CACHESERVICE']._serialized_end=4204
 # @@protoc_insertion_point(module_scope)

@@ -5,9 +5,11 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +21,78 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _SkipReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SkipReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SkipReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SKIP_REASON_UNSPECIFIED: _SkipReason.ValueType  # 0
+    """Never sent."""
+    SKIP_REASON_PICKLE: _SkipReason.ValueType  # 1
+    """Weights as a pickle, which can run code. Fetched only when the repository
+    has no safetensors weights and the operator allows it.
+    """
+    SKIP_REASON_OTHER_FORMAT: _SkipReason.ValueType  # 2
+    """Weights in another format than safetensors: for other frameworks, GGUF."""
+    SKIP_REASON_OTHER_COPY: _SkipReason.ValueType  # 3
+    """Another copy of the weights in safetensors, such as another precision."""
+    SKIP_REASON_CODE: _SkipReason.ValueType  # 4
+    """Code, which is never run."""
+    SKIP_REASON_NOT_NEEDED: _SkipReason.ValueType  # 5
+    """Nothing that loading reads: documentation, pictures, logs."""
+
+class SkipReason(_SkipReason, metaclass=_SkipReasonEnumTypeWrapper):
+    """Why a download leaves a file out."""
+
+SKIP_REASON_UNSPECIFIED: SkipReason.ValueType  # 0
+"""Never sent."""
+SKIP_REASON_PICKLE: SkipReason.ValueType  # 1
+"""Weights as a pickle, which can run code. Fetched only when the repository
+has no safetensors weights and the operator allows it.
+"""
+SKIP_REASON_OTHER_FORMAT: SkipReason.ValueType  # 2
+"""Weights in another format than safetensors: for other frameworks, GGUF."""
+SKIP_REASON_OTHER_COPY: SkipReason.ValueType  # 3
+"""Another copy of the weights in safetensors, such as another precision."""
+SKIP_REASON_CODE: SkipReason.ValueType  # 4
+"""Code, which is never run."""
+SKIP_REASON_NOT_NEEDED: SkipReason.ValueType  # 5
+"""Nothing that loading reads: documentation, pictures, logs."""
+Global___SkipReason: _TypeAlias = SkipReason  # noqa: Y015
+
+class _ProblemKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ProblemKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ProblemKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PROBLEM_KIND_UNSPECIFIED: _ProblemKind.ValueType  # 0
+    """Never sent."""
+    PROBLEM_KIND_MISSING: _ProblemKind.ValueType  # 1
+    """It is not there, or its link leads nowhere."""
+    PROBLEM_KIND_SIZE: _ProblemKind.ValueType  # 2
+    """It is longer or shorter than it should be."""
+    PROBLEM_KIND_CONTENT: _ProblemKind.ValueType  # 3
+    """It has the right size and another content."""
+    PROBLEM_KIND_LINK: _ProblemKind.ValueType  # 4
+    """Its link leads out of the repository's own files."""
+
+class ProblemKind(_ProblemKind, metaclass=_ProblemKindEnumTypeWrapper):
+    """What can be wrong with a file."""
+
+PROBLEM_KIND_UNSPECIFIED: ProblemKind.ValueType  # 0
+"""Never sent."""
+PROBLEM_KIND_MISSING: ProblemKind.ValueType  # 1
+"""It is not there, or its link leads nowhere."""
+PROBLEM_KIND_SIZE: ProblemKind.ValueType  # 2
+"""It is longer or shorter than it should be."""
+PROBLEM_KIND_CONTENT: ProblemKind.ValueType  # 3
+"""It has the right size and another content."""
+PROBLEM_KIND_LINK: ProblemKind.ValueType  # 4
+"""Its link leads out of the repository's own files."""
+Global___ProblemKind: _TypeAlias = ProblemKind  # noqa: Y015
+
 @_typing.final
 class ResolveModelRequest(_message.Message):
     """See CacheService.ResolveModel."""
@@ -26,19 +100,26 @@ class ResolveModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
+    REFRESH_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """`org/name`, `org/name@revision` (default main), or the absolute path of a
     local folder below one of the daemon's --allow-local roots. Required;
     INVALID_NAME if malformed.
     """
+    refresh: _builtins.bool
+    """Ask the hub what the revision is now, whatever the cache has. The answer is
+    `cached` if that is up to date, or, with `stale` set, if the hub did not
+    answer; else `download`.
+    """
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
+        refresh: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "refresh", b"refresh"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -120,6 +201,9 @@ class DownloadPlan(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     MISSING_BYTES_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    SKIPPED_COUNT_FIELD_NUMBER: _builtins.int
+    SKIPPED_BYTES_FIELD_NUMBER: _builtins.int
     repo_id: _builtins.str
     """`org/name`."""
     revision: _builtins.str
@@ -129,10 +213,22 @@ class DownloadPlan(_message.Message):
     total_bytes: _builtins.int
     """Bytes of all those files."""
     missing_bytes: _builtins.int
-    """Bytes of those that are not in the cache yet."""
+    """Bytes that are to be fetched: those of the files that are not in the cache,
+    without what an interrupted download left of them.
+    """
+    skipped_count: _builtins.int
+    """Number of all those files."""
+    skipped_bytes: _builtins.int
+    """Bytes of all those files."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedFile]:
         """Every file that loading needs."""
+
+    @_builtins.property
+    def skipped(self) -> _containers.RepeatedCompositeFieldContainer[Global___SkippedFile]:
+        """Files of the repository that loading does not need, the largest first; at
+        most 1000 of them.
+        """
 
     def __init__(
         self,
@@ -143,10 +239,13 @@ class DownloadPlan(_message.Message):
         files: _abc.Iterable[Global___PlannedFile] | None = ...,
         total_bytes: _builtins.int = ...,
         missing_bytes: _builtins.int = ...,
+        skipped: _abc.Iterable[Global___SkippedFile] | None = ...,
+        skipped_count: _builtins.int = ...,
+        skipped_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "files", b"files", "missing_bytes", b"missing_bytes", "repo_id", b"repo_id", "revision", b"revision", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "files", b"files", "missing_bytes", b"missing_bytes", "repo_id", b"repo_id", "revision", b"revision", "skipped", b"skipped", "skipped_bytes", b"skipped_bytes", "skipped_count", b"skipped_count", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -161,26 +260,60 @@ class PlannedFile(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     CACHED_FIELD_NUMBER: _builtins.int
+    PARTIAL_BYTES_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Path in the repository."""
     size_bytes: _builtins.int
     """Size in bytes."""
     cached: _builtins.bool
     """Whether the cache has it already."""
+    partial_bytes: _builtins.int
+    """Bytes that an interrupted download left of it, from which the next goes on."""
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         cached: _builtins.bool = ...,
+        partial_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "path", b"path", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "partial_bytes", b"partial_bytes", "path", b"path", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PlannedFile: _TypeAlias = PlannedFile  # noqa: Y015
+
+@_typing.final
+class SkippedFile(_message.Message):
+    """One file of a repository that a download leaves out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Path in the repository."""
+    size_bytes: _builtins.int
+    """Size in bytes."""
+    reason: Global___SkipReason.ValueType
+    """Why it is left out."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        reason: Global___SkipReason.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "reason", b"reason", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SkippedFile: _TypeAlias = SkippedFile  # noqa: Y015
 
 @_typing.final
 class DownloadModelRequest(_message.Message):
@@ -214,6 +347,7 @@ class DownloadModelResponse(_message.Message):
 
     PROGRESS_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___DownloadProgress:
         """How far the download is."""
@@ -222,17 +356,22 @@ class DownloadModelResponse(_message.Message):
     def snapshot(self) -> Global___Snapshot:
         """The complete snapshot."""
 
+    @_builtins.property
+    def plan(self) -> Global___DownloadPlan:
+        """What is fetched. Not sent when the hub need not, or does not, answer."""
+
     def __init__(
         self,
         *,
         progress: Global___DownloadProgress | None = ...,
         snapshot: Global___Snapshot | None = ...,
+        plan: Global___DownloadPlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress", "snapshot", b"snapshot", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "progress", b"progress", "snapshot", b"snapshot", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress", "snapshot", b"snapshot", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "progress", b"progress", "snapshot", b"snapshot", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["progress", "snapshot"]  # noqa: Y015
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["progress", "snapshot", "plan"]  # noqa: Y015
     _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
 
@@ -249,6 +388,10 @@ class DownloadProgress(_message.Message):
     COMPLETED_FILES_FIELD_NUMBER: _builtins.int
     TOTAL_FILES_FIELD_NUMBER: _builtins.int
     BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    REMAINING_FIELD_NUMBER: _builtins.int
+    RESUMED_BYTES_FIELD_NUMBER: _builtins.int
+    REFETCHED_BYTES_FIELD_NUMBER: _builtins.int
     downloaded_bytes: _builtins.int
     """Bytes that are on disk, those that the cache had before included."""
     total_bytes: _builtins.int
@@ -258,7 +401,21 @@ class DownloadProgress(_message.Message):
     total_files: _builtins.int
     """Files that loading needs; 0 while the plan is not known."""
     bytes_per_second: _builtins.float
-    """Mean rate of this download so far; 0 before the first byte."""
+    """Rate of the last ten seconds; 0 while nothing comes."""
+    resumed_bytes: _builtins.int
+    """Bytes that an interrupted download had left, and that were not fetched again."""
+    refetched_bytes: _builtins.int
+    """Bytes that had come and are fetched again: the hub did not go on in
+    mid-file, or what had come was not the file's content.
+    """
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileProgress]:
+        """The files that are being fetched now, in the plan's order."""
+
+    @_builtins.property
+    def remaining(self) -> _duration_pb2.Duration:
+        """Time left at that rate; unset while it cannot be told."""
+
     def __init__(
         self,
         *,
@@ -267,14 +424,130 @@ class DownloadProgress(_message.Message):
         completed_files: _builtins.int = ...,
         total_files: _builtins.int = ...,
         bytes_per_second: _builtins.float = ...,
+        files: _abc.Iterable[Global___FileProgress] | None = ...,
+        remaining: _duration_pb2.Duration | None = ...,
+        resumed_bytes: _builtins.int = ...,
+        refetched_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["remaining", b"remaining"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "completed_files", b"completed_files", "downloaded_bytes", b"downloaded_bytes", "total_bytes", b"total_bytes", "total_files", b"total_files"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "completed_files", b"completed_files", "downloaded_bytes", b"downloaded_bytes", "files", b"files", "refetched_bytes", b"refetched_bytes", "remaining", b"remaining", "resumed_bytes", b"resumed_bytes", "total_bytes", b"total_bytes", "total_files", b"total_files"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DownloadProgress: _TypeAlias = DownloadProgress  # noqa: Y015
+
+@_typing.final
+class FileProgress(_message.Message):
+    """How far one file of a download is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    DOWNLOADED_BYTES_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Path in the repository."""
+    downloaded_bytes: _builtins.int
+    """Bytes that are on disk."""
+    size_bytes: _builtins.int
+    """Its size in bytes."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        downloaded_bytes: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["downloaded_bytes", b"downloaded_bytes", "path", b"path", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FileProgress: _TypeAlias = FileProgress  # noqa: Y015
+
+@_typing.final
+class CancelDownloadRequest(_message.Message):
+    """See CacheService.CancelDownload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The name as the download was asked for: `org/name` or `org/name@revision`.
+    Required; a local path is INVALID_NAME.
+    """
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelDownloadRequest: _TypeAlias = CancelDownloadRequest  # noqa: Y015
+
+@_typing.final
+class CancelDownloadResponse(_message.Message):
+    """See CacheService.CancelDownload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAITERS_FIELD_NUMBER: _builtins.int
+    KEPT_BYTES_FIELD_NUMBER: _builtins.int
+    waiters: _builtins.int
+    """How many calls waited for it; 0: there was no such download."""
+    kept_bytes: _builtins.int
+    """Bytes of its unfinished files, which are kept for the next download."""
+    def __init__(
+        self,
+        *,
+        waiters: _builtins.int = ...,
+        kept_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept_bytes", b"kept_bytes", "waiters", b"waiters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelDownloadResponse: _TypeAlias = CancelDownloadResponse  # noqa: Y015
+
+@_typing.final
+class Download(_message.Message):
+    """One download under way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    WAITERS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The name that it was asked for by."""
+    waiters: _builtins.int
+    """How many calls wait for it."""
+    @_builtins.property
+    def progress(self) -> Global___DownloadProgress:
+        """How far it is."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        progress: Global___DownloadProgress | None = ...,
+        waiters: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "progress", b"progress", "waiters", b"waiters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Download: _TypeAlias = Download  # noqa: Y015
 
 @_typing.final
 class ListSnapshotsRequest(_message.Message):
@@ -301,23 +574,43 @@ class ListSnapshotsResponse(_message.Message):
 
     SNAPSHOTS_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    ORPHAN_BYTES_FIELD_NUMBER: _builtins.int
+    DOWNLOADS_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
     total_bytes: _builtins.int
     """The disk space that all of them take, in bytes; files that several
     snapshots share count once.
     """
+    orphan_bytes: _builtins.int
+    """Bytes of what belongs to no snapshot: unfinished files of downloads, and
+    files whose snapshots are gone.
+    """
+    free_bytes: _builtins.int
+    """Free bytes of the cache's disk."""
+    max_bytes: _builtins.int
+    """The operator's limit of the cache's size in bytes; 0: none."""
     @_builtins.property
     def snapshots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Snapshot]:
         """By repository name, then the most recently changed first."""
+
+    @_builtins.property
+    def downloads(self) -> _containers.RepeatedCompositeFieldContainer[Global___Download]:
+        """The downloads under way."""
 
     def __init__(
         self,
         *,
         snapshots: _abc.Iterable[Global___Snapshot] | None = ...,
         total_bytes: _builtins.int = ...,
+        orphan_bytes: _builtins.int = ...,
+        downloads: _abc.Iterable[Global___Download] | None = ...,
+        free_bytes: _builtins.int = ...,
+        max_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["snapshots", b"snapshots", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["downloads", b"downloads", "free_bytes", b"free_bytes", "max_bytes", b"max_bytes", "orphan_bytes", b"orphan_bytes", "snapshots", b"snapshots", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -336,9 +629,11 @@ class Snapshot(_message.Message):
     FILE_COUNT_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
     MODIFIED_AT_FIELD_NUMBER: _builtins.int
-    ACCESSED_AT_FIELD_NUMBER: _builtins.int
+    LAST_USED_AT_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     STALE_FIELD_NUMBER: _builtins.int
+    UNIQUE_BYTES_FIELD_NUMBER: _builtins.int
+    IN_USE_BY_FIELD_NUMBER: _builtins.int
     repo_id: _builtins.str
     """`org/name`."""
     commit: _builtins.str
@@ -352,9 +647,12 @@ class Snapshot(_message.Message):
     path: _builtins.str
     """Its folder."""
     stale: _builtins.bool
-    """Set by DownloadModel when the hub did not answer and this is what the cache
-    had: it may be older than what the revision is now.
+    """Set by DownloadModel, and by ResolveModel with `refresh`, when the hub did
+    not answer or must not be asked, and this is what the cache had: it may be
+    older than what the revision is now.
     """
+    unique_bytes: _builtins.int
+    """Bytes of the files that no other snapshot shares: what deleting it frees."""
     @_builtins.property
     def refs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Branches and tags that point to it in the cache."""
@@ -364,8 +662,14 @@ class Snapshot(_message.Message):
         """When one of its files was last added."""
 
     @_builtins.property
-    def accessed_at(self) -> _timestamp_pb2.Timestamp:
-        """When one of its files was last read, as far as the file system keeps count."""
+    def last_used_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was last used: loaded or downloaded by the daemon, or one of its
+        files was read, as far as the file system keeps count.
+        """
+
+    @_builtins.property
+    def in_use_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Who uses it: ids of loaded models, and "download"."""
 
     def __init__(
         self,
@@ -377,14 +681,375 @@ class Snapshot(_message.Message):
         file_count: _builtins.int = ...,
         complete: _builtins.bool = ...,
         modified_at: _timestamp_pb2.Timestamp | None = ...,
-        accessed_at: _timestamp_pb2.Timestamp | None = ...,
+        last_used_at: _timestamp_pb2.Timestamp | None = ...,
         path: _builtins.str = ...,
         stale: _builtins.bool = ...,
+        unique_bytes: _builtins.int = ...,
+        in_use_by: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accessed_at", b"accessed_at", "modified_at", b"modified_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_used_at", b"last_used_at", "modified_at", b"modified_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accessed_at", b"accessed_at", "commit", b"commit", "complete", b"complete", "file_count", b"file_count", "modified_at", b"modified_at", "path", b"path", "refs", b"refs", "repo_id", b"repo_id", "size_bytes", b"size_bytes", "stale", b"stale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "complete", b"complete", "file_count", b"file_count", "in_use_by", b"in_use_by", "last_used_at", b"last_used_at", "modified_at", b"modified_at", "path", b"path", "refs", b"refs", "repo_id", b"repo_id", "size_bytes", b"size_bytes", "stale", b"stale", "unique_bytes", b"unique_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Snapshot: _TypeAlias = Snapshot  # noqa: Y015
+
+@_typing.final
+class VerifySnapshotRequest(_message.Message):
+    """See CacheService.VerifySnapshot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    REPAIR_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """`org/name` or `org/name@revision` (default main). Required; a local path is
+    INVALID_NAME, a name without a snapshot SNAPSHOT_NOT_FOUND.
+    """
+    repair: _builtins.bool
+    """Fetch the files that have a problem again, and those only. Needs the hub."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        repair: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "repair", b"repair"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifySnapshotRequest: _TypeAlias = VerifySnapshotRequest  # noqa: Y015
+
+@_typing.final
+class VerifySnapshotResponse(_message.Message):
+    """One message of a verification."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    REPAIR_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___VerifyProgress:
+        """How far the verification is."""
+
+    @_builtins.property
+    def problem(self) -> Global___FileProblem:
+        """A file that is not as it should be."""
+
+    @_builtins.property
+    def repair(self) -> Global___DownloadProgress:
+        """How far the repair is."""
+
+    @_builtins.property
+    def report(self) -> Global___VerifyReport:
+        """What was found."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___VerifyProgress | None = ...,
+        problem: Global___FileProblem | None = ...,
+        repair: Global___DownloadProgress | None = ...,
+        report: Global___VerifyReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem", "progress", b"progress", "repair", b"repair", "report", b"report", "update", b"update"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem", "progress", b"progress", "repair", b"repair", "report", b"report", "update", b"update"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["progress", "problem", "repair", "report"]  # noqa: Y015
+    _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
+
+Global___VerifySnapshotResponse: _TypeAlias = VerifySnapshotResponse  # noqa: Y015
+
+@_typing.final
+class VerifyProgress(_message.Message):
+    """How far a verification is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERIFIED_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    VERIFIED_FILES_FIELD_NUMBER: _builtins.int
+    TOTAL_FILES_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    verified_bytes: _builtins.int
+    """Bytes that were read."""
+    total_bytes: _builtins.int
+    """Bytes of all files."""
+    verified_files: _builtins.int
+    """Files that were read."""
+    total_files: _builtins.int
+    """All files."""
+    bytes_per_second: _builtins.float
+    """Mean rate so far."""
+    def __init__(
+        self,
+        *,
+        verified_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        verified_files: _builtins.int = ...,
+        total_files: _builtins.int = ...,
+        bytes_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "total_bytes", b"total_bytes", "total_files", b"total_files", "verified_bytes", b"verified_bytes", "verified_files", b"verified_files"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyProgress: _TypeAlias = VerifyProgress  # noqa: Y015
+
+@_typing.final
+class FileProblem(_message.Message):
+    """A file of a snapshot that is not as it should be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    EXPECTED_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Path in the repository."""
+    kind: Global___ProblemKind.ValueType
+    """What is wrong."""
+    expected: _builtins.str
+    """What should be there: a hash, a size, or words."""
+    found: _builtins.str
+    """What is there."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        kind: Global___ProblemKind.ValueType = ...,
+        expected: _builtins.str = ...,
+        found: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected", b"expected", "found", b"found", "kind", b"kind", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FileProblem: _TypeAlias = FileProblem  # noqa: Y015
+
+@_typing.final
+class VerifyReport(_message.Message):
+    """What a verification found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
+    REPAIRED_FIELD_NUMBER: _builtins.int
+    VERIFIED_FILES_FIELD_NUMBER: _builtins.int
+    VERIFIED_BYTES_FIELD_NUMBER: _builtins.int
+    UNVERIFIABLE_FILES_FIELD_NUMBER: _builtins.int
+    repaired: _builtins.bool
+    """Whether all problems were repaired; false when there were none."""
+    verified_files: _builtins.int
+    """Files whose content is what its hash says, those repaired left out."""
+    verified_bytes: _builtins.int
+    """Bytes of those."""
+    @_builtins.property
+    def snapshot(self) -> Global___Snapshot:
+        """The snapshot as it is now."""
+
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileProblem]:
+        """The files that were not as they should be, repaired or not."""
+
+    @_builtins.property
+    def unverifiable_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Files without a known hash: others put them there."""
+
+    def __init__(
+        self,
+        *,
+        snapshot: Global___Snapshot | None = ...,
+        problems: _abc.Iterable[Global___FileProblem] | None = ...,
+        repaired: _builtins.bool = ...,
+        verified_files: _builtins.int = ...,
+        verified_bytes: _builtins.int = ...,
+        unverifiable_files: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["problems", b"problems", "repaired", b"repaired", "snapshot", b"snapshot", "unverifiable_files", b"unverifiable_files", "verified_bytes", b"verified_bytes", "verified_files", b"verified_files"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyReport: _TypeAlias = VerifyReport  # noqa: Y015
+
+@_typing.final
+class DeleteSnapshotsRequest(_message.Message):
+    """See CacheService.DeleteSnapshots."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """Say what would be deleted, and delete nothing."""
+    @_builtins.property
+    def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`org/name` for all snapshots of a repository, `org/name@revision` for one.
+        At least one and at most 1000; a local path is INVALID_NAME, a name without
+        a snapshot SNAPSHOT_NOT_FOUND.
+        """
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[_builtins.str] | None = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteSnapshotsRequest: _TypeAlias = DeleteSnapshotsRequest  # noqa: Y015
+
+@_typing.final
+class DeleteSnapshotsResponse(_message.Message):
+    """See CacheService.DeleteSnapshots."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELETION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def deletion(self) -> Global___Deletion:
+        """What was, or with `dry_run` would be, deleted."""
+
+    def __init__(
+        self,
+        *,
+        deletion: Global___Deletion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deletion", b"deletion"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deletion", b"deletion"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteSnapshotsResponse: _TypeAlias = DeleteSnapshotsResponse  # noqa: Y015
+
+@_typing.final
+class PruneCacheRequest(_message.Message):
+    """See CacheService.PruneCache."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORPHANS_FIELD_NUMBER: _builtins.int
+    UNREFERENCED_FIELD_NUMBER: _builtins.int
+    UNUSED_FOR_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    orphans: _builtins.bool
+    """Delete what belongs to no snapshot: unfinished files that no download is
+    writing, and files whose snapshots are gone.
+    """
+    unreferenced: _builtins.bool
+    """Delete snapshots that no branch or tag points to in the cache."""
+    max_bytes: _builtins.int
+    """Delete the least recently used snapshots until the cache is no larger.
+    Orphans go first.
+    """
+    dry_run: _builtins.bool
+    """Say what would be deleted, and delete nothing."""
+    @_builtins.property
+    def unused_for(self) -> _duration_pb2.Duration:
+        """Delete snapshots that were not used for so long. Not negative."""
+
+    def __init__(
+        self,
+        *,
+        orphans: _builtins.bool = ...,
+        unreferenced: _builtins.bool = ...,
+        unused_for: _duration_pb2.Duration | None = ...,
+        max_bytes: _builtins.int | None = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "max_bytes", b"max_bytes", "unused_for", b"unused_for"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "dry_run", b"dry_run", "max_bytes", b"max_bytes", "orphans", b"orphans", "unreferenced", b"unreferenced", "unused_for", b"unused_for"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_bytes: _TypeAlias = _typing.Literal["max_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_bytes: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_bytes) -> _WhichOneofReturnType__max_bytes | None: ...
+
+Global___PruneCacheRequest: _TypeAlias = PruneCacheRequest  # noqa: Y015
+
+@_typing.final
+class PruneCacheResponse(_message.Message):
+    """See CacheService.PruneCache."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELETION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def deletion(self) -> Global___Deletion:
+        """What was, or with `dry_run` would be, deleted."""
+
+    def __init__(
+        self,
+        *,
+        deletion: Global___Deletion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deletion", b"deletion"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deletion", b"deletion"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PruneCacheResponse: _TypeAlias = PruneCacheResponse  # noqa: Y015
+
+@_typing.final
+class Deletion(_message.Message):
+    """Snapshots that are deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOTS_FIELD_NUMBER: _builtins.int
+    FREED_BYTES_FIELD_NUMBER: _builtins.int
+    ORPHAN_FILES_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    REMAINING_BYTES_FIELD_NUMBER: _builtins.int
+    freed_bytes: _builtins.int
+    """Bytes that the disk gets back, those of orphans included."""
+    orphan_files: _builtins.int
+    """Number of unfinished and left-over files that go."""
+    remaining_bytes: _builtins.int
+    """Bytes that the cache takes afterwards."""
+    @_builtins.property
+    def snapshots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Snapshot]:
+        """The snapshots, as they were."""
+
+    @_builtins.property
+    def kept(self) -> _containers.RepeatedCompositeFieldContainer[Global___Snapshot]:
+        """Snapshots that were meant too and stay because they are in use."""
+
+    def __init__(
+        self,
+        *,
+        snapshots: _abc.Iterable[Global___Snapshot] | None = ...,
+        freed_bytes: _builtins.int = ...,
+        orphan_files: _builtins.int = ...,
+        kept: _abc.Iterable[Global___Snapshot] | None = ...,
+        remaining_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_bytes", b"freed_bytes", "kept", b"kept", "orphan_files", b"orphan_files", "remaining_bytes", b"remaining_bytes", "snapshots", b"snapshots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Deletion: _TypeAlias = Deletion  # noqa: Y015

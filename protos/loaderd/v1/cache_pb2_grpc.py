@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class CacheServiceStub(object):
-    """Model files on disk: resolve, download, list.
+    """Model files on disk: resolve, download, list, verify, delete.
     """
 
     def __init__(self, channel):
@@ -45,20 +45,41 @@ class CacheServiceStub(object):
                 request_serializer=loaderd_dot_v1_dot_cache__pb2.DownloadModelRequest.SerializeToString,
                 response_deserializer=loaderd_dot_v1_dot_cache__pb2.DownloadModelResponse.FromString,
                 _registered_method=True)
+        self.CancelDownload = channel.unary_unary(
+                '/loaderd.v1.CacheService/CancelDownload',
+                request_serializer=loaderd_dot_v1_dot_cache__pb2.CancelDownloadRequest.SerializeToString,
+                response_deserializer=loaderd_dot_v1_dot_cache__pb2.CancelDownloadResponse.FromString,
+                _registered_method=True)
         self.ListSnapshots = channel.unary_unary(
                 '/loaderd.v1.CacheService/ListSnapshots',
                 request_serializer=loaderd_dot_v1_dot_cache__pb2.ListSnapshotsRequest.SerializeToString,
                 response_deserializer=loaderd_dot_v1_dot_cache__pb2.ListSnapshotsResponse.FromString,
                 _registered_method=True)
+        self.VerifySnapshot = channel.unary_stream(
+                '/loaderd.v1.CacheService/VerifySnapshot',
+                request_serializer=loaderd_dot_v1_dot_cache__pb2.VerifySnapshotRequest.SerializeToString,
+                response_deserializer=loaderd_dot_v1_dot_cache__pb2.VerifySnapshotResponse.FromString,
+                _registered_method=True)
+        self.DeleteSnapshots = channel.unary_unary(
+                '/loaderd.v1.CacheService/DeleteSnapshots',
+                request_serializer=loaderd_dot_v1_dot_cache__pb2.DeleteSnapshotsRequest.SerializeToString,
+                response_deserializer=loaderd_dot_v1_dot_cache__pb2.DeleteSnapshotsResponse.FromString,
+                _registered_method=True)
+        self.PruneCache = channel.unary_unary(
+                '/loaderd.v1.CacheService/PruneCache',
+                request_serializer=loaderd_dot_v1_dot_cache__pb2.PruneCacheRequest.SerializeToString,
+                response_deserializer=loaderd_dot_v1_dot_cache__pb2.PruneCacheResponse.FromString,
+                _registered_method=True)
 
 
 class CacheServiceServicer(object):
-    """Model files on disk: resolve, download, list.
+    """Model files on disk: resolve, download, list, verify, delete.
     """
 
     def ResolveModel(self, request, context):
         """Says where a name's files are, or what a download would fetch. Changes
-        nothing. Asks the hub only when the cache has no complete snapshot.
+        nothing. Asks the hub only when the cache has no complete snapshot, or when
+        `refresh` is set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -66,16 +87,52 @@ class CacheServiceServicer(object):
 
     def DownloadModel(self, request, context):
         """Fetches a model's files into the cache, or what is missing of them, after
-        asking the hub what the revision points to now. Streams progress; the last
-        message holds the snapshot. Concurrent calls for one revision share one
-        download; cancelling the last of them stops it.
+        asking the hub what the revision points to now. Streams the plan and the
+        progress; the last message holds the snapshot. Concurrent calls for one
+        revision share one download; cancelling the last of them stops it. What came
+        of a file before a download ended early is kept, and the next one goes on
+        from there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelDownload(self, request, context):
+        """Stops the download of a name for all who wait for it; their calls end with
+        DOWNLOAD_CANCELLED. Does nothing when there is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSnapshots(self, request, context):
-        """All model snapshots in the cache, by repository name.
+        """All model snapshots in the cache, by repository name, and the downloads under
+        way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifySnapshot(self, request, context):
+        """Reads every file of a snapshot and compares its content with its hash.
+        Streams progress and each problem as it is found; the last message holds the
+        report. A snapshot with problems is a successful call: look at the report.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteSnapshots(self, request, context):
+        """Deletes snapshots, and the files that no other snapshot shares. All of them,
+        or with SNAPSHOT_IN_USE none, when a loaded model or a download uses one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PruneCache(self, request, context):
+        """Deletes what meets any of the given conditions, except what is in use.
+        INVALID_ARGUMENT when no condition is given.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,10 +151,30 @@ def add_CacheServiceServicer_to_server(servicer, server):
                     request_deserializer=loaderd_dot_v1_dot_cache__pb2.DownloadModelRequest.FromString,
                     response_serializer=loaderd_dot_v1_dot_cache__pb2.DownloadModelResponse.SerializeToString,
             ),
+            'CancelDownload': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelDownload,
+                    request_deserializer=loaderd_dot_v1_dot_cache__pb2.CancelDownloadRequest.FromString,
+                    response_serializer=loaderd_dot_v1_dot_cache__pb2.CancelDownloadResponse.SerializeToString,
+            ),
             'ListSnapshots': grpc.unary_unary_rpc_method_handler(
                     servicer.ListSnapshots,
                     request_deserializer=loaderd_dot_v1_dot_cache__pb2.ListSnapshotsRequest.FromString,
                     response_serializer=loaderd_dot_v1_dot_cache__pb2.ListSnapshotsResponse.SerializeToString,
+            ),
+            'VerifySnapshot': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifySnapshot,
+                    request_deserializer=loaderd_dot_v1_dot_cache__pb2.VerifySnapshotRequest.FromString,
+                    response_serializer=loaderd_dot_v1_dot_cache__pb2.VerifySnapshotResponse.SerializeToString,
+            ),
+            'DeleteSnapshots': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteSnapshots,
+                    request_deserializer=loaderd_dot_v1_dot_cache__pb2.DeleteSnapshotsRequest.FromString,
+                    response_serializer=loaderd_dot_v1_dot_cache__pb2.DeleteSnapshotsResponse.SerializeToString,
+            ),
+            'PruneCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.PruneCache,
+                    request_deserializer=loaderd_dot_v1_dot_cache__pb2.PruneCacheRequest.FromString,
+                    response_serializer=loaderd_dot_v1_dot_cache__pb2.PruneCacheResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -108,7 +185,7 @@ def add_CacheServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CacheService(object):
-    """Model files on disk: resolve, download, list.
+    """Model files on disk: resolve, download, list, verify, delete.
     """
 
     @staticmethod
@@ -166,6 +243,33 @@ class CacheService(object):
             _registered_method=True)
 
     @staticmethod
+    def CancelDownload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loaderd.v1.CacheService/CancelDownload',
+            loaderd_dot_v1_dot_cache__pb2.CancelDownloadRequest.SerializeToString,
+            loaderd_dot_v1_dot_cache__pb2.CancelDownloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListSnapshots(request,
             target,
             options=(),
@@ -182,6 +286,87 @@ class CacheService(object):
             '/loaderd.v1.CacheService/ListSnapshots',
             loaderd_dot_v1_dot_cache__pb2.ListSnapshotsRequest.SerializeToString,
             loaderd_dot_v1_dot_cache__pb2.ListSnapshotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifySnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loaderd.v1.CacheService/VerifySnapshot',
+            loaderd_dot_v1_dot_cache__pb2.VerifySnapshotRequest.SerializeToString,
+            loaderd_dot_v1_dot_cache__pb2.VerifySnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteSnapshots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loaderd.v1.CacheService/DeleteSnapshots',
+            loaderd_dot_v1_dot_cache__pb2.DeleteSnapshotsRequest.SerializeToString,
+            loaderd_dot_v1_dot_cache__pb2.DeleteSnapshotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PruneCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loaderd.v1.CacheService/PruneCache',
+            loaderd_dot_v1_dot_cache__pb2.PruneCacheRequest.SerializeToString,
+            loaderd_dot_v1_dot_cache__pb2.PruneCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

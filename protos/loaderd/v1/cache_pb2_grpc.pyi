@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class CacheServiceStub:
-    """Model files on disk: resolve, download, list."""
+    """Model files on disk: resolve, download, list, verify, delete."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -35,37 +35,81 @@ class CacheServiceStub:
     def __new__(cls, channel: _aio.Channel) -> CacheServiceAsyncStub: ...
     ResolveModel: _grpc.UnaryUnaryMultiCallable[_cache_pb2.ResolveModelRequest, _cache_pb2.ResolveModelResponse]
     """Says where a name's files are, or what a download would fetch. Changes
-    nothing. Asks the hub only when the cache has no complete snapshot.
+    nothing. Asks the hub only when the cache has no complete snapshot, or when
+    `refresh` is set.
     """
     DownloadModel: _grpc.UnaryStreamMultiCallable[_cache_pb2.DownloadModelRequest, _cache_pb2.DownloadModelResponse]
     """Fetches a model's files into the cache, or what is missing of them, after
-    asking the hub what the revision points to now. Streams progress; the last
-    message holds the snapshot. Concurrent calls for one revision share one
-    download; cancelling the last of them stops it.
+    asking the hub what the revision points to now. Streams the plan and the
+    progress; the last message holds the snapshot. Concurrent calls for one
+    revision share one download; cancelling the last of them stops it. What came
+    of a file before a download ended early is kept, and the next one goes on
+    from there.
+    """
+    CancelDownload: _grpc.UnaryUnaryMultiCallable[_cache_pb2.CancelDownloadRequest, _cache_pb2.CancelDownloadResponse]
+    """Stops the download of a name for all who wait for it; their calls end with
+    DOWNLOAD_CANCELLED. Does nothing when there is none.
     """
     ListSnapshots: _grpc.UnaryUnaryMultiCallable[_cache_pb2.ListSnapshotsRequest, _cache_pb2.ListSnapshotsResponse]
-    """All model snapshots in the cache, by repository name."""
+    """All model snapshots in the cache, by repository name, and the downloads under
+    way.
+    """
+    VerifySnapshot: _grpc.UnaryStreamMultiCallable[_cache_pb2.VerifySnapshotRequest, _cache_pb2.VerifySnapshotResponse]
+    """Reads every file of a snapshot and compares its content with its hash.
+    Streams progress and each problem as it is found; the last message holds the
+    report. A snapshot with problems is a successful call: look at the report.
+    """
+    DeleteSnapshots: _grpc.UnaryUnaryMultiCallable[_cache_pb2.DeleteSnapshotsRequest, _cache_pb2.DeleteSnapshotsResponse]
+    """Deletes snapshots, and the files that no other snapshot shares. All of them,
+    or with SNAPSHOT_IN_USE none, when a loaded model or a download uses one.
+    """
+    PruneCache: _grpc.UnaryUnaryMultiCallable[_cache_pb2.PruneCacheRequest, _cache_pb2.PruneCacheResponse]
+    """Deletes what meets any of the given conditions, except what is in use.
+    INVALID_ARGUMENT when no condition is given.
+    """
 
 @_typing.type_check_only
 class CacheServiceAsyncStub(CacheServiceStub):
-    """Model files on disk: resolve, download, list."""
+    """Model files on disk: resolve, download, list, verify, delete."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ResolveModel: _aio.UnaryUnaryMultiCallable[_cache_pb2.ResolveModelRequest, _cache_pb2.ResolveModelResponse]  # type: ignore[assignment]
     """Says where a name's files are, or what a download would fetch. Changes
-    nothing. Asks the hub only when the cache has no complete snapshot.
+    nothing. Asks the hub only when the cache has no complete snapshot, or when
+    `refresh` is set.
     """
     DownloadModel: _aio.UnaryStreamMultiCallable[_cache_pb2.DownloadModelRequest, _cache_pb2.DownloadModelResponse]  # type: ignore[assignment]
     """Fetches a model's files into the cache, or what is missing of them, after
-    asking the hub what the revision points to now. Streams progress; the last
-    message holds the snapshot. Concurrent calls for one revision share one
-    download; cancelling the last of them stops it.
+    asking the hub what the revision points to now. Streams the plan and the
+    progress; the last message holds the snapshot. Concurrent calls for one
+    revision share one download; cancelling the last of them stops it. What came
+    of a file before a download ended early is kept, and the next one goes on
+    from there.
+    """
+    CancelDownload: _aio.UnaryUnaryMultiCallable[_cache_pb2.CancelDownloadRequest, _cache_pb2.CancelDownloadResponse]  # type: ignore[assignment]
+    """Stops the download of a name for all who wait for it; their calls end with
+    DOWNLOAD_CANCELLED. Does nothing when there is none.
     """
     ListSnapshots: _aio.UnaryUnaryMultiCallable[_cache_pb2.ListSnapshotsRequest, _cache_pb2.ListSnapshotsResponse]  # type: ignore[assignment]
-    """All model snapshots in the cache, by repository name."""
+    """All model snapshots in the cache, by repository name, and the downloads under
+    way.
+    """
+    VerifySnapshot: _aio.UnaryStreamMultiCallable[_cache_pb2.VerifySnapshotRequest, _cache_pb2.VerifySnapshotResponse]  # type: ignore[assignment]
+    """Reads every file of a snapshot and compares its content with its hash.
+    Streams progress and each problem as it is found; the last message holds the
+    report. A snapshot with problems is a successful call: look at the report.
+    """
+    DeleteSnapshots: _aio.UnaryUnaryMultiCallable[_cache_pb2.DeleteSnapshotsRequest, _cache_pb2.DeleteSnapshotsResponse]  # type: ignore[assignment]
+    """Deletes snapshots, and the files that no other snapshot shares. All of them,
+    or with SNAPSHOT_IN_USE none, when a loaded model or a download uses one.
+    """
+    PruneCache: _aio.UnaryUnaryMultiCallable[_cache_pb2.PruneCacheRequest, _cache_pb2.PruneCacheResponse]  # type: ignore[assignment]
+    """Deletes what meets any of the given conditions, except what is in use.
+    INVALID_ARGUMENT when no condition is given.
+    """
 
 class CacheServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Model files on disk: resolve, download, list."""
+    """Model files on disk: resolve, download, list, verify, delete."""
 
     @_abc_1.abstractmethod
     def ResolveModel(
@@ -74,7 +118,8 @@ class CacheServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cache_pb2.ResolveModelResponse, _abc.Awaitable[_cache_pb2.ResolveModelResponse]]:
         """Says where a name's files are, or what a download would fetch. Changes
-        nothing. Asks the hub only when the cache has no complete snapshot.
+        nothing. Asks the hub only when the cache has no complete snapshot, or when
+        `refresh` is set.
         """
 
     @_abc_1.abstractmethod
@@ -84,9 +129,21 @@ class CacheServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_cache_pb2.DownloadModelResponse], _abc.AsyncIterator[_cache_pb2.DownloadModelResponse]]:
         """Fetches a model's files into the cache, or what is missing of them, after
-        asking the hub what the revision points to now. Streams progress; the last
-        message holds the snapshot. Concurrent calls for one revision share one
-        download; cancelling the last of them stops it.
+        asking the hub what the revision points to now. Streams the plan and the
+        progress; the last message holds the snapshot. Concurrent calls for one
+        revision share one download; cancelling the last of them stops it. What came
+        of a file before a download ended early is kept, and the next one goes on
+        from there.
+        """
+
+    @_abc_1.abstractmethod
+    def CancelDownload(
+        self,
+        request: _cache_pb2.CancelDownloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cache_pb2.CancelDownloadResponse, _abc.Awaitable[_cache_pb2.CancelDownloadResponse]]:
+        """Stops the download of a name for all who wait for it; their calls end with
+        DOWNLOAD_CANCELLED. Does nothing when there is none.
         """
 
     @_abc_1.abstractmethod
@@ -95,6 +152,39 @@ class CacheServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cache_pb2.ListSnapshotsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cache_pb2.ListSnapshotsResponse, _abc.Awaitable[_cache_pb2.ListSnapshotsResponse]]:
-        """All model snapshots in the cache, by repository name."""
+        """All model snapshots in the cache, by repository name, and the downloads under
+        way.
+        """
+
+    @_abc_1.abstractmethod
+    def VerifySnapshot(
+        self,
+        request: _cache_pb2.VerifySnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cache_pb2.VerifySnapshotResponse], _abc.AsyncIterator[_cache_pb2.VerifySnapshotResponse]]:
+        """Reads every file of a snapshot and compares its content with its hash.
+        Streams progress and each problem as it is found; the last message holds the
+        report. A snapshot with problems is a successful call: look at the report.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteSnapshots(
+        self,
+        request: _cache_pb2.DeleteSnapshotsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cache_pb2.DeleteSnapshotsResponse, _abc.Awaitable[_cache_pb2.DeleteSnapshotsResponse]]:
+        """Deletes snapshots, and the files that no other snapshot shares. All of them,
+        or with SNAPSHOT_IN_USE none, when a loaded model or a download uses one.
+        """
+
+    @_abc_1.abstractmethod
+    def PruneCache(
+        self,
+        request: _cache_pb2.PruneCacheRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cache_pb2.PruneCacheResponse, _abc.Awaitable[_cache_pb2.PruneCacheResponse]]:
+        """Deletes what meets any of the given conditions, except what is in use.
+        INVALID_ARGUMENT when no condition is given.
+        """
 
 def add_CacheServiceServicer_to_server(servicer: CacheServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -33,8 +33,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: model, revision. Details: ResourceInfo.
     """
     ERROR_REASON_MODEL_GATED: _ErrorReason.ValueType  # 3
-    """PERMISSION_DENIED. The repository is gated or private and the daemon's hub
-    token does not open it. Metadata: model. Details: ResourceInfo.
+    """PERMISSION_DENIED. The repository is gated: its terms are to be accepted with
+    the account of the daemon's hub token. Metadata: model. Details: ResourceInfo.
     """
     ERROR_REASON_INVALID_NAME: _ErrorReason.ValueType  # 4
     """INVALID_ARGUMENT. A model name, revision or local path is malformed or
@@ -112,6 +112,33 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INTERNAL. A defect of the daemon. Its log has the cause under `incident`.
     Metadata: incident.
     """
+    ERROR_REASON_HUB_UNAUTHORIZED: _ErrorReason.ValueType  # 23
+    """PERMISSION_DENIED. The hub does not accept the daemon's token, or wants one
+    and the daemon has none. Metadata: model. Details: ResourceInfo.
+    """
+    ERROR_REASON_SNAPSHOT_NOT_FOUND: _ErrorReason.ValueType  # 24
+    """NOT_FOUND. The cache has no such snapshot. Metadata: model.
+    Details: ResourceInfo.
+    """
+    ERROR_REASON_SNAPSHOT_IN_USE: _ErrorReason.ValueType  # 25
+    """FAILED_PRECONDITION. A loaded model or a download uses the snapshot.
+    Metadata: model, holders (separated by commas). Details: PreconditionFailure.
+    """
+    ERROR_REASON_CACHE_LIMIT: _ErrorReason.ValueType  # 26
+    """RESOURCE_EXHAUSTED. The download does not fit below the operator's limit of
+    the cache's size, even when everything goes that is not in use.
+    Metadata: needed_bytes, max_bytes, held_bytes. Details: QuotaFailure.
+    """
+    ERROR_REASON_CACHE_NOT_WRITABLE: _ErrorReason.ValueType  # 27
+    """FAILED_PRECONDITION. The cache cannot be written to. Metadata: problem.
+    Details: PreconditionFailure.
+    """
+    ERROR_REASON_DOWNLOAD_CANCELLED: _ErrorReason.ValueType  # 28
+    """ABORTED. Somebody stopped the download with CancelDownload. Metadata: model."""
+    ERROR_REASON_DOWNLOAD_INTERRUPTED: _ErrorReason.ValueType  # 29
+    """UNAVAILABLE. The process that downloaded was ended from outside.
+    Metadata: model. Details: RetryInfo.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed.
@@ -133,8 +160,8 @@ ERROR_REASON_REVISION_NOT_FOUND: ErrorReason.ValueType  # 2
 Metadata: model, revision. Details: ResourceInfo.
 """
 ERROR_REASON_MODEL_GATED: ErrorReason.ValueType  # 3
-"""PERMISSION_DENIED. The repository is gated or private and the daemon's hub
-token does not open it. Metadata: model. Details: ResourceInfo.
+"""PERMISSION_DENIED. The repository is gated: its terms are to be accepted with
+the account of the daemon's hub token. Metadata: model. Details: ResourceInfo.
 """
 ERROR_REASON_INVALID_NAME: ErrorReason.ValueType  # 4
 """INVALID_ARGUMENT. A model name, revision or local path is malformed or
@@ -211,5 +238,32 @@ without an ErrorInfo.
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 22
 """INTERNAL. A defect of the daemon. Its log has the cause under `incident`.
 Metadata: incident.
+"""
+ERROR_REASON_HUB_UNAUTHORIZED: ErrorReason.ValueType  # 23
+"""PERMISSION_DENIED. The hub does not accept the daemon's token, or wants one
+and the daemon has none. Metadata: model. Details: ResourceInfo.
+"""
+ERROR_REASON_SNAPSHOT_NOT_FOUND: ErrorReason.ValueType  # 24
+"""NOT_FOUND. The cache has no such snapshot. Metadata: model.
+Details: ResourceInfo.
+"""
+ERROR_REASON_SNAPSHOT_IN_USE: ErrorReason.ValueType  # 25
+"""FAILED_PRECONDITION. A loaded model or a download uses the snapshot.
+Metadata: model, holders (separated by commas). Details: PreconditionFailure.
+"""
+ERROR_REASON_CACHE_LIMIT: ErrorReason.ValueType  # 26
+"""RESOURCE_EXHAUSTED. The download does not fit below the operator's limit of
+the cache's size, even when everything goes that is not in use.
+Metadata: needed_bytes, max_bytes, held_bytes. Details: QuotaFailure.
+"""
+ERROR_REASON_CACHE_NOT_WRITABLE: ErrorReason.ValueType  # 27
+"""FAILED_PRECONDITION. The cache cannot be written to. Metadata: problem.
+Details: PreconditionFailure.
+"""
+ERROR_REASON_DOWNLOAD_CANCELLED: ErrorReason.ValueType  # 28
+"""ABORTED. Somebody stopped the download with CancelDownload. Metadata: model."""
+ERROR_REASON_DOWNLOAD_INTERRUPTED: ErrorReason.ValueType  # 29
+"""UNAVAILABLE. The process that downloaded was ended from outside.
+Metadata: model. Details: RetryInfo.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

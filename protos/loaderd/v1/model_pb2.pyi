@@ -548,6 +548,7 @@ class Model(_message.Message):
     READY_AT_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique in this daemon's life. Usable wherever a request names a model."""
     name: _builtins.str
@@ -562,6 +563,10 @@ class Model(_message.Message):
     """Where it is in its life."""
     active_requests: _builtins.int
     """Generation requests that run or wait now."""
+    stale: _builtins.bool
+    """Its load had to download, the hub did not answer, and this is what the cache
+    had: it may be older than what the revision is now.
+    """
     @_builtins.property
     def options(self) -> Global___LoadOptions:
         """The options that it was loaded with; those that have their default are unset."""
@@ -602,10 +607,11 @@ class Model(_message.Message):
         ready_at: _timestamp_pb2.Timestamp | None = ...,
         timings: Global___LoadTimings | None = ...,
         failure: Global___ModelFailure | None = ...,
+        stale: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "details", b"details", "failure", b"failure", "options", b"options", "ready_at", b"ready_at", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "commit", b"commit", "created_at", b"created_at", "details", b"details", "failure", b"failure", "id", b"id", "name", b"name", "options", b"options", "ready_at", b"ready_at", "repo_id", b"repo_id", "source", b"source", "state", b"state", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "commit", b"commit", "created_at", b"created_at", "details", b"details", "failure", b"failure", "id", b"id", "name", b"name", "options", b"options", "ready_at", b"ready_at", "repo_id", b"repo_id", "source", b"source", "stale", b"stale", "state", b"state", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -78,7 +78,7 @@ class RevisionNotFoundError(LoaderdError):
 
 @dataclass(eq=False)
 class ModelGatedError(LoaderdError):
-    """The daemon's hub token does not open the repository."""
+    """The repository's terms were not accepted with the daemon's token."""
 
     reason = "MODEL_GATED"
     text = (
@@ -272,6 +272,78 @@ class InternalError(LoaderdError):
     reason = "INTERNAL"
     text = "internal error; the daemon's log has the cause under incident {incident}"
     incident: str
+
+
+@dataclass(eq=False)
+class HubUnauthorizedError(LoaderdError):
+    """The hub does not accept the daemon's token, or wants one."""
+
+    reason = "HUB_UNAUTHORIZED"
+    text = (
+        "the hub refuses the daemon's token for {model!r}, or wants one; give the daemon a valid "
+        "token that may read it, with HF_TOKEN or --hub-token-file"
+    )
+    model: str
+
+
+@dataclass(eq=False)
+class SnapshotNotFoundError(LoaderdError):
+    """The cache has no such snapshot."""
+
+    reason = "SNAPSHOT_NOT_FOUND"
+    text = "the cache has no snapshot of {model!r}"
+    model: str
+
+
+@dataclass(eq=False)
+class SnapshotInUseError(LoaderdError):
+    """A loaded model or a download uses the snapshot."""
+
+    reason = "SNAPSHOT_IN_USE"
+    text = "the snapshot of {model!r} is in use by {holders}; unload it, or wait, then try again"
+    model: str
+    holders: str
+
+
+@dataclass(eq=False)
+class CacheLimitError(LoaderdError):
+    """The download does not fit below the operator's limit of the cache's size."""
+
+    reason = "CACHE_LIMIT"
+    text = (
+        "the download needs {needed_bytes} bytes of a cache that may hold {max_bytes}, and "
+        "{held_bytes} of it are in use; unload models, or raise --cache-max-bytes"
+    )
+    needed_bytes: int
+    max_bytes: int
+    held_bytes: int
+
+
+@dataclass(eq=False)
+class CacheNotWritableError(LoaderdError):
+    """The cache cannot be written to."""
+
+    reason = "CACHE_NOT_WRITABLE"
+    text = "the daemon cannot write to its cache ({problem}); check its owner, mode and disk"
+    problem: str
+
+
+@dataclass(eq=False)
+class DownloadCancelledError(LoaderdError):
+    """Somebody stopped the download."""
+
+    reason = "DOWNLOAD_CANCELLED"
+    text = "the download of {model!r} was cancelled by another call; start it again to go on"
+    model: str
+
+
+@dataclass(eq=False)
+class DownloadInterruptedError(LoaderdError):
+    """The process that downloaded was ended from outside."""
+
+    reason = "DOWNLOAD_INTERRUPTED"
+    text = "the process that downloaded {model!r} was killed; start it again to go on"
+    model: str
 
 
 BY_REASON: dict[str, type[LoaderdError]] = {

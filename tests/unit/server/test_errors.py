@@ -27,6 +27,12 @@ _DETAILS = {
     "SLOW_CONSUMER": "QuotaFailure",
     "WORKER_DIED": "RetryInfo",
     "DRAINING": "RetryInfo",
+    "HUB_UNAUTHORIZED": "ResourceInfo",
+    "SNAPSHOT_NOT_FOUND": "ResourceInfo",
+    "SNAPSHOT_IN_USE": "PreconditionFailure",
+    "CACHE_LIMIT": "QuotaFailure",
+    "CACHE_NOT_WRITABLE": "PreconditionFailure",
+    "DOWNLOAD_INTERRUPTED": "RetryInfo",
 }
 
 

@@ -42,7 +42,7 @@ def test_every_snapshot_is_listed_and_shared_blobs_count_once(cache: Path) -> No
     assert (first.file_count, first.size_bytes) == (4, size(SMALL_MODEL))
     assert contents.total_bytes == big.size_bytes + first.size_bytes + len(UPDATED["config.json"])
     assert updated.modified_at == datetime.fromtimestamp(3e9, UTC)
-    assert updated.accessed_at == datetime.fromtimestamp(2e9, UTC)
+    assert updated.last_used_at == datetime.fromtimestamp(2e9, UTC)
     assert updated.path == made_up_repo(cache).folder.snapshot(OTHER_COMMIT)
     # Looking is no use: nothing has been accessed since.
     assert describe(made_up_repo(cache).folder, OTHER_COMMIT) == updated

@@ -55,8 +55,9 @@ class Snapshot:
     """Whether all files that loading needs are there."""
     modified_at: datetime | None
     """When one of its files was last added, in UTC."""
-    accessed_at: datetime | None
-    """When one of its files was last read, in UTC, as far as the file system keeps count."""
+    last_used_at: datetime | None
+    """When it was last used, in UTC: loaded or downloaded by a daemon, or one of its files was
+    read, as far as the file system keeps count."""
     path: str
     """Its folder on the daemon's box."""
     stale: bool

@@ -242,10 +242,13 @@ class Load(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    ALLOW_PICKLE_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """The folder of the snapshot, complete and on this box."""
     model: _builtins.str
     """The name for error messages."""
+    allow_pickle: _builtins.bool
+    """The operator allows weights in pickles for this model."""
     @_builtins.property
     def options(self) -> _model_pb2.LoadOptions:
         """As asked for."""
@@ -256,10 +259,11 @@ class Load(_message.Message):
         path: _builtins.str = ...,
         model: _builtins.str = ...,
         options: _model_pb2.LoadOptions | None = ...,
+        allow_pickle: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "options", b"options", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_pickle", b"allow_pickle", "model", b"model", "options", b"options", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

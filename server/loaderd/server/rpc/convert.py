@@ -144,5 +144,5 @@ def snapshot(info: SnapshotInfo, *, stale: bool = False) -> cache_pb2.Snapshot:
         stale=stale,
     )
     message.modified_at.FromDatetime(info.modified_at)
-    message.accessed_at.FromDatetime(info.accessed_at)
+    message.last_used_at.FromDatetime(info.last_used_at)
     return message

@@ -35,6 +35,13 @@ _CODES = {
     "DRAINING": code_pb2.UNAVAILABLE,
     "DEADLINE": code_pb2.DEADLINE_EXCEEDED,
     "INTERNAL": code_pb2.INTERNAL,
+    "HUB_UNAUTHORIZED": code_pb2.PERMISSION_DENIED,
+    "SNAPSHOT_NOT_FOUND": code_pb2.NOT_FOUND,
+    "SNAPSHOT_IN_USE": code_pb2.FAILED_PRECONDITION,
+    "CACHE_LIMIT": code_pb2.RESOURCE_EXHAUSTED,
+    "CACHE_NOT_WRITABLE": code_pb2.FAILED_PRECONDITION,
+    "DOWNLOAD_CANCELLED": code_pb2.ABORTED,
+    "DOWNLOAD_INTERRUPTED": code_pb2.UNAVAILABLE,
 }
 """The gRPC code of each reason."""
 
@@ -44,6 +51,7 @@ _RETRY_AFTER_S = {
     "QUEUE_FULL": 1,
     "WORKER_DIED": 1,
     "DRAINING": 5,
+    "DOWNLOAD_INTERRUPTED": 1,
 }
 
 
@@ -82,7 +90,7 @@ def _bad_request(error: LoaderdError) -> Message:
 
 def _precondition(error: LoaderdError) -> Message:
     violation = error_details_pb2.PreconditionFailure.Violation(
-        type=error.reason, subject=error.metadata["model"], description=str(error)
+        type=error.reason, subject=error.metadata.get("model", "cache"), description=str(error)
     )
     details: Message = error_details_pb2.PreconditionFailure(violations=[violation])
     return details
@@ -111,4 +119,9 @@ _DESCRIPTIONS: dict[str, Callable[[LoaderdError], Message]] = {
     "DEVICE_MEMORY": _quota,
     "QUEUE_FULL": _quota,
     "SLOW_CONSUMER": _quota,
+    "HUB_UNAUTHORIZED": _resource,
+    "SNAPSHOT_NOT_FOUND": _resource,
+    "SNAPSHOT_IN_USE": _precondition,
+    "CACHE_LIMIT": _quota,
+    "CACHE_NOT_WRITABLE": _precondition,
 }

@@ -66,7 +66,7 @@ def plan(
         raise ModelUnsupportedError(model, problem)
     files = SnapshotFiles(repo, commit)
     planned = tuple(_planned(path, tree[path], files) for path in needed)
-    return DownloadPlan(model, name.revision, commit, planned, tree)
+    return DownloadPlan(model, name.revision, commit, planned, tree=tree)
 
 
 def download(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from loaderd.server.store.cache import TreeEntry
 
@@ -17,12 +18,33 @@ class PlannedFile:
         size_bytes: Its size.
         digest: What its content hashes to, which names its blob: sha256, or git's blob sha1.
         cached: Whether the cache has it already.
+        partial_bytes: What an interrupted download left of it.
     """
 
     path: str
     size_bytes: int
     digest: str
     cached: bool
+    partial_bytes: int = 0
+
+
+class SkipReason(StrEnum):
+    """Why a download leaves a file out; see `loaderd.v1.SkipReason`."""
+
+    PICKLE = "pickle"
+    OTHER_FORMAT = "other_format"
+    OTHER_COPY = "other_copy"
+    CODE = "code"
+    NOT_NEEDED = "not_needed"
+
+
+@dataclass(frozen=True)
+class SkippedFile:
+    """One file of a repository that a download leaves out."""
+
+    path: str
+    size_bytes: int
+    reason: SkipReason
 
 
 @dataclass(frozen=True)
@@ -34,6 +56,7 @@ class DownloadPlan:
         revision: The branch, tag or commit that was asked for.
         commit: What the hub says it is now: 40 hex digits.
         files: Every file that loading needs.
+        skipped: The other files of the repository, the largest first.
         tree: The hub's whole listing of the commit, to keep beside the snapshot.
     """
 
@@ -41,6 +64,7 @@ class DownloadPlan:
     revision: str
     commit: str
     files: tuple[PlannedFile, ...]
+    skipped: tuple[SkippedFile, ...] = ()
     tree: Mapping[str, TreeEntry] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -50,8 +74,18 @@ class DownloadPlan:
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes of the files that the cache lacks."""
-        return sum(file.size_bytes for file in self.files if not file.cached)
+        """Bytes that are to be fetched."""
+        missing = (file for file in self.files if not file.cached)
+        return sum(file.size_bytes - file.partial_bytes for file in missing)
+
+
+@dataclass(frozen=True)
+class FileProgress:
+    """How far one file of a download is."""
+
+    path: str
+    downloaded_bytes: int
+    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +97,10 @@ class DownloadProgress:
         total_bytes: Bytes of all files.
         completed_files: Files that are on disk.
         total_files: All files.
-        bytes_per_second: Mean rate of this download so far; 0 before the first byte.
+        bytes_per_second: Rate of the last ten seconds; 0 while nothing comes.
+        files: Those that are being fetched now, in the plan's order.
+        resumed_bytes: What an interrupted download had left and was not fetched again.
+        refetched_bytes: What had come and is fetched again.
     """
 
     downloaded_bytes: int = 0
@@ -71,3 +108,13 @@ class DownloadProgress:
     completed_files: int = 0
     total_files: int = 0
     bytes_per_second: float = 0.0
+    files: tuple[FileProgress, ...] = ()
+    resumed_bytes: int = 0
+    refetched_bytes: int = 0
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds left at that rate; None while they cannot be told."""
+        if not self.total_bytes or not self.bytes_per_second:
+            return None
+        return max(0, self.total_bytes - self.downloaded_bytes) / self.bytes_per_second

@@ -32,7 +32,7 @@ class SnapshotInfo:
         file_count: Number of its files.
         complete: Whether loading finds all that it needs.
         modified_at: When one of its files was last added.
-        accessed_at: When one of its files was last read, as far as the file system keeps count.
+        last_used_at: When one of its files was last read, as far as the file system keeps count.
         path: Its folder.
     """
 
@@ -43,7 +43,7 @@ class SnapshotInfo:
     file_count: int
     complete: bool
     modified_at: datetime
-    accessed_at: datetime
+    last_used_at: datetime
     path: Path
 
 
@@ -93,7 +93,7 @@ def _info(repo: RepoFolder, commit: str, files: list[os.stat_result]) -> Snapsho
         file_count=len(files),
         complete=_is_complete(repo, commit),
         modified_at=_time(max(file.st_mtime for file in dates)),
-        accessed_at=_time(max(file.st_atime for file in dates)),
+        last_used_at=_time(max(file.st_atime for file in dates)),
         path=path,
     )
 
