@@ -138,6 +138,12 @@ class ServerConfig(BaseSettings):
     stall_timeout: Seconds = Field(default=60, gt=0)
     """Seconds that a download may make no progress."""
 
+    hub_attempts: int = Field(default=4, ge=1, le=20)
+    """How often to ask the hub in all when it is busy or breaks off."""
+
+    hub_longest_wait: Seconds = Field(default=10, ge=0)
+    """Bound in seconds of each wait between them, also of what the hub asks for."""
+
     heartbeat_timeout: Seconds = Field(default=20, gt=2)
     """Seconds without a sign of life after which a worker is ended."""
 

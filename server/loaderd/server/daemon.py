@@ -18,6 +18,7 @@ from loaderd.server.models.loads import Loads
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.server import RpcServer
 from loaderd.server.store.cache import default_cache_dir
+from loaderd.server.store.hub_access import RetryPolicy
 from loaderd.server.store.store import ModelStore, StoreSettings
 from loaderd.server.supervisor.launcher import LocalLauncher
 from loaderd.server.supervisor.runtime_folder import RuntimeFolder
@@ -73,6 +74,7 @@ class Daemon:
                     hub_token=config.hub_token(),
                     offline=config.offline,
                     stall_timeout=config.stall_timeout,
+                    retry=RetryPolicy(config.hub_attempts, longest_wait=config.hub_longest_wait),
                 )
             )
             registry = ModelRegistry(config.max_requests)
