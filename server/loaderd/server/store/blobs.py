@@ -16,7 +16,8 @@ from loaderd.server.store.digests import digest_of_file
 from loaderd.server.store.plan import PlannedFile
 from loaderd.server.store.weights import check_weights
 
-# `<digest>.<8 hex>.incomplete`; older releases of the hub library leave the 8 hex out.
+# Ours is `<digest>.incomplete`, and a download goes on from it. The hub library puts 8 hex digits
+# in between, new ones each time, so that nobody can.
 _INCOMPLETE = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})(\.[0-9a-f]{8})?\.incomplete")
 
 
@@ -98,27 +99,38 @@ class SnapshotFiles:
         return True
 
 
-def sweep(repo: RepoFolder, *, min_age: float = 0.0) -> int:
-    """Deletes partial files of downloads that ended without finishing; returns their bytes.
+def unlocked_partials(repo: RepoFolder) -> list[Path]:
+    """The unfinished files that nobody writes to, ours and the hub library's, sorted.
 
     A partial file belongs to whoever holds the lock of its blob. Where the file system has no
-    such locks nothing is deleted.
+    such locks there are none.
+    """
+    return [path for path, unlocked in _partials(repo) if unlocked]
+
+
+def sweep(repo: RepoFolder, *, min_age: float = 0.0) -> int:
+    """Deletes unfinished files that no download can go on from; returns their bytes.
 
     Args:
         repo: The repository.
         min_age: Leave files alone that were written to less than so many seconds ago.
     """
     freed = 0
-    for path in repo.blobs.glob("*.incomplete"):
-        match = _INCOMPLETE.fullmatch(path.name)
-        if match is None:
-            continue
-        with _unlocked(repo.locks / f"{match[1]}.lock") as unlocked:
-            modified, size = _stat(path)
-            if unlocked and time.time() - modified >= min_age:
-                path.unlink(missing_ok=True)
-                freed += size
+    for path, unlocked in _partials(repo):
+        modified, size = _stat(path)
+        own = path.name.count(".") == 1
+        if unlocked and not own and time.time() - modified >= min_age:
+            path.unlink(missing_ok=True)
+            freed += size
     return freed
+
+
+def _partials(repo: RepoFolder) -> Iterator[tuple[Path, bool]]:
+    """The unfinished files, and whether nobody holds their lock; if so it is held meanwhile."""
+    for path in sorted(repo.blobs.glob("*.incomplete")):
+        if match := _INCOMPLETE.fullmatch(path.name):
+            with _unlocked(repo.locks / f"{match[1]}.lock") as unlocked:
+                yield path, unlocked
 
 
 @contextmanager
