@@ -105,3 +105,37 @@ async def test_a_late_waiter_gets_the_latest_progress() -> None:
         await published.wait()
         assert await first_progress() == 2
         assert await flight.result() == "done"
+
+
+async def test_an_aborted_flight_gives_all_waiters_the_error_and_the_next_one_starts_anew() -> None:
+    flights: SingleFlight[str, int, str] = SingleFlight()
+    release = asyncio.Event()
+    stopped = 0
+
+    async def work(publish: Callable[[int], None]) -> str:
+        nonlocal stopped
+        publish(1)
+        try:
+            await release.wait()
+        except asyncio.CancelledError:
+            stopped += 1
+            raise
+        return "done"
+
+    async def wait() -> str:
+        async with flights.join("key", work) as flight:
+            async for _ in flight.progress():
+                pass
+            return await flight.result()
+
+    waiters = [asyncio.create_task(wait()) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    (flight,) = flights.flights.values()
+    assert (flight.waiters, flight.latest) == (2, 1)
+    await flight.abort(OSError("stop"))
+    assert stopped == 1
+    outcomes = await asyncio.gather(*waiters, return_exceptions=True)
+    assert [str(outcome) for outcome in outcomes] == ["stop", "stop"]
+    assert not flights.flights
+    release.set()
+    assert await wait() == "done"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -16,13 +17,20 @@ Publish = Callable[[P], None]
 
 
 class Flight(Generic[P, R]):
-    """Work under way, shared by its waiters."""
+    """Work under way, shared by its waiters.
+
+    Attributes:
+        waiters: How many wait for it.
+        latest: What it published last; None before the first time.
+        task: The work.
+    """
 
     def __init__(self, work: Callable[[Publish[P]], Awaitable[R]]) -> None:
         self.waiters = 0
-        self._progress: P | None = None
+        self.latest: P | None = None
         self._version = 0
         self._changed = asyncio.Event()
+        self._abort_error: Exception | None = None
         self.task = asyncio.ensure_future(work(self._publish))
         self.task.add_done_callback(self._ended)
 
@@ -34,9 +42,9 @@ class Flight(Generic[P, R]):
         seen = 0
         while True:
             changed = self._changed
-            if self._progress is not None and self._version != seen:
+            if self.latest is not None and self._version != seen:
                 seen = self._version
-                yield self._progress
+                yield self.latest
             elif self.task.done():
                 return
             else:
@@ -48,10 +56,21 @@ class Flight(Generic[P, R]):
         Raises:
             BaseException: Whatever the work raised.
         """
-        return await asyncio.shield(self.task)
+        try:
+            return await asyncio.shield(self.task)
+        except asyncio.CancelledError:
+            if self.task.cancelled() and self._abort_error is not None:
+                raise self._abort_error from None
+            raise
+
+    async def abort(self, error: Exception) -> None:
+        """Stops the work for all waiters, who get `error`; waits until it has stopped."""
+        self._abort_error = error
+        self.task.cancel()
+        await asyncio.wait([self.task])
 
     def _publish(self, value: P) -> None:
-        self._progress = value
+        self.latest = value
         self._version += 1
         self._wake()
 
@@ -74,6 +93,11 @@ class SingleFlight(Generic[K, P, R]):
 
     def __init__(self) -> None:
         self._flights: dict[K, Flight[P, R]] = {}
+
+    @property
+    def flights(self) -> Mapping[K, Flight[P, R]]:
+        """The flights under way by key."""
+        return MappingProxyType(self._flights)
 
     @asynccontextmanager
     async def join(

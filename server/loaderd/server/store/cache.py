@@ -7,22 +7,28 @@ The layout is that of the hub library, which shares the cache with us:
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loaderd.server.errors import InvalidNameError
+from loaderd.server.errors import CacheNotWritableError, InvalidNameError
 from loaderd.server.store.names import HubName, is_commit
 
 TREE_FORMAT_VERSION = 1
 
 _FOLDER_PREFIX = "models--"
 _SHARED_MARKER = ".huggingface-shared-blobs"
+_COMMIT_BEGIN = re.compile(r"[0-9a-f]{7,39}")
+# `<digest>`, or `<digest>.<8 hex>.incomplete`, of which older releases leave the 8 hex out.
+_BLOB = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})((\.[0-9a-f]{8})?\.incomplete)?")
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 _TEMPORARY = re.compile(r".*\.[0-9a-f]{8}\.tmp")
 
 
@@ -82,6 +88,10 @@ class RepoFolder:
         """Where the files' contents are, each named by its hash."""
         return self.path / "blobs"
 
+    def lock(self, digest: str) -> Path:
+        """What whoever writes, links or deletes a blob holds meanwhile."""
+        return self.locks / f"{digest}.lock"
+
     def snapshot(self, commit: str) -> Path:
         """The folder with a commit's files: links into `blobs`."""
         return self.path / "snapshots" / commit
@@ -102,6 +112,18 @@ class RepoFolder:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError):
             return None
         return commit if is_commit(commit) else None
+
+    def cached_commit(self, revision: str) -> str | None:
+        """The commit of the snapshot that a branch, a tag, or the begin of a commit names.
+
+        None when there is no such snapshot, or several commits begin so.
+        """
+        commits = self.commits()
+        commit = self.commit_of(revision)
+        if commit is None and _COMMIT_BEGIN.fullmatch(revision):
+            begun = [each for each in commits if each.startswith(revision)]
+            commit = begun[0] if len(begun) == 1 else None
+        return commit if commit in commits else None
 
     def refs(self) -> dict[str, list[str]]:
         """The names of branches and tags by their commit, sorted."""
@@ -126,12 +148,16 @@ class RepoFolder:
                 (self.path / "refs" / folder).unlink()
         if ref.is_dir():
             shutil.rmtree(ref)
-        _replace(ref, commit)
+        replace_text(ref, commit)
+
+    def tree(self, commit: str) -> Path:
+        """The file with the hub's listing of a commit."""
+        return self.path / "trees" / f"{commit}.json"
 
     def read_tree(self, commit: str) -> dict[str, TreeEntry] | None:
         """The hub's listing of a commit; None when the cache has none that is readable."""
         try:
-            data = json.loads(self._tree(commit).read_bytes())
+            data = json.loads(self.tree(commit).read_bytes())
             if data["format_version"] != TREE_FORMAT_VERSION:
                 return None
             return {name: _tree_entry(entry) for name, entry in data["files"].items()}
@@ -147,7 +173,7 @@ class RepoFolder:
             if entry.lfs_sha256 is not None:
                 files[name] |= {"lfs_sha256": entry.lfs_sha256, "lfs_size": entry.size}
         data = {"format_version": TREE_FORMAT_VERSION, "files": files}
-        _replace(self._tree(commit), json.dumps(data, indent=1))
+        replace_text(self.tree(commit), json.dumps(data, indent=1))
 
     def holds(self, real: Path) -> bool:
         """Whether a real path is where a link of this repository's snapshots may point.
@@ -161,10 +187,6 @@ class RepoFolder:
             homes.append(shared)
         return any(real.is_relative_to(os.path.realpath(home)) for home in homes)
 
-    def _tree(self, commit: str) -> Path:
-        return self.path / "trees" / f"{commit}.json"
-
-
 def default_cache_dir() -> Path:
     """The cache that the hub library uses in this environment, as an absolute path."""
     home = _expand(
@@ -175,6 +197,28 @@ def default_cache_dir() -> Path:
     )
     legacy = os.environ.get("HUGGINGFACE_HUB_CACHE", str(Path(home, "hub")))
     return Path(_expand(os.environ.get("HF_HUB_CACHE", legacy))).absolute()
+
+
+def digest_of_blob(name: str) -> str | None:
+    """The digest of the content that a file in `blobs` is, or is a part of; None for others."""
+    match = _BLOB.fullmatch(name)
+    return match and match[1]
+
+
+@contextmanager
+def writing(cache_dir: Path) -> Iterator[None]:
+    """While the cache is written to: says by a typed error that it cannot be.
+
+    Raises:
+        CacheNotWritableError: Its owner, mode or disk forbids it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        place = os.path.relpath(error.filename or cache_dir, cache_dir)
+        raise CacheNotWritableError(f"{place}: {error.strerror}") from error
 
 
 def _expand(path: str) -> str:
@@ -189,7 +233,7 @@ def _tree_entry(data: dict[str, object]) -> TreeEntry:
     return TreeEntry(size, blob_id, None if sha256 is None else str(sha256))
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Writes a file such that no reader ever sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")

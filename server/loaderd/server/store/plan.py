@@ -118,3 +118,16 @@ class DownloadProgress:
         if not self.total_bytes or not self.bytes_per_second:
             return None
         return max(0, self.total_bytes - self.downloaded_bytes) / self.bytes_per_second
+
+
+@dataclass(frozen=True)
+class DownloadState:
+    """Where a download stands.
+
+    Attributes:
+        plan: What it fetches; None while the hub has not said.
+        progress: How far it is.
+    """
+
+    plan: DownloadPlan | None = None
+    progress: DownloadProgress = DownloadProgress()
