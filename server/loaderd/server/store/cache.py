@@ -187,6 +187,7 @@ class RepoFolder:
             homes.append(shared)
         return any(real.is_relative_to(os.path.realpath(home)) for home in homes)
 
+
 def default_cache_dir() -> Path:
     """The cache that the hub library uses in this environment, as an absolute path."""
     home = _expand(
@@ -217,7 +218,9 @@ def writing(cache_dir: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:
             raise
-        place = os.path.relpath(error.filename or cache_dir, cache_dir)
+        place = Path(error.filename or cache_dir)
+        if place.is_relative_to(cache_dir):
+            place = place.relative_to(cache_dir.parent)
         raise CacheNotWritableError(f"{place}: {error.strerror}") from error
 
 

@@ -1,0 +1,136 @@
+"""What the daemon remembers of a repository beside the hub library's own files.
+
+One small file in the repository's folder, which the library does not look at:
+`.loaderd.json`. Several daemons may share a cache: whoever changes the file holds its lock.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from loaderd.server.store.cache import RepoFolder, replace_text, writing
+from loaderd.server.store.locks import locked
+from loaderd.server.store.names import is_commit
+
+FORMAT_VERSION = 1
+
+_LOCK = "loaderd"
+
+
+def note_used(repo: RepoFolder, commit: str, when: datetime) -> None:
+    """Remembers when a snapshot was used. The latest time counts, in whatever order they come.
+
+    Args:
+        repo: The repository.
+        commit: The snapshot's commit.
+        when: With a time zone.
+
+    Raises:
+        CacheNotWritableError: The cache cannot be written to.
+    """
+
+    def note(records: _Records) -> _Records:
+        latest = max(when.astimezone(UTC), records.used.get(commit, when))
+        return _Records({**records.used, commit: latest}, records.complete)
+
+    _change(repo, note)
+
+
+def last_used(repo: RepoFolder) -> dict[str, datetime]:
+    """When snapshots were used last, by commit, as far as it is remembered."""
+    return dict(_read(repo).used)
+
+
+def note_complete(repo: RepoFolder, revision: str, commit: str) -> None:
+    """Remembers that a revision's snapshot is whole.
+
+    Another program may move the revision on and then fail to fetch it. This is then the last
+    good one.
+
+    Raises:
+        CacheNotWritableError: The cache cannot be written to.
+    """
+    _change(repo, lambda old: _Records(old.used, {**old.complete, revision: commit}))
+
+
+def last_complete(repo: RepoFolder, revision: str) -> str | None:
+    """The commit that was last known to be whole; it may be deleted or damaged since."""
+    return _read(repo).complete.get(revision)
+
+
+def forget(repo: RepoFolder, commits: Collection[str]) -> None:
+    """Drops all that is remembered of snapshots that were deleted.
+
+    Raises:
+        CacheNotWritableError: The cache cannot be written to.
+    """
+
+    def drop(records: _Records) -> _Records:
+        used = {commit: when for commit, when in records.used.items() if commit not in commits}
+        complete = {name: each for name, each in records.complete.items() if each not in commits}
+        return _Records(used, complete)
+
+    _change(repo, drop)
+
+
+def path_of(repo: RepoFolder) -> Path:
+    """The file."""
+    return repo.path / ".loaderd.json"
+
+
+@dataclass(frozen=True)
+class _Records:
+    used: Mapping[str, datetime] = field(default_factory=dict)
+    complete: Mapping[str, str] = field(default_factory=dict)
+
+
+def _change(repo: RepoFolder, change: Callable[[_Records], _Records]) -> None:
+    with writing(repo.cache_dir):
+        if not repo.path.is_dir():  # deleted meanwhile: nothing to remember
+            return
+        with locked(repo.lock(_LOCK)):
+            old = _read(repo)
+            new = change(old)
+            if new != old:
+                replace_text(path_of(repo), _encode(new))
+
+
+def _encode(records: _Records) -> str:
+    data = {
+        "format_version": FORMAT_VERSION,
+        "used": {commit: when.isoformat() for commit, when in records.used.items()},
+        "complete": dict(records.complete),
+    }
+    return json.dumps(data, indent=1)
+
+
+def _read(repo: RepoFolder) -> _Records:
+    """What is remembered; nothing when the file is damaged: it only ever helps."""
+    try:
+        data = json.loads(path_of(repo).read_bytes())
+        if data["format_version"] != FORMAT_VERSION:
+            return _Records()
+        used = {commit: _time(text) for commit, text in _by_name(data["used"])}
+        complete = {name: _commit(commit) for name, commit in _by_name(data["complete"])}
+        return _Records(used, complete)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return _Records()
+
+
+def _by_name(data: Any) -> list[tuple[str, str]]:
+    return list(data.items())
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text).astimezone(UTC)
+
+
+def _commit(text: str) -> str:
+    if not is_commit(text):
+        raise ValueError("not a commit")
+    return text
