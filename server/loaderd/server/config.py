@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -102,6 +109,11 @@ class ServerConfig(BaseSettings):
     cache_dir: Annotated[FilePath, AfterValidator(_no_file)] | None = None
     """Hugging Face cache. Default: as the hub library: HF_HUB_CACHE, else HF_HOME/hub, else
     ~/.cache/huggingface/hub."""
+
+    cache_max_bytes: ByteSize | None = Field(default=None, gt=0)
+    """How large downloads may make the cache, such as 500GB or 2TiB. Before one that does not fit,
+    snapshots that were not used for longest and are not in use are deleted. Default: no limit, and
+    nothing is deleted unasked."""
 
     allow_local: Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(_split_paths)] = Field(
         default_factory=_default_local_roots
