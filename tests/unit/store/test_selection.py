@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loaderd.server.errors import ModelUnsupportedError
-from loaderd.server.store.selection import select, weights_index
+from loaderd.server.store.cache import TreeEntry
+from loaderd.server.store.plan import SkipReason
+from loaderd.server.store.selection import find_weights, is_index, is_pickle, left_out, select
 
 
 def _listing(names: str) -> list[str]:
@@ -74,14 +78,14 @@ QWEN_SHARDS = [
         ),
         pytest.param(
             GPT2,
-            None,
+            [],
             "config.json generation_config.json generation_config_for_text_generation.json "
             "merges.txt model.safetensors tokenizer.json tokenizer_config.json vocab.json",
             id="gpt2",
         ),
         pytest.param(
             VARIANTS,
-            None,
+            [],
             "config.json model.safetensors spiece.model tokenizer.json",
             id="variants",
         ),
@@ -96,23 +100,25 @@ QWEN_SHARDS = [
     ],
 )
 def test_loading_needs_one_copy_of_the_weights_and_the_small_files(
-    names: list[str], shards: list[str] | None, chosen: str
+    names: list[str], shards: list[str], chosen: str
 ) -> None:
-    is_sharded = weights_index(names, "org/model") is not None
-    assert is_sharded is (shards is not None)
-    assert select(names, shards) == chosen.split()
+    weights = find_weights(names, "org/model", allow_pickle=False)
+    assert is_index(weights) is bool(shards)
+    assert select(names, {weights, *shards}) == chosen.split()
 
 
 def test_one_file_wins_over_shards_as_in_transformers() -> None:
     names = ["model.safetensors", *LLAMA]
-    assert weights_index(names, "org/model") is None
-    assert not {"model.safetensors.index.json", *LLAMA_SHARDS} & set(select(names, None))
+    assert find_weights(names, "org/model", allow_pickle=False) == "model.safetensors"
+    chosen = select(names, {"model.safetensors"})
+    assert not {"model.safetensors.index.json", *LLAMA_SHARDS} & set(chosen)
 
 
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
-        (["config.json", "pytorch_model.bin"], "only safetensors weights are loaded"),
+        (["config.json", "tf_model.h5"], "only safetensors weights are loaded"),
+        (["config.json", "weights.pt"], "only safetensors weights are loaded"),
         (["config.json", "model-q4_k_m.gguf"], "only safetensors weights are loaded"),
         (["config.json", "adapter_model.safetensors"], "neither model.safetensors nor listed"),
         (["config.json", "model.fp16.safetensors"], "neither model.safetensors nor listed"),
@@ -121,6 +127,81 @@ def test_one_file_wins_over_shards_as_in_transformers() -> None:
     ],
 )
 def test_what_cannot_be_loaded_is_said(names: list[str], problem: str) -> None:
+    for allow_pickle in (False, True):
+        with pytest.raises(ModelUnsupportedError) as caught:
+            find_weights(names, "org/model", allow_pickle=allow_pickle)
+        assert problem in caught.value.problem
+
+
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+
+
+@pytest.mark.parametrize("names", [[PICKLE], [PICKLE_INDEX], [PICKLE, "model.fp16.safetensors"]])
+def test_pickles_are_refused_with_the_way_to_allow_them(names: list[str]) -> None:
     with pytest.raises(ModelUnsupportedError) as caught:
-        weights_index(names, "org/model")
-    assert problem in caught.value.problem
+        find_weights(names, "org/model", allow_pickle=False)
+    assert "--allow-pickle org/model" in str(caught.value)
+    assert find_weights(names, "org/model", allow_pickle=True) == names[0]
+
+
+@pytest.mark.parametrize("names", [GPT2, VARIANTS, [*LLAMA, PICKLE, PICKLE_INDEX]])
+def test_safetensors_are_taken_whatever_is_allowed(names: list[str]) -> None:
+    for allow_pickle in (False, True):
+        weights = find_weights(names, "org/model", allow_pickle=allow_pickle)
+        assert weights.startswith("model.safetensors")
+        assert not any(is_pickle(name) for name in select(names, {weights}))
+
+
+def test_one_pickle_wins_over_shards_as_in_transformers() -> None:
+    assert find_weights([PICKLE_INDEX, PICKLE], "org/model", allow_pickle=True) == PICKLE
+
+
+def test_what_is_left_out_is_told_with_its_reason_and_the_largest_first() -> None:
+    sizes = {
+        "model.safetensors": 50,
+        "config.json": 1,
+        "pytorch_model.bin": 70,
+        "pytorch_model.bin.index.json": 2,
+        "original/consolidated.00.pth": 70,
+        "tf_model.h5": 60,
+        "onnx/model.onnx": 40,
+        "model-q4_k_m.gguf": 30,
+        "model.fp16.safetensors": 25,
+        "model.safetensors.index.fp16.json": 3,
+        "modeling_custom.py": 5,
+        "README.md": 6,
+        ".gitattributes": 4,
+    }
+    tree = {path: TreeEntry(size, "0" * 40) for path, size in sizes.items()}
+    needed = select(tree, {"model.safetensors"})
+    assert [(file.path, file.reason, file.size_bytes) for file in left_out(tree, needed)] == [
+        ("original/consolidated.00.pth", SkipReason.PICKLE, 70),
+        ("pytorch_model.bin", SkipReason.PICKLE, 70),
+        ("tf_model.h5", SkipReason.OTHER_FORMAT, 60),
+        ("onnx/model.onnx", SkipReason.OTHER_FORMAT, 40),
+        ("model-q4_k_m.gguf", SkipReason.OTHER_FORMAT, 30),
+        ("model.fp16.safetensors", SkipReason.OTHER_COPY, 25),
+        ("README.md", SkipReason.NOT_NEEDED, 6),
+        ("modeling_custom.py", SkipReason.CODE, 5),
+        (".gitattributes", SkipReason.NOT_NEEDED, 4),
+        ("model.safetensors.index.fp16.json", SkipReason.OTHER_COPY, 3),
+        ("pytorch_model.bin.index.json", SkipReason.PICKLE, 2),
+    ]
+
+
+PATHS = st.sampled_from([*LLAMA, *MISTRAL, *GPT2, *VARIANTS, *QWEN, PICKLE]) | st.text(min_size=1)
+
+
+@given(st.dictionaries(PATHS, st.integers(0, 1 << 40)), st.booleans())
+def test_every_file_is_either_chosen_or_left_out(sizes: dict[str, int], allow: bool) -> None:
+    tree = {path: TreeEntry(size, "0" * 40) for path, size in sizes.items()}
+    try:
+        weights = find_weights(tree, "org/model", allow_pickle=allow)
+    except ModelUnsupportedError:
+        return
+    chosen = select(tree, {weights})
+    skipped = [file.path for file in left_out(tree, chosen)]
+    assert sorted(chosen + skipped) == sorted(tree)
+    sizes_left_out = [file.size_bytes for file in left_out(tree, chosen)]
+    assert sizes_left_out == sorted(sizes_left_out, reverse=True)

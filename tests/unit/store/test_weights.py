@@ -18,6 +18,9 @@ from tests.unit.store.caches import safetensors
 
 numpy = pytest.importorskip("numpy")
 
+INDEX = "model.safetensors.index.json"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+
 
 def check(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -73,25 +76,38 @@ def test_a_header_that_claims_to_be_huge_is_not_read() -> None:
 
 def test_an_index_names_its_shards() -> None:
     data = json.dumps({"metadata": {}, "weight_map": {"a": "x.safetensors", "b": "y.safetensors"}})
-    assert read_shards(data.encode(), "org/model") == {"x.safetensors", "y.safetensors"}
+    assert read_shards(data.encode(), INDEX, "org/model") == {"x.safetensors", "y.safetensors"}
 
 
 @given(st.one_of(st.binary(), JSON.map(json.dumps).map(str.encode)))
 def test_any_other_index_is_corrupt_and_nothing_worse(data: bytes) -> None:
     with pytest.raises(SnapshotCorruptError):
-        read_shards(data, "org/model")
+        read_shards(data, INDEX, "org/model")
 
 
 @given(st.text())
 def test_shards_are_plain_file_names(name: str) -> None:
     data = json.dumps({"weight_map": {"a": name}}).encode()
     try:
-        shards = read_shards(data, "org/model")
+        shards = read_shards(data, INDEX, "org/model")
     except SnapshotCorruptError:
         return
     assert shards == {name}
     assert Path("/folder", name).parent == Path("/folder")
     assert name.endswith(".safetensors")
+
+
+def test_an_index_names_shards_of_its_own_format_only() -> None:
+    pickles = json.dumps({"weight_map": {"a": "x.bin", "b": "y.bin"}}).encode()
+    assert read_shards(pickles, PICKLE_INDEX, "org/model") == {"x.bin", "y.bin"}
+    safetensors_files = json.dumps({"weight_map": {"a": "x.safetensors"}}).encode()
+    for data, index in ((pickles, INDEX), (safetensors_files, PICKLE_INDEX)):
+        with pytest.raises(SnapshotCorruptError) as caught:
+            read_shards(data, index, "org/model")
+        assert caught.value.file == index
+    outside = json.dumps({"weight_map": {"a": "../other/x.bin"}}).encode()
+    with pytest.raises(SnapshotCorruptError):
+        read_shards(outside, PICKLE_INDEX, "org/model")
 
 
 def test_offsets_beyond_all_numbers_are_damage() -> None:
@@ -103,4 +119,4 @@ def test_offsets_beyond_all_numbers_are_damage() -> None:
 def test_a_shard_whose_name_no_file_system_takes_is_damage() -> None:
     index = json.dumps({"weight_map": {"a": "x" * 400 + ".safetensors"}})
     with pytest.raises(SnapshotCorruptError):
-        read_shards(index.encode(), "org/model")
+        read_shards(index.encode(), INDEX, "org/model")

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loaderd.server.store.reading import open_unnoticed
+
 if TYPE_CHECKING:
     from hashlib import _Hash
 
@@ -27,22 +29,23 @@ def is_digest(text: str) -> bool:
 
 def digest_of_bytes(data: bytes, like: str) -> str:
     """The digest of the kind of `like`."""
-    digest = _new(like, len(data))
+    digest = new_digest(like, len(data))
     digest.update(data)
     return digest.hexdigest()
 
 
 def digest_of_file(path: Path, like: str, on_bytes: Callable[[int], None] = lambda _: None) -> str:
     """The digest of the kind of `like`; tells `on_bytes` of every piece that was read."""
-    digest = _new(like, path.stat().st_size)
-    with path.open("rb") as content:
+    digest = new_digest(like, path.stat().st_size)
+    with open_unnoticed(path) as content:
         while chunk := content.read(_CHUNK_BYTES):
             digest.update(chunk)
             on_bytes(len(chunk))
     return digest.hexdigest()
 
 
-def _new(like: str, size: int) -> _Hash:
+def new_digest(like: str, size: int) -> _Hash:
+    """The digest of the kind of `like`, of a content of `size` bytes that is yet to come."""
     if len(like) == _SHA256_LENGTH:
         return hashlib.sha256()
     return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)

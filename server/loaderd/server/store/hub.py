@@ -8,7 +8,7 @@ it has come, and the revision's ref moves only when the whole snapshot is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -23,7 +23,7 @@ from loaderd.server.store.hub_guard import Exchange, guard
 from loaderd.server.store.hub_listing import fetch_file, list_files
 from loaderd.server.store.names import HubName
 from loaderd.server.store.plan import DownloadPlan, PlannedFile
-from loaderd.server.store.selection import CONFIG, WEIGHTS_INDEX, select, weights_index
+from loaderd.server.store.selection import CONFIG, find_weights, is_index, left_out, select
 from loaderd.server.store.weights import read_shards
 
 # A listing has 1000 files a page; the largest repositories have some ten thousands.
@@ -35,6 +35,8 @@ def plan(
     cache_dir: Path,
     access: HubAccess,
     on_response: Callable[[], None] = lambda: None,
+    *,
+    allow_pickle: bool = False,
 ) -> DownloadPlan:
     """Asks the hub what a download would fetch. Writes nothing.
 
@@ -43,6 +45,7 @@ def plan(
         cache_dir: The Hugging Face cache.
         access: The hub.
         on_response: Called whenever the hub has answered.
+        allow_pickle: The operator allows weights in pickles for this repository.
 
     Raises:
         ModelNotFoundError, RevisionNotFoundError, ModelGatedError: The hub says so.
@@ -57,16 +60,20 @@ def plan(
         commit, tree = list_files(name, access)
         if CONFIG not in tree:
             raise ModelUnsupportedError(model, f"its repository has no {CONFIG}")
-        shards = None
-        if weights_index(tree, model) is not None:
-            shards = read_shards(_index(repo, commit, tree[WEIGHTS_INDEX], access), model)
-    needed = select(tree, shards)
+        weights = find_weights(tree, model, allow_pickle=allow_pickle)
+        shards: Collection[str] = ()
+        if is_index(weights):
+            shards = read_shards(
+                _index(repo, commit, weights, tree[weights], access), weights, model
+            )
+    needed = select(tree, {weights, *shards})
     if not tree.keys() >= set(needed):
-        problem = f"its {WEIGHTS_INDEX} names a file that its repository lacks"
+        problem = f"its {weights} names a file that its repository lacks"
         raise ModelUnsupportedError(model, problem)
     files = SnapshotFiles(repo, commit)
     planned = tuple(_planned(path, tree[path], files) for path in needed)
-    return DownloadPlan(model, name.revision, commit, planned, tree=tree)
+    skipped = left_out(tree, set(needed))
+    return DownloadPlan(model, name.revision, commit, planned, skipped, tree)
 
 
 def download(
@@ -109,11 +116,11 @@ def _bounded(on_response: Callable[[], None], model: str) -> Callable[[], None]:
     return bounded
 
 
-def _index(repo: RepoFolder, commit: str, entry: TreeEntry, access: HubAccess) -> bytes:
+def _index(repo: RepoFolder, commit: str, path: str, entry: TreeEntry, access: HubAccess) -> bytes:
     blob = repo.blobs / entry.digest
     if blob.is_file() and digest_of_file(blob, entry.digest) == entry.digest:
         return blob.read_bytes()
-    return fetch_file(repo.repo_id, commit, WEIGHTS_INDEX, entry, access)
+    return fetch_file(repo.repo_id, commit, path, entry, access)
 
 
 def _planned(path: str, entry: TreeEntry, files: SnapshotFiles) -> PlannedFile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,10 @@ from loaderd.server.store.selection import (
     CHAT_TEMPLATE_FOLDER,
     CONFIG,
     SINGLE_WEIGHTS,
+    find_weights,
     has_weights,
+    is_index,
     select,
-    weights_index,
 )
 from loaderd.server.store.weights import check_weights, read_shards
 
@@ -92,8 +93,24 @@ Resolution = LocalFolder | CachedSnapshot | NotCached
 _Confine = Callable[[str, Path], None]
 
 
+def allows_pickle(allowed: Collection[str], name: HubName | LocalName) -> bool:
+    """Whether the operator allows weights in pickles for a name.
+
+    Args:
+        allowed: Repository ids, and real paths of local folders.
+        name: The name.
+    """
+    if isinstance(name, LocalName):
+        return os.path.realpath(name.path) in allowed
+    return name.repo_id in allowed
+
+
 def resolve(
-    name: HubName | LocalName, *, cache_dir: Path, local_roots: Sequence[Path] | None
+    name: HubName | LocalName,
+    *,
+    cache_dir: Path,
+    local_roots: Sequence[Path] | None,
+    allow_pickle: bool = False,
 ) -> Resolution:
     """Finds a name's files and checks that they are whole.
 
@@ -104,6 +121,7 @@ def resolve(
         name: What to look for.
         cache_dir: The Hugging Face cache; it need not exist.
         local_roots: The folders below which local models may be; None: anywhere.
+        allow_pickle: The operator allows weights in pickles for this name.
 
     Raises:
         ModelNotFoundError: There is no such local folder.
@@ -112,16 +130,30 @@ def resolve(
             is not a model that can be loaded.
     """
     if isinstance(name, LocalName):
-        return _resolve_local(name, local_roots)
-    return _resolve_cached(name, cache_dir)
+        return _resolve_local(name, local_roots, allow_pickle)
+    return _resolve_cached(name, cache_dir, allow_pickle)
 
 
-def check_snapshot(repo: RepoFolder, commit: str) -> int:
+def check_snapshot(repo: RepoFolder, commit: str, *, allow_pickle: bool = False) -> int:
     """The bytes of the files that loading a cached snapshot needs.
 
     Raises:
         SnapshotIncompleteError, SnapshotCorruptError, ModelUnsupportedError: It cannot be loaded.
     """
+    return _snapshot_files(repo, commit, allow_pickle).check()
+
+
+def needed_files(repo: RepoFolder, commit: str, *, allow_pickle: bool = False) -> list[str]:
+    """The files that loading a cached snapshot needs, whether they are there or not.
+
+    Raises:
+        SnapshotIncompleteError, SnapshotCorruptError, ModelUnsupportedError: Its weights' index
+            cannot be read, or it has no weights.
+    """
+    return _snapshot_files(repo, commit, allow_pickle).needed()
+
+
+def _snapshot_files(repo: RepoFolder, commit: str, allow_pickle: bool) -> _ModelFiles:
     model = repo.repo_id
 
     def confine(file: str, real: Path) -> None:
@@ -135,10 +167,12 @@ def check_snapshot(repo: RepoFolder, commit: str) -> int:
     if tree is None and not has_weights(_names(folder)):
         # Somebody fetched a part of it, such as the tokenizer: the hub may well have weights.
         raise SnapshotIncompleteError(model, SINGLE_WEIGHTS)
-    return _check_folder(folder, model, confine, tree)
+    return _ModelFiles(folder, model, confine, tree, allow_pickle)
 
 
-def _resolve_local(name: LocalName, roots: Sequence[Path] | None) -> LocalFolder:
+def _resolve_local(
+    name: LocalName, roots: Sequence[Path] | None, allow_pickle: bool
+) -> LocalFolder:
     model = str(name)
     real_roots = None if roots is None else [Path(os.path.realpath(root)) for root in roots]
 
@@ -165,7 +199,8 @@ def _resolve_local(name: LocalName, roots: Sequence[Path] | None) -> LocalFolder
             raise InvalidNameError("model", f"{model!r} is a file; give the folder that holds it")
         if not folder.is_dir():
             raise ModelNotFoundError(model)
-        return LocalFolder(folder, _check_folder(folder, model, confine, None))
+        files = _ModelFiles(folder, model, confine, None, allow_pickle)
+        return LocalFolder(folder, files.check())
     except FileNotFoundError:  # deleted meanwhile
         raise ModelNotFoundError(model) from None
     except PermissionError:
@@ -175,13 +210,15 @@ def _resolve_local(name: LocalName, roots: Sequence[Path] | None) -> LocalFolder
         raise InvalidNameError("model", f"{model!r} cannot be read: {error.strerror}") from None
 
 
-def _resolve_cached(name: HubName, cache_dir: Path) -> CachedSnapshot | NotCached:
+def _resolve_cached(
+    name: HubName, cache_dir: Path, allow_pickle: bool
+) -> CachedSnapshot | NotCached:
     repo = RepoFolder(cache_dir, name.repo_id)
     try:
         commit = repo.commit_of(name.revision)
         if commit is None or not repo.snapshot(commit).is_dir():
             return NotCached(name)
-        size = check_snapshot(repo, commit)
+        size = check_snapshot(repo, commit, allow_pickle=allow_pickle)
     except (SnapshotIncompleteError, SnapshotCorruptError, ModelUnsupportedError) as problem:
         return NotCached(name, commit, problem)
     except OSError:  # deleted meanwhile, or not ours to read
@@ -189,36 +226,62 @@ def _resolve_cached(name: HubName, cache_dir: Path) -> CachedSnapshot | NotCache
     return CachedSnapshot(name.repo_id, name.revision, commit, repo.snapshot(commit), size)
 
 
-def _check_folder(
-    folder: Path, model: str, confine: _Confine, tree: Mapping[str, TreeEntry] | None
-) -> int:
-    """Checks every file that loading needs; returns their bytes."""
+@dataclass(frozen=True)
+class _ModelFiles:
+    """The files of a model in a folder.
 
-    def real_path(file: str) -> Path:
-        real = Path(os.path.realpath(folder / file))
-        confine(file, real)
-        if not real.is_file():
-            raise SnapshotIncompleteError(model, file)
-        return real
+    Attributes:
+        folder: The folder.
+        model: The model, for errors.
+        confine: Refuses real paths out of bounds.
+        tree: The hub's listing, if the cache has it.
+        allow_pickle: Take pickles when there are no safetensors.
+    """
 
-    present = _names(folder)
-    names = present if tree is None else tree.keys()
-    _check_config(_read(real_path(CONFIG), CONFIG, model), model)
-    index = weights_index(names, model)
-    shards = None
-    if index is not None:
-        shards = read_shards(_read(real_path(index), index, model), model)
-    total = 0
-    for file in select(present | (_ESSENTIAL & set(names)), shards):
-        real = real_path(file)
+    folder: Path
+    model: str
+    confine: _Confine
+    tree: Mapping[str, TreeEntry] | None
+    allow_pickle: bool
+
+    def check(self) -> int:
+        """Checks every file that loading needs; returns their bytes."""
+        _check_config(self._read(CONFIG), self.model)
+        return sum(self._check(file) for file in self.needed())
+
+    def needed(self) -> list[str]:
+        """Every file that loading needs."""
+        present = _names(self.folder)
+        names = present if self.tree is None else self.tree.keys()
+        weights = find_weights(names, self.model, allow_pickle=self.allow_pickle)
+        shards: Collection[str] = ()
+        if is_index(weights):
+            shards = read_shards(self._read(weights), weights, self.model)
+        return select(present | (_ESSENTIAL & set(names)), {weights, *shards})
+
+    def _check(self, file: str) -> int:
+        real = self._real_path(file)
         size = real.stat().st_size
-        entry = None if tree is None else tree.get(file)
+        entry = None if self.tree is None else self.tree.get(file)
         if entry is not None and size != entry.size:
-            raise SnapshotCorruptError(model, file, f"{entry.size} bytes", f"{size} bytes")
+            raise SnapshotCorruptError(self.model, file, f"{entry.size} bytes", f"{size} bytes")
         if file.endswith(".safetensors"):
-            check_weights(real, file, model)
-        total += size
-    return total
+            check_weights(real, file, self.model)
+        return size
+
+    def _read(self, file: str) -> bytes:
+        with open_unnoticed(self._real_path(file)) as content:
+            data = content.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise SnapshotCorruptError(self.model, file, f"at most {MAX_JSON_BYTES} bytes", "more")
+        return data
+
+    def _real_path(self, file: str) -> Path:
+        real = Path(os.path.realpath(self.folder / file))
+        self.confine(file, real)
+        if not real.is_file():
+            raise SnapshotIncompleteError(self.model, file)
+        return real
 
 
 def _names(folder: Path) -> set[str]:
@@ -237,11 +300,3 @@ def _check_config(data: bytes, model: str) -> None:
         config = None
     if not isinstance(config, dict):
         raise SnapshotCorruptError(model, CONFIG, "a JSON object", "something else")
-
-
-def _read(path: Path, file: str, model: str) -> bytes:
-    with open_unnoticed(path) as content:
-        data = content.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise SnapshotCorruptError(model, file, f"at most {MAX_JSON_BYTES} bytes", "more")
-    return data

@@ -9,7 +9,6 @@ from typing import Any
 
 from loaderd.server.errors import SnapshotCorruptError
 from loaderd.server.store.reading import open_unnoticed
-from loaderd.server.store.selection import WEIGHTS_INDEX
 
 # The hub library's bound; real headers are smaller by an order of magnitude.
 MAX_HEADER_BYTES = 25_000_000
@@ -18,26 +17,28 @@ _LONGEST_NAME = 255
 _LENGTH = struct.Struct("<Q")
 
 
-def read_shards(data: bytes, model: str) -> frozenset[str]:
+def read_shards(data: bytes, index: str, model: str) -> frozenset[str]:
     """The files that an index of sharded weights names.
 
     Args:
         data: The index's content.
+        index: Its name, such as `model.safetensors.index.json`; the shards are of that format.
         model: The model, for the error.
 
     Raises:
         SnapshotCorruptError: It is no index, or names something else than plain files beside
             it: a path there would make loading read a file outside the model's folder.
     """
-    expected = "a weight_map of plain safetensors file names"
+    suffix = "." + index.split(".")[1]
+    expected = f"a weight_map of plain {suffix} file names"
     try:
         shards = frozenset(json.loads(data)["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SnapshotCorruptError(model, WEIGHTS_INDEX, expected, "something else") from None
+        raise SnapshotCorruptError(model, index, expected, "something else") from None
     if not shards:
-        raise SnapshotCorruptError(model, WEIGHTS_INDEX, expected, "an empty one")
-    if not all(isinstance(shard, str) and _is_plain(shard) for shard in shards):
-        raise SnapshotCorruptError(model, WEIGHTS_INDEX, expected, "other names")
+        raise SnapshotCorruptError(model, index, expected, "an empty one")
+    if not all(isinstance(shard, str) and _is_plain(shard, suffix) for shard in shards):
+        raise SnapshotCorruptError(model, index, expected, "other names")
     return shards
 
 
@@ -75,9 +76,9 @@ def check_weights(path: Path, file: str, model: str) -> None:
         raise SnapshotCorruptError(model, file, f"{expected} bytes", f"{found} bytes")
 
 
-def _is_plain(name: str) -> bool:
+def _is_plain(name: str, suffix: str) -> bool:
     short = len(name.encode()) <= _LONGEST_NAME
-    return short and name.endswith(".safetensors") and "/" not in name and name.isprintable()
+    return short and name.endswith(suffix) and "/" not in name and name.isprintable()
 
 
 def _tensors(header: bytes) -> list[Any]:

@@ -131,6 +131,7 @@ class ModelHost:
             dtype=TORCH_DTYPES[dtype.dtype],
             device_map=device_map,
             shown_name=command.model,
+            allow_pickle=command.allow_pickle,
         )
         model, tokenizer = loader.load_model(), loader.load_tokenizer()
         weights = Duration()

@@ -26,8 +26,8 @@ class ModelLoader:
     """Loads a model by its name: from a local folder, the Hugging Face cache, or the hub.
 
     The first of these that has it: an existing local folder; the snapshot in the cache that the
-    revision points to there; a download into that cache. Only safetensors weights are read, and
-    no code that comes with a model is run.
+    revision points to there; a download into that cache. Only safetensors weights are read,
+    unless pickles are allowed, and no code that comes with a model is run.
 
     Args:
         model_name: A folder, `org/name`, or `org/name@revision` (branch, tag or commit).
@@ -36,6 +36,8 @@ class ModelLoader:
         device_map: "auto" (accelerators first, then the CPU), "cpu", or a device such as "cuda:0".
         token: The hub token; default: the one that the hub library uses.
         shown_name: What errors call the model; default: `model_name`.
+        allow_pickle: Take weights in pickles when there are no safetensors. They are read as
+            tensors only; what else they hold is refused.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class ModelLoader:
         device_map: str = devices.AUTO,
         token: str | None = None,
         shown_name: str | None = None,
+        allow_pickle: bool = False,
     ) -> None:
         self.model_name = model_name
         self.cache_dir = cache_dir or default_cache_dir()
@@ -54,6 +57,7 @@ class ModelLoader:
         self.device_map = device_map
         self._token = token
         self._shown_name = shown_name or model_name
+        self._allow_pickle = allow_pickle
 
     def load_model(self) -> PreTrainedModel:
         """Loads the model, ready for inference.
@@ -75,12 +79,16 @@ class ModelLoader:
 
     @cached_property
     def _folder(self) -> ModelFolder:
+        return ModelFolder(self._path(), self._shown_name, self._allow_pickle)
+
+    def _path(self) -> Path:
         name = parse_name_or_path(self.model_name)
         if isinstance(name, LocalName) and name.path.is_dir():
-            return ModelFolder(name.path, self._shown_name)
-        found = resolve(name, cache_dir=self.cache_dir, local_roots=None)
-        path = self._download(found) if isinstance(found, NotCached) else found.path
-        return ModelFolder(path, self._shown_name)
+            return name.path
+        found = resolve(
+            name, cache_dir=self.cache_dir, local_roots=None, allow_pickle=self._allow_pickle
+        )
+        return self._download(found) if isinstance(found, NotCached) else found.path
 
     def _download(self, missing: NotCached) -> Path:
         name: HubName = missing.name
@@ -90,7 +98,8 @@ class ModelLoader:
             endpoint=huggingface_hub.constants.ENDPOINT,
             token=self._token or huggingface_hub.get_token(),
         )
-        return hub.download(hub.plan(name, self.cache_dir, access), self.cache_dir, access)
+        plan = hub.plan(name, self.cache_dir, access, allow_pickle=self._allow_pickle)
+        return hub.download(plan, self.cache_dir, access)
 
     @contextmanager
     def _domain_errors(self, doing: str) -> Iterator[None]:

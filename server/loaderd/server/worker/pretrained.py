@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -30,10 +30,10 @@ from loaderd.server.errors import (
     SnapshotCorruptError,
     SnapshotIncompleteError,
 )
-from loaderd.server.store.selection import CONFIG, SINGLE_WEIGHTS, weights_index
-from loaderd.server.store.weights import check_weights, read_shards
+from loaderd.server.store.selection import CONFIG
 from loaderd.server.worker import devices
 from loaderd.server.worker.tokenizer_files import without_foreign_files
+from loaderd.server.worker.weight_files import WeightFiles
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +48,12 @@ class ModelFolder:
     Attributes:
         path: The folder; everything that loading needs is in it.
         name: The model's name, for errors.
+        allow_pickle: Read weights from pickles when there are no safetensors.
     """
 
     path: Path
     name: str
+    allow_pickle: bool = False
 
     def load_model(self, dtype: torch.dtype, device_map: str) -> PreTrainedModel:
         """Loads the model, ready for inference.
@@ -68,10 +70,10 @@ class ModelFolder:
             InvalidArgumentError, UnsupportedOptionError: See `devices.check_device_map`.
         """
         devices.check_device_map(device_map)
-        listing, shards = self._weight_files()
+        weights = self._weights()
         config = self._config()
         model_class = self._model_class(config)
-        if self._weight_bytes(shards, dtype, config) > devices.free_bytes(device_map):
+        if _needed_bytes(weights, dtype, config) > devices.free_bytes(device_map):
             raise DeviceMemoryError(self.name)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -79,7 +81,8 @@ class ModelFolder:
                 config=config,
                 dtype=dtype,
                 device_map=device_map,
-                use_safetensors=True,
+                use_safetensors=not weights.are_pickles,
+                weights_only=True,
                 # Never what the config says: that may name a kernel of the hub.
                 attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
                 # So that they are reported below instead of raised as text.
@@ -87,15 +90,15 @@ class ModelFolder:
                 output_loading_info=True,
                 **_TRUST,
             )
-        except SafetensorError as error:
-            raise self._unreadable(listing) from error
+        except (SafetensorError, UnpicklingError) as error:
+            raise weights.unreadable(weights.listing) from error
         except ImportError as error:
             self._unsupported(error, "it needs a library that is not installed")
         except Exception as error:
             if not devices.is_out_of_memory(error):
                 raise
             raise DeviceMemoryError(self.name) from error
-        self._check_report(report, listing)
+        self._check_report(report, weights.listing)
         if "disk" in getattr(model, "hf_device_map", {}).values():
             raise DeviceMemoryError(self.name)
         return model
@@ -120,28 +123,21 @@ class ModelFolder:
             tokenizer.backend_tokenizer.no_padding()
         return tokenizer
 
-    def _weight_files(self) -> tuple[str, list[str]]:
-        """The file that stands for all weights, and the files that hold them, checked."""
-        names = {path.name for path in self.path.iterdir()}
-        if _ADAPTER in names:
+    def _weights(self) -> WeightFiles:
+        if (self.path / _ADAPTER).exists():
             raise ModelUnsupportedError(self.name, "it is an adapter; load the model it adapts")
-        if CONFIG not in names:
+        if not (self.path / CONFIG).exists():
             raise SnapshotIncompleteError(self.name, CONFIG)
-        index = weights_index(names, self.name)
-        shards = [SINGLE_WEIGHTS]
-        if index is not None:
-            shards = sorted(read_shards((self.path / index).read_bytes(), self.name))
-        for shard in shards:
-            if not (self.path / shard).is_file():
-                raise SnapshotIncompleteError(self.name, shard)
-            check_weights(self.path / shard, shard, self.name)
-        return index or SINGLE_WEIGHTS, shards
+        return WeightFiles.find(self.path, self.name, allow_pickle=self.allow_pickle)
 
     def _config(self) -> PreTrainedConfig:
         try:
-            return AutoConfig.from_pretrained(self.path, **_TRUST)
+            config = AutoConfig.from_pretrained(self.path, **_TRUST)
         except Exception as error:  # its content is data, and the ways to misread it are many
             self._unsupported(error, self._config_problem())
+        # It could name other weights than those that were checked, a pickle among them.
+        config.transformers_weights = None
+        return config
 
     def _config_problem(self) -> str:
         try:
@@ -160,20 +156,6 @@ class ModelFolder:
             )
         return found[0] if isinstance(found, tuple) else found
 
-    def _weight_bytes(self, shards: list[str], dtype: torch.dtype, config: PreTrainedConfig) -> int:
-        if getattr(config, "quantization_config", None) is not None:
-            return sum((self.path / shard).stat().st_size for shard in shards)
-        numbers = 0
-        for shard in shards:
-            try:
-                with safe_open(self.path / shard, framework="pt") as weights:
-                    keys = weights.keys()
-                    shapes = [weights.get_slice(key).get_shape() for key in keys]
-            except SafetensorError as error:
-                raise self._unreadable(shard) from error
-            numbers += sum(math.prod(shape) for shape in shapes)
-        return numbers * int(dtype.itemsize)
-
     def _check_report(self, report: dict[str, Any], listing: str) -> None:
         """Refuses a model of which transformers made up a part."""
         for tensor in sorted(report["missing_keys"]):
@@ -186,9 +168,12 @@ class ModelFolder:
                 f"shape {tuple(found)}",
             )
 
-    def _unreadable(self, file: str) -> SnapshotCorruptError:
-        return SnapshotCorruptError(self.name, file, "safetensors data", "something else")
-
     def _unsupported(self, error: Exception, problem: str) -> NoReturn:
         logger.warning("cannot load %s: %s", self.name, problem, exc_info=error)
         raise ModelUnsupportedError(self.name, problem) from error
+
+
+def _needed_bytes(weights: WeightFiles, dtype: torch.dtype, config: PreTrainedConfig) -> int:
+    if getattr(config, "quantization_config", None) is not None:
+        return weights.size_bytes
+    return weights.count_numbers() * int(dtype.itemsize)
