@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,3 +96,16 @@ def entry(name: str, content: bytes) -> TreeEntry:
 
 def made_up_repo(cache_dir: Path, repo_id: str = "org/model") -> MadeUpRepo:
     return MadeUpRepo(RepoFolder(cache_dir, repo_id))
+
+
+def move_to_shared_store(blob: Path, cache_dir: Path) -> Path:
+    """Puts a blob where several repositories can share it, and a link in its place."""
+    store = cache_dir / "blobs"
+    store.mkdir(exist_ok=True)
+    (store / ".huggingface-shared-blobs").write_text("1\n")
+    xet_hash = hashlib.sha256(b"xet" + blob.read_bytes()).hexdigest()
+    shared = store / xet_hash[:2] / xet_hash
+    shared.parent.mkdir(exist_ok=True)
+    blob.rename(shared)
+    blob.symlink_to(os.path.relpath(shared, blob.parent))
+    return shared
