@@ -18,7 +18,12 @@ ROOT = Path(__file__).parents[2]
 PORTIONS = ("protos", "server", "client")
 
 # Needed everywhere in the server.
-_BASE = {"loaderd.server.errors", "loaderd.server.single_flight", "loaderd.v1"}
+_BASE = {
+    "loaderd.server.errors",
+    "loaderd.server.single_flight",
+    "loaderd.server.store.names",
+    "loaderd.v1",
+}
 _LOWER = {"loaderd.server.store", "loaderd.server.supervisor", "loaderd.server.config"}
 
 # What each part may import of our own besides itself. A part is a module, or a package with
@@ -32,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loaderd.server.errors": {"loaderd.v1"},
     "loaderd.server.parent": set(),
     "loaderd.server.single_flight": set(),
-    "loaderd.server.config": {"loaderd.server.errors"},
+    "loaderd.server.config": {"loaderd.server.errors", "loaderd.server.store.names"},
+    "loaderd.server.store.names": {"loaderd.server.errors"},
     "loaderd.server.store": _BASE | {"loaderd.server.config", "loaderd.server.parent"},
     "loaderd.server.supervisor": _BASE | {"loaderd.worker.v1", "loaderd.server.config"},
     "loaderd.server.models": _BASE | _LOWER | {"loaderd.worker.v1"},
@@ -45,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "loaderd.server.errors",
         "loaderd.server.parent",
         "loaderd.server.store",
+        "loaderd.server.store.names",
     },
 }
 

@@ -30,6 +30,9 @@ _SERVER_PACKAGES = (
     "transformers",
 )
 
+# By setting, what each of its values is.
+_REPEATABLE = {"allow_local": "DIR", "allow_pickle": "NAME"}
+
 _EPILOG = """\
 Each option can also be set by a variable (--drain-timeout: LOADERD_DRAIN_TIMEOUT) or in the TOML
 file that --config or LOADERD_CONFIG names (drain_timeout = 10). A flag wins over a variable, a
@@ -101,8 +104,8 @@ def _parser() -> argparse.ArgumentParser:
             text += f" Default: {field.default}."
         if field.annotation is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        elif name == "allow_local":
-            parser.add_argument(flag, action="append", metavar="DIR", help=text)
+        elif name in _REPEATABLE:
+            parser.add_argument(flag, action="append", metavar=_REPEATABLE[name], help=text)
         else:
             parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=text)
     return parser

@@ -27,6 +27,9 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from loaderd.server.errors import InvalidNameError
+from loaderd.server.store.names import LocalName, parse_name
+
 DEFAULT_PORT = 50051
 
 
@@ -41,12 +44,25 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _split_paths(value: object) -> object:
+def _split(value: object) -> object:
     return value.split(os.pathsep) if isinstance(value, str) else value
 
 
 def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
+
+
+def _repository_or_folder(text: str) -> str:
+    """A repository's id as it is, a folder's path as its real one."""
+    try:
+        name = parse_name(text)
+    except InvalidNameError as error:
+        raise ValueError(f"{text!r}: {error.problem}") from None
+    if isinstance(name, LocalName):
+        return os.path.realpath(name.path)
+    if "@" in text:
+        raise ValueError(f"{text!r} holds a revision; allow the repository, {name.repo_id}")
+    return name.repo_id
 
 
 def _existing_folder(path: Path) -> Path:
@@ -83,6 +99,7 @@ def _hub_offline() -> bool:
 
 
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
+RepositoryOrFolder = Annotated[str, AfterValidator(_repository_or_folder)]
 FilePath = Annotated[Path, AfterValidator(_absolute)]
 Folder = Annotated[Path, AfterValidator(_absolute), AfterValidator(_existing_folder)]
 
@@ -115,11 +132,17 @@ class ServerConfig(BaseSettings):
     snapshots that were not used for longest and are not in use are deleted. Default: no limit, and
     nothing is deleted unasked."""
 
-    allow_local: Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(_split_paths)] = Field(
+    allow_local: Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(_split)] = Field(
         default_factory=_default_local_roots
     )
     """Folder below which local models may be loaded; give it again for more (LOADERD_ALLOW_LOCAL:
     separated by colons). Default: the folder that the daemon is started in, none if that is /."""
+
+    allow_pickle: Annotated[tuple[RepositoryOrFolder, ...], NoDecode, BeforeValidator(_split)] = ()
+    """Model whose weights may be pickles when it has no safetensors: org/name, or the absolute path
+    of a local folder; give it again for more (LOADERD_ALLOW_PICKLE: separated by colons). A pickle
+    can run code when it is not read with care: loaderd takes only tensors from it and refuses the
+    rest, but allow only whom you trust. Default: none."""
 
     hub_endpoint: Annotated[str, AfterValidator(_hub_endpoint)] = Field(
         default_factory=lambda: os.environ.get("HF_ENDPOINT", "https://huggingface.co"),

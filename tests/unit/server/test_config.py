@@ -44,6 +44,18 @@ def test_several_local_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert load_config({"allow_local": [str(second)]}).allow_local == (second,)
 
 
+def test_models_whose_pickles_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_config({}).allow_pickle == ()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    monkeypatch.setenv("LOADERD_ALLOW_PICKLE", f"org/name:{tmp_path}/link")
+    assert load_config({}).allow_pickle == ("org/name", str(tmp_path / "model"))
+    assert load_config({"allow_pickle": ["gpt2"]}).allow_pickle == ("gpt2",)
+    file = tmp_path / "loaderd.toml"
+    file.write_text('allow_pickle = ["org/a", "org/b"]\n')
+    monkeypatch.delenv("LOADERD_ALLOW_PICKLE")
+    assert load_config({"config": str(file)}).allow_pickle == ("org/a", "org/b")
+
+
 def test_a_socket_replaces_tcp_unless_a_port_is_asked_for(tmp_path: Path) -> None:
     assert load_config({"socket": str(tmp_path / "s")}).tcp_port is None
     assert load_config({"socket": str(tmp_path / "s"), "port": "0"}).tcp_port == 0
@@ -63,6 +75,9 @@ def test_a_socket_replaces_tcp_unless_a_port_is_asked_for(tmp_path: Path) -> Non
         ({"hub_longest_wait": "-1"}, "hub_longest_wait"),
         ({"log_level": "loud"}, "log_level"),
         ({"allow_local": ["/no/such/folder"]}, "allow_local"),
+        ({"allow_pickle": ["../model"]}, "allow_pickle.*absolute"),
+        ({"allow_pickle": ["a/b/c"]}, "allow_pickle.*'a/b/c'"),
+        ({"allow_pickle": ["org/name@v1"]}, "allow_pickle.*allow the repository, org/name"),
         ({"host": "0.0.0.0"}, "--insecure"),
         ({"hub_endpoint": "http://example.com"}, "https"),
         ({"hub_endpoint": "ftp://example.com"}, "https"),
