@@ -45,6 +45,19 @@ def test_the_last_error_is_raised() -> None:
     assert len(hub.waits) == 4
 
 
+def test_attempts_count_afresh_when_more_came_than_ever() -> None:
+    positions = [0, 10, 10, 20, 20, 15, 20, 20, 20]
+    waits: list[float] = []
+
+    def break_off() -> str:
+        positions.pop(0)
+        raise HubBusyError(500, None)
+
+    with pytest.raises(HubBusyError):
+        POLICY.call(break_off, on=(HubBusyError,), wait=waits.append, reached=lambda: positions[0])
+    assert waits == [1.0, 2.0, 1.0, 2.0, 3.0, 3.0]
+
+
 def test_other_errors_are_not_tried_again() -> None:
     waits: list[float] = []
     with pytest.raises(ZeroDivisionError):

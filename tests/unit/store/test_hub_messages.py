@@ -20,12 +20,25 @@ from loaderd.server.store.hub_messages import (
     decode,
     encode,
 )
-from loaderd.server.store.plan import DownloadPlan, DownloadProgress, PlannedFile
+from loaderd.server.store.plan import (
+    DownloadPlan,
+    DownloadProgress,
+    FileProgress,
+    PlannedFile,
+    SkippedFile,
+    SkipReason,
+)
 
 MESSAGES: list[Message] = [
     Alive(),
-    DownloadPlan("org/model", "main", "a" * 40, (PlannedFile("a.json", 3, "b" * 40, cached=True),)),
-    DownloadProgress(1, 2, 3, 4, 5.5),
+    DownloadPlan(
+        "org/model",
+        "main",
+        "a" * 40,
+        (PlannedFile("a.json", 3, "b" * 40, cached=True, partial_bytes=2),),
+        (SkippedFile("b.bin", 9, SkipReason.PICKLE),),
+    ),
+    DownloadProgress(1, 2, 3, 4, 5.5, (FileProgress("a.json", 1, 3),), 6, 7),
     Done("a" * 40),
     Defect("Traceback:\n  line\n"),
 ]
@@ -65,6 +78,16 @@ def test_other_lines_are_no_messages(line: bytes) -> None:
 
 def test_a_request_comes_over_and_does_not_show_its_token() -> None:
     retry = RetryPolicy(attempts=2, first_wait=0.1, longest_wait=1.0)
-    request = Request("plan", "org/model", "main", "/hub", "https://hub", "hf_secret", retry)
+    request = Request(
+        operation="download",
+        repo_id="org/model",
+        revision="main",
+        cache_dir="/hub",
+        endpoint="https://hub",
+        token="hf_secret",
+        retry=retry,
+        allow_pickle=True,
+        distrusted=("a.json",),
+    )
     assert Request.from_line(request.to_line()) == request
     assert "hf_secret" not in repr(request)

@@ -43,51 +43,71 @@ class SnapshotFiles:
             return False
         return self.repo.holds(Path(os.path.realpath(path))) and self._is_sound(path, file)
 
-    def discard(self, file: PlannedFile, on_bytes: Callable[[int], None]) -> None:
-        """Takes away what is wrong with the file, so that the library fetches or links it again.
+    def discard(self, file: PlannedFile, on_bytes: Callable[[int], None]) -> bool:
+        """Takes away what is wrong with the file, so that it is fetched or linked again.
 
         A blob whose content is what its name says stays. So does one in the store that
         repositories share; only the way to it goes.
+
+        Args:
+            file: The file.
+            on_bytes: Told of every piece that was read.
+
+        Returns:
+            Whether the content is there.
         """
         pointer, blob = self._paths(file)
         pointer.unlink(missing_ok=True)
-        if not self.has_blob(file.digest, on_bytes):
-            blob.unlink(missing_ok=True)
+        if self.has_blob(file.digest, on_bytes):
+            return True
+        blob.unlink(missing_ok=True)
+        return False
 
     def has_blob(self, digest: str, on_bytes: Callable[[int], None]) -> bool:
         """Whether the cache has a content; hashes it."""
         blob = self.repo.blobs / digest
         return blob.is_file() and digest_of_file(blob, digest, on_bytes) == digest
 
-    def verify(self, file: PlannedFile, on_bytes: Callable[[int], None]) -> None:
-        """Compares the file's content with its digest.
+    def pointer(self, file: PlannedFile) -> Path:
+        """Where the snapshot has the file: a link to its blob, where links are supported."""
+        return self._folder / file.path
+
+    def blob(self, file: PlannedFile) -> Path:
+        """Where the file's content is once it is whole."""
+        return self.repo.blobs / file.digest
+
+    def partial(self, file: PlannedFile) -> Path:
+        """Where what came of the file is until then."""
+        return self.repo.blobs / f"{file.digest}.incomplete"
+
+    def lock(self, file: PlannedFile) -> Path:
+        """What every download of the file's content locks, the hub library's too."""
+        return self.repo.locks / f"{file.digest}.lock"
+
+    def partial_bytes(self, file: PlannedFile) -> int:
+        """How much of the file the next download need not fetch; at most its size."""
+        return min(_stat(self.partial(file))[1], file.size_bytes)
+
+    def bytes_present(self, file: PlannedFile, *, of_others: bool = False) -> int:
+        """How much of the file is on disk.
 
         Args:
             file: The file.
-            on_bytes: Told of every piece that was read.
-
-        Raises:
-            SnapshotCorruptError: It is another content; it is discarded.
+            of_others: Also look at what downloads of the hub library's have of it now.
         """
-        pointer, _ = self._paths(file)
-        found = digest_of_file(pointer, file.digest, on_bytes)
-        if found != file.digest:
-            self.discard(file, on_bytes)
-            raise SnapshotCorruptError(self.repo.repo_id, file.path, file.digest, found)
-
-    def bytes_present(self, file: PlannedFile) -> int:
-        """How much of the file is on disk, whoever downloads it."""
-        for path in self._paths(file):
+        paths = [self.partial(file), *reversed(self._paths(file))]
+        if of_others:
+            unfinished = self.repo.blobs.glob(f"{file.digest}.*.incomplete")
+            paths.extend(sorted(unfinished, key=lambda path: _stat(path)[0], reverse=True))
+        for path in paths:
             try:
                 return min(path.stat().st_size, file.size_bytes)
             except FileNotFoundError:
                 continue
-        parts = [_stat(path) for path in self.repo.blobs.glob(f"{file.digest}.*incomplete")]
-        # Of several, all but the newest were left behind.
-        return min(max(parts, default=(0.0, 0))[1], file.size_bytes)
+        return 0
 
     def _paths(self, file: PlannedFile) -> tuple[Path, Path]:
-        return self._folder / file.path, self.repo.blobs / file.digest
+        return self.pointer(file), self.blob(file)
 
     def _is_sound(self, path: Path, file: PlannedFile) -> bool:
         if not file.path.endswith(".safetensors"):

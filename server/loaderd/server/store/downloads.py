@@ -7,24 +7,25 @@ import contextlib
 import logging
 import os
 import sys
+from asyncio import StreamWriter
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
 from loaderd.server.errors import (
+    DownloadInterruptedError,
     DrainingError,
     HubUnreachableError,
     InternalError,
     LoaderdError,
-    WorkerDiedError,
 )
-from loaderd.server.store.blobs import sweep
-from loaderd.server.store.cache import RepoFolder
 from loaderd.server.store.hub_access import HubAccess
 from loaderd.server.store.hub_messages import (
+    GO,
+    Alive,
     Defect,
     Done,
     Message,
@@ -44,6 +45,10 @@ _NOT_INHERITED = ("HF_", "HUGGING", "LOADERD_", "TRANSFORMERS_")
 _log = logging.getLogger(__name__)
 
 
+async def _admit_all(_plan: DownloadPlan) -> None:
+    pass
+
+
 class Downloads:
     """Runs each request to the hub in a child process of its own.
 
@@ -61,30 +66,44 @@ class Downloads:
         self._children: set[Process] = set()
         self._closed = False
 
-    async def plan(self, name: HubName) -> DownloadPlan:
+    async def plan(self, name: HubName, *, allow_pickle: bool = False) -> DownloadPlan:
         """See `hub.plan`."""
-        answer = await self._ask("plan", name, lambda _: None)
-        if not isinstance(answer, DownloadPlan):
-            raise TypeError(f"the child answered a plan with {answer!r}")
-        return answer
+        async with self._child(self._request("plan", name, allow_pickle)) as child:
+            return await self._plan(child, name)
 
-    async def download(self, name: HubName, publish: Callable[[DownloadProgress], None]) -> str:
+    async def download(
+        self,
+        name: HubName,
+        publish: Callable[[DownloadProgress], None],
+        *,
+        admit: Callable[[DownloadPlan], Awaitable[None]] = _admit_all,
+        distrusted: Collection[str] = (),
+        allow_pickle: bool = False,
+    ) -> str:
         """Asks the hub what a name is now, and brings it into the cache; returns the commit.
 
-        Cancelling this kills the child. What it had not finished is deleted.
+        Cancelling this kills the child. What came of a file is kept for the next download.
+
+        Args:
+            name: The repository and revision.
+            publish: Told how far it is.
+            admit: Told what will be fetched before anything is. What it raises ends the download.
+            distrusted: Paths whose content is bad although size and header are right.
+            allow_pickle: The operator allows weights in pickles for this repository.
 
         Raises:
             HubUnreachableError: Also when there was no progress for the stall time-out.
-            WorkerDiedError: The child was killed from outside.
+            DownloadInterruptedError: The child was killed from outside.
             LoaderdError: See `hub.plan` and `hub.download`.
         """
-        try:
-            answer = await self._ask("download", name, publish)
-        finally:
-            await asyncio.to_thread(sweep, RepoFolder(self._cache_dir, name.repo_id))
-        if not isinstance(answer, Done):
-            raise TypeError(f"the child answered a download with {answer!r}")
-        return answer.commit
+        request = self._request("download", name, allow_pickle, distrusted)
+        async with self._child(request) as child:
+            await admit(await self._plan(child, name))
+            _stdin(child).write(GO)
+            answer = await self._answer(child, name, self._stall_timeout, publish)
+            if not isinstance(answer, Done):
+                raise TypeError(f"the child answered a download with {answer!r}")
+            return answer.commit
 
     async def close(self) -> None:
         """Kills all children; later requests are refused."""
@@ -94,41 +113,59 @@ class Downloads:
             _kill(child)
         await asyncio.gather(*(child.wait() for child in children))
 
-    async def _ask(
-        self, operation: Operation, name: HubName, publish: Callable[[DownloadProgress], None]
-    ) -> DownloadPlan | Done:
-        """Lets a child do one thing; raises what it raises."""
-        timeout = _START_TIMEOUT
-        async with self._child(self._request(operation, name)) as child:
-            while True:
-                match await self._next_message(child, name, timeout):
-                    case DownloadProgress() as progress:
-                        publish(progress)
-                    case DownloadPlan() | Done() as answer:
-                        return answer
-                    case LoaderdError() as error:
-                        raise error
-                    case Defect(traceback):
-                        incident = uuid4().hex
-                        _log.error("incident %s, download of %s:\n%s", incident, name, traceback)
-                        raise InternalError(incident)
-                timeout = self._stall_timeout
+    async def _plan(self, child: Process, name: HubName) -> DownloadPlan:
+        answer = await self._answer(child, name, _START_TIMEOUT, lambda _: None)
+        if not isinstance(answer, DownloadPlan):
+            raise TypeError(f"the child answered a plan with {answer!r}")
+        return answer
 
-    async def _next_message(self, child: Process, name: HubName, patience: float) -> Message:
+    async def _answer(
+        self,
+        child: Process,
+        name: HubName,
+        patience: float,
+        publish: Callable[[DownloadProgress], None],
+    ) -> DownloadPlan | Done:
+        """What a child answers in the end; raises what it raises.
+
+        Args:
+            child: The child.
+            name: What it asks the hub for.
+            patience: Seconds until its first sign of life.
+            publish: Told how far it is.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + patience
+        while True:
+            match await self._next_message(child, name, deadline):
+                case DownloadProgress() as progress:
+                    publish(progress)  # no sign of life: a rate that falls is news too
+                case Alive():
+                    deadline = clock() + self._stall_timeout
+                case DownloadPlan() | Done() as answer:
+                    return answer
+                case LoaderdError() as error:
+                    raise error
+                case Defect(traceback):
+                    incident = uuid4().hex
+                    _log.error("incident %s, download of %s:\n%s", incident, name, traceback)
+                    raise InternalError(incident)
+
+    async def _next_message(self, child: Process, name: HubName, deadline: float) -> Message:
         if child.stdout is None:
             raise RuntimeError("the child was started without a pipe")
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout_at(deadline):
                 line = await child.stdout.readline()
         except TimeoutError:
-            _log.warning("download of %s: no progress for %.0f s; given up", name, patience)
+            _log.warning("download of %s: no progress for too long; given up", name)
             raise HubUnreachableError(str(name)) from None
         if line.endswith(b"\n"):
             return decode(line)
         if self._closed:
             raise DrainingError
         _log.error("download of %s: its process was killed", name)
-        raise WorkerDiedError(str(name))
+        raise DownloadInterruptedError(str(name))
 
     @asynccontextmanager
     async def _child(self, request: Request) -> AsyncIterator[Process]:
@@ -143,17 +180,23 @@ class Downloads:
         )
         self._children.add(child)
         try:
-            if self._closed or child.stdin is None:
+            if self._closed:
                 raise DrainingError
             # stdin stays open: its end tells the child that the daemon is gone.
-            child.stdin.write(request.to_line())
+            _stdin(child).write(request.to_line())
             yield child
         finally:
             _kill(child)
             await child.communicate()
             self._children.discard(child)
 
-    def _request(self, operation: Operation, name: HubName) -> Request:
+    def _request(
+        self,
+        operation: Operation,
+        name: HubName,
+        allow_pickle: bool,
+        distrusted: Collection[str] = (),
+    ) -> Request:
         return Request(
             operation,
             name.repo_id,
@@ -162,6 +205,8 @@ class Downloads:
             self._access.endpoint,
             self._access.token,
             self._access.retry,
+            allow_pickle,
+            tuple(distrusted),
         )
 
 
@@ -173,8 +218,13 @@ def _environment(request: Request) -> dict[str, str]:
         "HF_HUB_CACHE": request.cache_dir,
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
     }
+
+
+def _stdin(child: Process) -> StreamWriter:
+    if child.stdin is None:
+        raise RuntimeError("the child was started without a pipe")
+    return child.stdin
 
 
 def _kill(child: Process) -> None:

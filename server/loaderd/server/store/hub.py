@@ -2,8 +2,8 @@
 
 With the `hub_*` modules that it uses the only code that talks to the hub. It blocks; the daemon
 runs it in a child process (`hub_child.py`) that it can kill. Nothing is written before the hub's
-listing has been checked, the library's requests run under `hub_guard`, each file is hashed when
-it has come, and the revision's ref moves only when the whole snapshot is there.
+listing has been checked, all requests run under `hub_guard`, each file is hashed as it comes, and
+the revision's ref moves only when the whole snapshot is there.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def plan(
 
     Raises:
         ModelNotFoundError, RevisionNotFoundError, ModelGatedError: The hub says so.
+        HubUnauthorizedError: The hub does not say why it denies.
         ModelUnsupportedError: The repository has no weights that can be loaded.
         HubUnreachableError, HubRateLimitedError: The hub does not answer.
         SnapshotCorruptError: The hub's answer names things that no hub names.
@@ -81,27 +82,34 @@ def download(
     cache_dir: Path,
     access: HubAccess,
     on_progress: OnProgress = lambda _: None,
+    *,
+    on_moved: Callable[[], None] = lambda: None,
+    distrusted: Collection[str] = (),
 ) -> Path:
     """Brings a plan's files into the cache; returns the snapshot's folder.
 
     What the cache has already stays if its size and header are right; what is damaged is
-    fetched again. After a failure the files that came whole stay too.
+    fetched again. After a failure what came stays too, and the next download goes on from it.
 
     Args:
         plan: From `plan`, for the same cache.
         cache_dir: The Hugging Face cache.
         access: The hub.
-        on_progress: Called in this thread at most ten times a second, and only when something
-            moved: the hub answered, bytes came or were hashed, a wait began.
+        on_progress: Called in this thread when a figure changed, about ten times a second.
+        on_moved: The same, when something moved: the hub answered, bytes came or were hashed,
+            a wait began.
+        distrusted: Paths whose content is bad although size and header are right.
 
     Raises:
-        DiskFullError: The disk cannot hold it, or could not in the end.
+        DiskFullError: The disk cannot hold it, or could not in the end; then what came is gone.
+        CacheNotWritableError: The cache cannot be written to.
         SnapshotCorruptError: A file came with other content than the hub's listing says.
         SnapshotIncompleteError: The hub listed a file and does not have it.
-        ModelGatedError, HubUnreachableError, HubRateLimitedError: As for `plan`.
+        ModelGatedError, HubUnauthorizedError, HubUnreachableError, HubRateLimitedError: As for
+            `plan`.
     """
     with domain_errors(HubName(plan.repo_id, plan.revision)):
-        return Download(plan, cache_dir, access).run(on_progress)
+        return Download(plan, cache_dir, access, distrusted).run(on_progress, on_moved)
 
 
 def _bounded(on_response: Callable[[], None], model: str) -> Callable[[], None]:
@@ -125,4 +133,6 @@ def _index(repo: RepoFolder, commit: str, path: str, entry: TreeEntry, access: H
 
 def _planned(path: str, entry: TreeEntry, files: SnapshotFiles) -> PlannedFile:
     file = PlannedFile(path, entry.size, entry.digest, cached=False)
-    return replace(file, cached=files.is_whole(file))
+    if files.is_whole(file):
+        return replace(file, cached=True)
+    return replace(file, partial_bytes=files.partial_bytes(file))

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
 from typing import TypeVar
 
 from loaderd.server.store.hub_errors import domain_error
@@ -38,6 +37,7 @@ class RetryPolicy:
         *,
         on: tuple[type[Exception], ...],
         wait: Callable[[float], None] = time.sleep,
+        reached: Callable[[], int] = lambda: 0,
     ) -> T:
         """Calls a function until it succeeds, or raises what it raised last.
 
@@ -45,17 +45,22 @@ class RetryPolicy:
             function: What to call.
             on: The errors after which to call again.
             wait: How to wait.
+            reached: How far the function has come. Attempts count afresh when it comes further
+                than ever before.
         """
-        for attempt in count(1):
+        attempt, furthest = 0, reached()
+        while True:
             try:
                 return function()
             except on as error:
+                here = reached()
+                attempt = 1 if here > furthest else attempt + 1
+                furthest = max(furthest, here)
                 if attempt >= self.attempts:
                     raise
                 seconds = self._wait(attempt, error)
                 _log.warning("%s; asking again in %.1f s", error, seconds)
             wait(seconds)
-        raise AssertionError("count() does not end")
 
     def _wait(self, attempt: int, error: Exception) -> float:
         seconds = self.first_wait * 2.0 ** (attempt - 1)

@@ -18,20 +18,17 @@ from loaderd.server.errors import LoaderdError
 from loaderd.server.parent import die_with_parent, exit_when_closed
 from loaderd.server.store.cache import RepoFolder
 from loaderd.server.store.confine import confine_writing
-from loaderd.server.store.hub_access import HubAccess
+from loaderd.server.store.hub_access import HubAccess, domain_errors
 from loaderd.server.store.hub_messages import (
+    GO,
     Alive,
     Defect,
     Done,
     Message,
-    Operation,
     Request,
     encode,
 )
 from loaderd.server.store.names import HubName
-
-# The library writes and reports in pieces of 10 MiB, and goes on after a fault from there.
-CHUNK_BYTES = 1 << 20
 
 
 def main() -> None:
@@ -44,8 +41,7 @@ def main() -> None:
     request = Request.from_line(line)
     _log_to_stderr(request.repo_id)
     try:
-        _confine(RepoFolder(Path(request.cache_dir), request.repo_id), request.operation)
-        exit_when_closed(sys.stdin.fileno())
+        _confine(request)
         answer = _run(request, output)
     except LoaderdError as error:
         answer = error
@@ -57,27 +53,45 @@ def main() -> None:
 
 
 def _run(request: Request, output: BinaryIO) -> Message:
-    from huggingface_hub import constants
-
     from loaderd.server.store import hub
 
-    constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
-    _send(output, Alive())
+    def alive() -> None:
+        _send(output, Alive())
+
+    alive()
     name = HubName(request.repo_id, request.revision)
     cache_dir = Path(request.cache_dir)
     access = HubAccess(request.endpoint, request.token, request.retry)
-    plan = hub.plan(name, cache_dir, access, lambda: _send(output, Alive()))
+    plan = hub.plan(name, cache_dir, access, alive, allow_pickle=request.allow_pickle)
     if request.operation == "plan":
         return plan
-    hub.download(plan, cache_dir, access, lambda progress: _send(output, progress))
+    _send(output, plan)
+    _wait_for_go()
+    hub.download(
+        plan,
+        cache_dir,
+        access,
+        lambda progress: _send(output, progress),
+        on_moved=alive,
+        distrusted=request.distrusted,
+    )
     return Done(plan.commit)
 
 
-def _confine(repo: RepoFolder, operation: Operation) -> None:
+def _wait_for_go() -> None:
+    """Returns when the daemon admits the download; from then on the end of stdin is its end."""
+    if sys.stdin.buffer.readline() != GO:
+        os._exit(0)
+    exit_when_closed(sys.stdin.fileno())
+
+
+def _confine(request: Request) -> None:
     """A plan writes nothing, a download only into the cache."""
     folders: list[Path] = []
-    if operation == "download":
-        repo.cache_dir.mkdir(parents=True, exist_ok=True)
+    if request.operation == "download":
+        repo = RepoFolder(Path(request.cache_dir), request.repo_id)
+        with domain_errors(HubName(request.repo_id, request.revision)):
+            repo.cache_dir.mkdir(parents=True, exist_ok=True)
         # The operator may have moved a repository, or its blobs, to another disk.
         folders = [repo.cache_dir, *filter(Path.is_dir, (repo.path, repo.blobs))]
     confine_writing(folders)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
+from http import HTTPStatus
+from typing import TYPE_CHECKING
 
 from loaderd.server.errors import (
+    CacheNotWritableError,
     HubRateLimitedError,
+    HubUnauthorizedError,
     HubUnreachableError,
     LoaderdError,
     ModelGatedError,
@@ -18,7 +23,14 @@ from loaderd.server.errors import (
 from loaderd.server.store.hub_guard import HubBusyError
 from loaderd.server.store.names import HubName
 
+if TYPE_CHECKING:
+    import httpx2
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# Modes, owners and read-only disks; then files where folders should be, and the other way round.
+_NOT_WRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+)  # fmt: skip
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -53,6 +65,8 @@ def _meaning(error: BaseException, name: HubName) -> LoaderdError | None:
             meaning = HubRateLimitedError(str(name))
         case hub.GatedRepoError():
             meaning = ModelGatedError(name.repo_id)
+        case hub.RepositoryNotFoundError() if _is_bare_denial(error.response):
+            meaning = HubUnauthorizedError(name.repo_id)
         case hub.RepositoryNotFoundError():
             meaning = ModelNotFoundError(name.repo_id)
         case hub.RevisionNotFoundError():
@@ -65,14 +79,23 @@ def _meaning(error: BaseException, name: HubName) -> LoaderdError | None:
             meaning = OfflineNotCachedError(str(name))
         case HubBusyError() | httpx2.HTTPError() | hub.FileMetadataError():
             meaning = HubUnreachableError(str(name))
+        case OSError() if error.errno in _NOT_WRITABLE:
+            meaning = CacheNotWritableError(os.strerror(error.errno))
     return meaning
+
+
+def _is_bare_denial(response: httpx2.Response) -> bool:
+    """Whether the hub denies without a reason; the library guesses that there is nothing."""
+    return response.status_code == HTTPStatus.UNAUTHORIZED and not response.headers.get(
+        "x-error-code"
+    )
 
 
 def _by_status(status: int, name: HubName) -> LoaderdError:
     """For answers that do not say what is wrong."""
     match status:
         case 401 | 403:
-            return ModelGatedError(name.repo_id)
+            return HubUnauthorizedError(name.repo_id)
         case 404:
             return ModelNotFoundError(name.repo_id)
         case _:

@@ -1,8 +1,8 @@
-"""Checks on everything that the hub library asks and is answered.
+"""Checks on everything that is asked and answered over the hub library's HTTP session.
 
-The library trusts the hub: it makes file names of its answers, waits as long as it is told to,
-and asks some things without a time-out. Hooks on its HTTP session check each request and
-response before the library sees it. They act only inside `guard`, so that other code of the
+The library trusts the hub: it waits as long as it is told to, asks some things without a time-out
+and reads answers without an end. Hooks on its HTTP session check each request and
+response before anybody sees it. They act only inside `guard`, so that other code of the
 process may use the library as ever.
 """
 
@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from http import HTTPStatus
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from loaderd.server.errors import HubUnreachableError, SnapshotCorruptError
+from loaderd.server.store.digests import is_digest
 from loaderd.server.store.plan import PlannedFile
 
 if TYPE_CHECKING:
@@ -27,9 +29,7 @@ CONNECT_TIMEOUT = 10.0
 READ_TIMEOUT = 30.0
 MAX_ANSWER_BYTES = 64 << 20
 
-_TOO_MANY_REQUESTS = 429
-_SERVER_ERROR = 500
-_DENIED = (401, 403)
+_DENIED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 _LONGEST_SHOWN = 64
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ _install_lock = threading.Lock()
 
 
 class HubBusyError(Exception):
-    """The hub answered 429 or 5xx: it may well answer later.
+    """The hub answered 408, 429 or 5xx: it may well answer later.
 
     Attributes:
         rate_limited: Whether it was 429.
@@ -46,7 +46,7 @@ class HubBusyError(Exception):
 
     def __init__(self, status: int, retry_after: float | None) -> None:
         super().__init__(f"the hub answered {status}")
-        self.rate_limited = status == _TOO_MANY_REQUESTS
+        self.rate_limited = status == HTTPStatus.TOO_MANY_REQUESTS
         self.retry_after = retry_after
 
 
@@ -142,46 +142,47 @@ def _check_response(response: httpx2.Response) -> None:
     if exchange is None:
         return
     exchange.on_response()
-    if response.status_code == _TOO_MANY_REQUESTS or response.status_code >= _SERVER_ERROR:
+    if _is_busy(response.status_code):
         raise HubBusyError(response.status_code, _retry_after(response))
-    # Without it the library fetches over HTTP, the only way whose content we verify.
-    response.headers.pop("x-xet-hash", None)
     elsewhere = _origin(response.request.url) != _origin(httpx2.URL(exchange.endpoint))
     if elsewhere and response.status_code in _DENIED:
         _log.warning("%s denies what the hub had promised", response.request.url.host)
         raise HubUnreachableError(exchange.model)
     if exchange.file is not None:
-        if response.request.method == "HEAD":
+        if not elsewhere:
             _check_metadata(response, exchange, exchange.file)
-        elif response.is_success:
+        if response.is_success:
             _check_length(response, exchange, exchange.file)
-    response.stream = _watched(response.stream, exchange)
+            return  # who fetches a file looks at what comes
+    response.stream = _bounded(response.stream, exchange)
+
+
+def _is_busy(status: int) -> bool:
+    return (
+        status in {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
+        or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    )
 
 
 def _check_metadata(response: httpx2.Response, exchange: Exchange, file: PlannedFile) -> None:
-    """What the library makes file names of must be what the listing said."""
+    """What the hub says of a file must not contradict its listing; it need say nothing."""
+    if _leads_on(response) or not (response.is_success or response.has_redirect_location):
+        return  # it speaks of something else
     commit = response.headers.get("x-repo-commit")
-    if commit is None or _leads_on(response):
-        return  # the library takes no metadata from such an answer
-    if commit != exchange.commit:
+    if commit is not None and commit != exchange.commit:
         raise SnapshotCorruptError(
             exchange.model, file.path, f"a file of commit {exchange.commit}", _shown(commit)
         )
     linked, own = response.headers.get("x-linked-etag"), response.headers.get("etag")
     digest = (linked or own or "").removeprefix("W/").strip('"')
-    if digest and digest != file.digest:
-        raise SnapshotCorruptError(exchange.model, file.path, file.digest, _shown(digest))
-    size = response.headers.get("x-linked-size")
-    if size is None and not response.has_redirect_location:
-        size = response.headers.get("content-length")
-    if size is not None and size != str(file.size_bytes):
-        raise SnapshotCorruptError(
-            exchange.model, file.path, f"{file.size_bytes} bytes", f"{_shown(size)} bytes"
-        )
+    # Another kind of tag says nothing of the content.
+    if is_digest(digest) and len(digest) == len(file.digest) and digest != file.digest:
+        raise SnapshotCorruptError(exchange.model, file.path, file.digest, digest)
+    _check_size(response.headers.get("x-linked-size"), exchange, file)
 
 
 def _leads_on(response: httpx2.Response) -> bool:
-    """Whether it is a redirect within the server, where the library asks on."""
+    """Whether it is a redirect within the server, which says nothing of the file."""
     if not response.has_redirect_location:
         return False
     here = response.request.url
@@ -189,10 +190,19 @@ def _leads_on(response: httpx2.Response) -> bool:
 
 
 def _check_length(response: httpx2.Response, exchange: Exchange, file: PlannedFile) -> None:
-    size = response.headers.get("content-range", "").rpartition("/")[2]
-    if not size and response.headers.get("content-encoding", "identity") == "identity":
-        size = response.headers.get("content-length", "")
-    if size and size != str(file.size_bytes):
+    if response.status_code == HTTPStatus.PARTIAL_CONTENT:
+        # `bytes 10-19/20` for a request of `bytes=10-`
+        part, _, size = response.headers.get("content-range", "").rpartition("/")
+        asked = response.request.headers.get("range", "").replace("=", " ")
+        if part and not part.startswith(asked):
+            raise SnapshotCorruptError(exchange.model, file.path, asked, "another part of it")
+        _check_size(size or None, exchange, file)
+    elif response.headers.get("content-encoding", "identity") == "identity":
+        _check_size(response.headers.get("content-length"), exchange, file)
+
+
+def _check_size(size: str | None, exchange: Exchange, file: PlannedFile) -> None:
+    if size is not None and size not in {"*", str(file.size_bytes)}:
         raise SnapshotCorruptError(
             exchange.model, file.path, f"{file.size_bytes} bytes", f"{_shown(size)} bytes"
         )
@@ -212,12 +222,8 @@ def _retry_after(response: httpx2.Response) -> float | None:
     return float(asked) if asked.isascii() and asked.isdecimal() else None
 
 
-def _watched(inner: object, exchange: Exchange) -> httpx2.SyncByteStream:
-    """A body that the library can read without harm.
-
-    The library goes on where a body broke off when the other side closed the connection, but not
-    after a TCP reset. Answers other than files it takes into memory, however long they are.
-    """
+def _bounded(inner: object, exchange: Exchange) -> httpx2.SyncByteStream:
+    """A body that ends: the library takes all of it into memory."""
     import httpx2
 
     if not isinstance(inner, httpx2.SyncByteStream):
@@ -227,15 +233,12 @@ def _watched(inner: object, exchange: Exchange) -> httpx2.SyncByteStream:
     class Body(httpx2.SyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
             received = 0
-            try:
-                for chunk in stream:
-                    received += len(chunk)
-                    if exchange.file is None and received > MAX_ANSWER_BYTES:
-                        _log.warning("the hub's answer is longer than %d bytes", MAX_ANSWER_BYTES)
-                        raise HubUnreachableError(exchange.model)
-                    yield chunk
-            except httpx2.ReadError as error:
-                raise httpx2.RemoteProtocolError(str(error)) from error
+            for chunk in stream:
+                received += len(chunk)
+                if received > MAX_ANSWER_BYTES:
+                    _log.warning("the hub's answer is longer than %d bytes", MAX_ANSWER_BYTES)
+                    raise HubUnreachableError(exchange.model)
+                yield chunk
 
         def close(self) -> None:
             stream.close()

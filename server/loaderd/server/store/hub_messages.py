@@ -8,10 +8,20 @@ from typing import Any, Literal
 
 from loaderd.server.errors import LoaderdError
 from loaderd.server.store.hub_access import RetryPolicy
-from loaderd.server.store.plan import DownloadPlan, DownloadProgress, PlannedFile
+from loaderd.server.store.plan import (
+    DownloadPlan,
+    DownloadProgress,
+    FileProgress,
+    PlannedFile,
+    SkippedFile,
+    SkipReason,
+)
 from loaderd.v1.errors_pb2 import ErrorReason
 
 Operation = Literal["plan", "download"]
+
+GO = b"go\n"
+"""The daemon's answer to a download's plan: it may begin."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,8 @@ class Request:
         endpoint: The hub.
         token: The hub token.
         retry: How often to ask a busy hub.
+        allow_pickle: Whether weights in pickles may be fetched.
+        distrusted: Paths of files that a download hashes before it takes them for whole.
     """
 
     operation: Operation
@@ -35,6 +47,8 @@ class Request:
     endpoint: str
     token: str | None = field(repr=False)
     retry: RetryPolicy
+    allow_pickle: bool
+    distrusted: tuple[str, ...]
 
     def to_line(self) -> bytes:
         """The request as a line of JSON."""
@@ -44,12 +58,16 @@ class Request:
     def from_line(line: bytes) -> Request:
         """The inverse of `to_line`."""
         data = json.loads(line)
-        return Request(**{**data, "retry": RetryPolicy(**data["retry"])})
+        data |= {
+            "retry": RetryPolicy(**data["retry"]),
+            "distrusted": tuple(data["distrusted"]),
+        }
+        return Request(**data)
 
 
 @dataclass(frozen=True)
 class Alive:
-    """The child has imported what it needs, or the hub has answered."""
+    """The child has started, or something moved: the hub answered, bytes came, a wait began."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,7 @@ def encode(message: Message) -> bytes:
                 "revision": message.revision,
                 "commit": message.commit,
                 "files": [asdict(file) for file in message.files],
+                "skipped": [asdict(file) for file in message.skipped],
             }
         case _:
             content = asdict(message)
@@ -99,10 +118,12 @@ def decode(line: bytes) -> Message:
             number = ErrorReason.ValueType(content["number"])
             return LoaderdError.from_metadata(number, content["metadata"])
         case "DownloadPlan":
-            files = tuple(PlannedFile(**file) for file in content.pop("files"))
-            return DownloadPlan(files=files, **content)
+            planned = tuple(PlannedFile(**file) for file in content.pop("files"))
+            skipped = tuple(map(_skipped, content.pop("skipped")))
+            return DownloadPlan(files=planned, skipped=skipped, **content)
         case "DownloadProgress":
-            return DownloadProgress(**content)
+            current = tuple(FileProgress(**file) for file in content.pop("files"))
+            return DownloadProgress(files=current, **content)
         case "Done":
             return Done(**content)
         case "Defect":
@@ -111,6 +132,10 @@ def decode(line: bytes) -> Message:
             return Alive()
         case kind:
             raise ValueError(f"unknown message {kind!r}")
+
+
+def _skipped(content: dict[str, Any]) -> SkippedFile:
+    return SkippedFile(**{**content, "reason": SkipReason(content["reason"])})
 
 
 def _line(content: dict[str, Any]) -> bytes:
