@@ -149,7 +149,7 @@ class Verification:
                 case None:
                     self._unverifiable.append(_printable(path))
         good = self._read(files, on_update, stopped)
-        if (problem := self._loading_problem()) and problem.path not in self._problems:
+        if problem := self._loading_problem():
             self._report(problem, on_update)
         return VerifyReport(
             problems=tuple(self._problems[path] for path in sorted(self._problems)),
@@ -241,9 +241,11 @@ class Verification:
         return None
 
     def _report(self, problem: FileProblem, on_update: OnUpdate) -> None:
+        """Tells the first problem of each file."""
         problem = replace(problem, path=_printable(problem.path))
-        self._problems[problem.path] = problem
-        on_update(problem)
+        if problem.path not in self._problems:
+            self._problems[problem.path] = problem
+            on_update(problem)
 
 
 class _Meter:
