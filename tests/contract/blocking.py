@@ -13,18 +13,22 @@ from typing import Any, Self, cast
 from loaderd.client import (
     AsyncCacheClient,
     AsyncClient,
+    AsyncDeletionPlan,
     AsyncDownloadOperation,
     AsyncGenerationStream,
     AsyncLoadOperation,
     AsyncModel,
     AsyncModelWatch,
+    AsyncVerifyOperation,
     CacheClient,
     Client,
+    DeletionPlan,
     DownloadOperation,
     GenerationStream,
     LoadOperation,
     Model,
     ModelWatch,
+    VerifyOperation,
 )
 
 PAIRS: dict[type, type] = {
@@ -35,6 +39,8 @@ PAIRS: dict[type, type] = {
     GenerationStream: AsyncGenerationStream,
     LoadOperation: AsyncLoadOperation,
     DownloadOperation: AsyncDownloadOperation,
+    VerifyOperation: AsyncVerifyOperation,
+    DeletionPlan: AsyncDeletionPlan,
 }
 """Each public class of the blocking client, and its asyncio counterpart."""
 

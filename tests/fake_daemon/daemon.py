@@ -22,7 +22,9 @@ from loaderd.v1 import (
     system_pb2,
     system_pb2_grpc,
 )
-from tests.fake_daemon.cache import Cache, CacheService
+from tests.fake_daemon.cache import Cache
+from tests.fake_daemon.cache_service import CacheService
+from tests.fake_daemon.downloads import Downloads
 from tests.fake_daemon.generation import GenerationService
 from tests.fake_daemon.models import Models, ModelService
 from tests.fake_daemon.record import Seen
@@ -64,7 +66,8 @@ class FakeDaemon:
         self.token_s = 0.0005
         self.stopping = threading.Event()
         self._arrival = threading.Condition()
-        self.cache = Cache()
+        self.cache = Cache(self)
+        self.downloads = Downloads(self.cache)
         self.health = health.HealthServicer()
         self.models = Models(self)
         self._server = grpc.server(

@@ -53,6 +53,20 @@ REASONS = {
     "DRAINING": Reason(code_pb2.UNAVAILABLE, retry=True),
     "DEADLINE": Reason(code_pb2.DEADLINE_EXCEEDED),
     "INTERNAL": Reason(code_pb2.INTERNAL, {"incident": "0a1b2c3d"}),
+    "HUB_UNAUTHORIZED": Reason(code_pb2.PERMISSION_DENIED, {"model": "a/b"}),
+    "SNAPSHOT_NOT_FOUND": Reason(code_pb2.NOT_FOUND, {"model": "a/b"}),
+    "SNAPSHOT_IN_USE": Reason(
+        code_pb2.FAILED_PRECONDITION, {"model": "a/b", "holders": "m-1, download"}
+    ),
+    "CACHE_LIMIT": Reason(
+        code_pb2.RESOURCE_EXHAUSTED,
+        {"needed_bytes": "5000000000", "max_bytes": "6000000000", "held_bytes": "2000000000"},
+    ),
+    "CACHE_NOT_WRITABLE": Reason(
+        code_pb2.FAILED_PRECONDITION, {"problem": "the file system is read-only"}
+    ),
+    "DOWNLOAD_CANCELLED": Reason(code_pb2.ABORTED, {"model": "a/b"}),
+    "DOWNLOAD_INTERRUPTED": Reason(code_pb2.UNAVAILABLE, {"model": "a/b"}, retry=True),
 }
 
 

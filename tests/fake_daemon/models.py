@@ -14,7 +14,8 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from loaderd.v1 import model_pb2, model_pb2_grpc
-from tests.fake_daemon.cache import commit_of, download_steps
+from tests.fake_daemon.cache import commit_of
+from tests.fake_daemon.downloads import download_progress, download_steps
 from tests.fake_daemon.failure import FailureError
 from tests.fake_daemon.generation import SUPPORTED
 
@@ -112,7 +113,7 @@ class Models:
                 model_id=model.id, state=model.state, elapsed=Duration(nanos=1_000_000)
             )
             if downloaded is not None:
-                progress.download.CopyFrom(self._daemon.cache.progress(downloaded))
+                progress.download.CopyFrom(download_progress(downloaded))
             return model_pb2.LoadModelResponse(progress=progress)
 
     def unload(self, name: str, *, force: bool) -> model_pb2.Model:

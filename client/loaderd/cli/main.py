@@ -11,12 +11,10 @@ import typer
 from typer.core import TyperGroup
 
 from loaderd.cli import output
-from loaderd.cli.commands import cache, models, run, system
+from loaderd.cli.commands import cache, deletion, models, run, system, verification
 from loaderd.cli.exits import MEANINGS, ExitCode, exit_code
 from loaderd.cli.session import Session
-
-# Typer keeps this class to itself, and had it from Click before: the base of BadParameter.
-(_UsageError,) = typer.BadParameter.__bases__
+from loaderd.cli.usage import UsageError
 
 
 class Program(TyperGroup):
@@ -44,7 +42,7 @@ def _report(error: Exception) -> ExitCode:
     if isinstance(error, LoaderdError):
         output.message(str(error))
         return exit_code(error)
-    if isinstance(error, _UsageError):
+    if isinstance(error, UsageError):
         error = cast("typer.BadParameter", error)
         command = error.ctx.command_path if error.ctx else "loaderctl"
         problem = error.format_message().rstrip(".").replace(": Value error, ", ": ")  # Pydantic's
@@ -70,6 +68,9 @@ for command in (
     cache.pull,
     cache.ls,
     cache.resolve,
+    deletion.rm,
+    deletion.prune,
+    verification.verify,
     system.info,
     system.health,
     system.devices,
@@ -99,8 +100,8 @@ def program(
     timeout: Annotated[
         float | None,
         typer.Option(
-            help="Seconds that each call may take. Default: no limit for load, pull, run and "
-            "watch, 60 for the others.",
+            help="Seconds that each call may take. Default: no limit for load, pull, run, "
+            "verify and watch, 60 for the others.",
             show_default=False,
         ),
     ] = None,

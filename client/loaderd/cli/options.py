@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+
+T = TypeVar("T")
 
 
 class DtypeName(StrEnum):
@@ -14,6 +17,18 @@ class DtypeName(StrEnum):
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
+
+
+def parser(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Makes a usage error, with its text, of a value that `parse` does not take."""
+
+    def parse_option(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return parse_option
 
 
 Model = Annotated[
@@ -29,3 +44,7 @@ LoadedModel = Annotated[
     typer.Argument(metavar="MODEL", help="Name or id of a loaded model.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import Enum
-from typing import Any
+from typing import Any, TextIO
 
 _UNLIMITED = 1_000_000
 
@@ -55,8 +55,10 @@ def plain(value: Any) -> Any:
     return value
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table; when stdout is no terminal it is as wide as it needs to be."""
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], file: TextIO | None = None
+) -> None:
+    """Prints a table to stdout or `file`; where that is no terminal, as wide as it needs to be."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -66,7 +68,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         grid.add_column(column, overflow="fold")
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=file or sys.stdout, highlight=False)
     if not console.is_terminal:
         console.width = _UNLIMITED
     console.print(grid)

@@ -1,19 +1,21 @@
-"""Progress of loads and downloads on stderr: bars on a terminal, lines elsewhere."""
+"""Progress of loads, downloads and verifications on stderr: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
-import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from loaderd.cli import output
-from loaderd.cli.units import size, span
+from loaderd.cli.meter import Meter, done_bytes
+from loaderd.cli.units import size
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.console import RenderableType
+    from rich.text import Text
 
-    from loaderd.client import DownloadProgress, LoadProgress
+    from loaderd.cli.meter import ByteProgress
+    from loaderd.client import DownloadProgress, FileProgress, LoadProgress, VerifyUpdate
 
 
 class ProgressDisplay(Protocol):
@@ -24,6 +26,9 @@ class ProgressDisplay(Protocol):
 
     def download(self, progress: DownloadProgress) -> None:
         """Shows how far a download is."""
+
+    def verify(self, update: VerifyUpdate) -> None:
+        """Shows how far a verification, or its repair, is."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -39,39 +44,11 @@ def progress_display(name: str) -> ProgressDisplay:
     return BarDisplay(name) if sys.stderr.isatty() else LineDisplay(name)
 
 
-class DownloadMeter:
-    """A download's amounts in words: "12.0 MB of 40.0 MB, 25.0 MB/s, 1.1 s left".
-
-    The rate of the first moment says little: the time left is told from the first second, or the
-    first hundredth of the bytes, on.
-    """
-
-    def __init__(self) -> None:
-        self._begun: float | None = None
-        self._bytes_before = 0
-
-    def read(self, progress: DownloadProgress) -> str:
-        """The words for the latest progress."""
-        if self._begun is None:
-            self._begun, self._bytes_before = time.monotonic(), progress.downloaded_bytes
-        parts = [size(progress.downloaded_bytes)]
-        if progress.total_bytes is not None:
-            parts[0] += f" of {size(progress.total_bytes)}"
-        if progress.bytes_per_second:
-            parts.append(f"{size(progress.bytes_per_second)}/s")
-        if progress.remaining and self._is_meaningful(progress, time.monotonic() - self._begun):
-            parts.append(f"{span(progress.remaining)} left")
-        return ", ".join(parts)
-
-    def _is_meaningful(self, progress: DownloadProgress, seconds: float) -> bool:
-        came = progress.downloaded_bytes - self._bytes_before
-        return seconds >= 1 or came * 100 >= (progress.total_bytes or 0)
-
-
 class BarDisplay:
     """A bar for bytes, a spinner for what has none; gone when the work is done.
 
-    The name has a line of its own, which is cut where the terminal is too narrow for it.
+    The name, and each file that is being fetched, has a line of its own, which is cut where the
+    terminal is too narrow for it.
     """
 
     def __init__(self, name: str) -> None:
@@ -80,9 +57,10 @@ class BarDisplay:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         self._name = name
-        self._meter = DownloadMeter()
+        self._activity = ""
+        self._meter = Meter()
         self._bar = Progress(BarColumn(), TextColumn("{task.fields[amounts]}"))
-        self._downloading = self._bar.add_task("", total=None, amounts="")
+        self._task = self._bar.add_task("", total=None, amounts="")
         self._spinner = Progress(SpinnerColumn(), TimeElapsedColumn())
         self._spinner.add_task("", total=None)
         self._live = Live(console=Console(file=sys.stderr), transient=True)
@@ -96,20 +74,34 @@ class BarDisplay:
 
     def download(self, progress: DownloadProgress) -> None:
         """Shows how far a download is."""
+        self._show_bytes("downloading", progress, *map(_file_line, progress.files))
+
+    def verify(self, update: VerifyUpdate) -> None:
+        """Shows how far a verification, or its repair, is."""
+        from loaderd.client import DownloadProgress, VerifyProgress
+
+        match update:
+            case VerifyProgress():
+                self._show_bytes("verifying", update)
+            case DownloadProgress():
+                self._show_bytes("repairing", update, *map(_file_line, update.files))
+
+    def _show_bytes(self, activity: str, progress: ByteProgress, *lines: Text) -> None:
+        if activity != self._activity:
+            self._meter = Meter()
         self._bar.update(
-            self._downloading,
-            completed=progress.downloaded_bytes,
+            self._task,
+            completed=done_bytes(progress),
             total=progress.total_bytes,
             amounts=self._meter.read(progress),
         )
-        self._show("downloading", self._bar)
+        self._show(activity, self._bar, *lines)
 
-    def _show(self, activity: str, progress: Progress) -> None:
+    def _show(self, activity: str, *parts: RenderableType) -> None:
         from rich.console import Group
-        from rich.text import Text
 
-        heading = Text(f"{activity} {self._name}", no_wrap=True, overflow="ellipsis")
-        self._live.update(Group(heading, progress), refresh=True)
+        self._activity = activity
+        self._live.update(Group(_line(f"{activity} {self._name}"), *parts), refresh=True)
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -126,11 +118,12 @@ class BarDisplay:
 
 
 class LineDisplay:
-    """A line for each new state, and for each tenth of a download."""
+    """A line for each new state, and for each tenth of a download or a verification."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._meter = DownloadMeter()
+        self._activity = ""
+        self._meter = Meter()
         self._shown: object = None
 
     def load(self, progress: LoadProgress) -> None:
@@ -142,9 +135,24 @@ class LineDisplay:
 
     def download(self, progress: DownloadProgress) -> None:
         """Shows how far a download is."""
+        self._show_bytes("downloading", progress)
+
+    def verify(self, update: VerifyUpdate) -> None:
+        """Shows how far a verification, or its repair, is."""
+        from loaderd.client import DownloadProgress, VerifyProgress
+
+        match update:
+            case VerifyProgress():
+                self._show_bytes("verifying", update)
+            case DownloadProgress():
+                self._show_bytes("repairing", update)
+
+    def _show_bytes(self, activity: str, progress: ByteProgress) -> None:
+        if activity != self._activity:
+            self._activity, self._meter = activity, Meter()
         fraction = progress.fraction
         tenth = None if fraction is None else int(fraction * 10)
-        self._show(("download", tenth), f"downloading {self._meter.read(progress)}")
+        self._show((activity, tenth), f"{activity} {self._meter.read(progress)}")
 
     def _show(self, what: object, text: str) -> None:
         if what != self._shown:
@@ -161,3 +169,16 @@ class LineDisplay:
         traceback: TracebackType | None,
     ) -> None:
         pass
+
+
+def _file_line(file: FileProgress) -> Text:
+    """How far one file is; the path comes last, where it may be cut."""
+    part = file.downloaded_bytes / file.size_bytes if file.size_bytes else 1.0
+    amount = f"{size(file.downloaded_bytes)} of {size(file.size_bytes)}"
+    return _line(f"{part:>5.0%}  {amount}  {file.path}")
+
+
+def _line(text: str) -> Text:
+    from rich.text import Text
+
+    return Text(text, no_wrap=True, overflow="ellipsis")

@@ -1,8 +1,28 @@
-"""Sizes and times for people."""
+"""Sizes and times for people, to write and to read."""
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
+from fractions import Fraction
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)")
+_SCALES = {
+    "B": 1,
+    "kB": 10**3,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+_LARGEST_SIZE = 2**64 - 1
+
+_SPAN = re.compile(r"([0-9]+)([smhd])")
+_SPANS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 def size(count: float) -> str:
@@ -13,6 +33,22 @@ def size(count: float) -> str:
         if count < 999.95 * scale:
             return f"{count / scale:.1f} {unit}"
     return f"{count / 1e12:.1f} TB"
+
+
+def parse_size(text: str) -> int:
+    """The bytes of a size such as "50GB", "1.5 TB" or "512MiB".
+
+    Raises:
+        ValueError: It is none; the text says how to write one.
+    """
+    match = _SIZE.fullmatch(text)
+    scale = _SCALES.get(match[2]) if match else None
+    if match is None or scale is None:
+        raise ValueError(f"{text!r} is no size; write one as 50GB, 1.5TB or 512MiB")
+    bytes_ = Fraction(match[1]) * scale
+    if bytes_.denominator != 1 or bytes_ > _LARGEST_SIZE:
+        raise ValueError(f"{text!r} is no whole number of bytes from 0 to {_LARGEST_SIZE}")
+    return int(bytes_)
 
 
 def count(number: int, noun: str) -> str:
@@ -33,6 +69,21 @@ def span(time: timedelta) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60} min"
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def parse_span(text: str) -> timedelta:
+    """The time span of "30d", "12h", "90m" or "45s".
+
+    Raises:
+        ValueError: It is none, or too long; the text says how to write one.
+    """
+    match = _SPAN.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no time span; write one as 30d, 12h or 90m")
+    try:
+        return timedelta(**{_SPANS[match[2]]: int(match[1])})
+    except OverflowError:
+        raise ValueError(f"{text!r} is too long") from None
 
 
 def age(moment: datetime | None) -> str:

@@ -3,25 +3,36 @@
 from loaderd.client import errors
 from loaderd.client.aio.cache import AsyncCacheClient
 from loaderd.client.aio.client import AsyncClient
+from loaderd.client.aio.deletion import AsyncDeletionPlan
 from loaderd.client.aio.model import AsyncModel
-from loaderd.client.aio.operation import AsyncDownloadOperation, AsyncLoadOperation
+from loaderd.client.aio.operation import (
+    AsyncDownloadOperation,
+    AsyncLoadOperation,
+    AsyncVerifyOperation,
+)
 from loaderd.client.aio.stream import AsyncGenerationStream, AsyncModelWatch
 from loaderd.client.errors import LoaderdError
 from loaderd.client.parameters import GenerationParameters
 from loaderd.client.sync.cache import CacheClient
 from loaderd.client.sync.client import Client
+from loaderd.client.sync.deletion import DeletionPlan
 from loaderd.client.sync.model import Model
-from loaderd.client.sync.operation import DownloadOperation, LoadOperation
+from loaderd.client.sync.operation import DownloadOperation, LoadOperation, VerifyOperation
 from loaderd.client.sync.stream import GenerationStream, ModelWatch
 from loaderd.client.types import (
+    CancelledDownload,
     Completion,
+    Deletion,
     Delta,
     Device,
     DeviceType,
+    Download,
     DownloadPlan,
     DownloadProgress,
     Dtype,
     DtypeName,
+    FileProblem,
+    FileProgress,
     Finish,
     FinishReason,
     GenerationResult,
@@ -41,36 +52,50 @@ from loaderd.client.types import (
     ModelSource,
     ModelState,
     PlannedFile,
+    ProblemKind,
     RenderedPrompt,
     Resolution,
     ServerInfo,
+    SkippedFile,
+    SkipReason,
     Snapshot,
     SnapshotList,
     Tokenization,
     UnloadResult,
     Usage,
+    VerifyProgress,
+    VerifyReport,
+    VerifyUpdate,
     WatchUpdate,
 )
 
 __all__ = [
     "AsyncCacheClient",
     "AsyncClient",
+    "AsyncDeletionPlan",
     "AsyncDownloadOperation",
     "AsyncGenerationStream",
     "AsyncLoadOperation",
     "AsyncModel",
     "AsyncModelWatch",
+    "AsyncVerifyOperation",
     "CacheClient",
+    "CancelledDownload",
     "Client",
     "Completion",
+    "Deletion",
+    "DeletionPlan",
     "Delta",
     "Device",
     "DeviceType",
+    "Download",
     "DownloadOperation",
     "DownloadPlan",
     "DownloadProgress",
     "Dtype",
     "DtypeName",
+    "FileProblem",
+    "FileProgress",
     "Finish",
     "FinishReason",
     "GenerationParameters",
@@ -96,14 +121,21 @@ __all__ = [
     "ModelState",
     "ModelWatch",
     "PlannedFile",
+    "ProblemKind",
     "RenderedPrompt",
     "Resolution",
     "ServerInfo",
+    "SkipReason",
+    "SkippedFile",
     "Snapshot",
     "SnapshotList",
     "Tokenization",
     "UnloadResult",
     "Usage",
+    "VerifyOperation",
+    "VerifyProgress",
+    "VerifyReport",
+    "VerifyUpdate",
     "WatchUpdate",
     "errors",
 ]

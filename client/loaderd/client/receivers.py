@@ -10,6 +10,7 @@ from loaderd.client.errors import UnexpectedAnswerError
 from loaderd.client.types import (
     Completion,
     Delta,
+    DownloadPlan,
     DownloadProgress,
     GenerationResult,
     GenerationStarted,
@@ -17,6 +18,8 @@ from loaderd.client.types import (
     ModelInfo,
     ModelList,
     Snapshot,
+    VerifyReport,
+    VerifyUpdate,
     WatchUpdate,
 )
 from loaderd.v1 import cache_pb2, generation_pb2, model_pb2
@@ -71,15 +74,38 @@ class LoadReceiver(Receiver[model_pb2.LoadModelResponse, LoadProgress, ModelInfo
 
 
 class DownloadReceiver(Receiver[cache_pb2.DownloadModelResponse, DownloadProgress, Snapshot]):
-    """A download: progress, then the snapshot."""
+    """A download: the plan, progress, then the snapshot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plan: DownloadPlan | None = None
 
     def take(self, message: cache_pb2.DownloadModelResponse) -> DownloadProgress | None:
         """See `Receiver`."""
         match message.WhichOneof("update"):
             case "progress":
                 return responses.download_progress(message.progress)
+            case "plan":
+                self.plan = responses.download_plan(message.plan)
             case "snapshot":
                 self._result = responses.snapshot(message.snapshot)
+        return None
+
+
+class VerifyReceiver(Receiver[cache_pb2.VerifySnapshotResponse, VerifyUpdate, VerifyReport]):
+    """A verification: progress, problems and the repair's progress, then the report."""
+
+    def take(self, message: cache_pb2.VerifySnapshotResponse) -> VerifyUpdate | None:
+        """See `Receiver`."""
+        match message.WhichOneof("update"):
+            case "progress":
+                return responses.verify_progress(message.progress)
+            case "problem":
+                return responses.file_problem(message.problem)
+            case "repair":
+                return responses.download_progress(message.repair)
+            case "report":
+                self._result = responses.verify_report(message.report)
         return None
 
 

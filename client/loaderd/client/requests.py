@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2
 from loaderd.client.errors import InvalidArgumentError, InvalidNameError
 from loaderd.client.parameters import GenerationParameters, Seconds
 from loaderd.client.types import Dtype, DtypeName, Message
-from loaderd.v1 import generation_pb2, model_pb2
+from loaderd.v1 import cache_pb2, generation_pb2, model_pb2
 
 ModelName: TypeAlias = str | os.PathLike[str]
 """`org/name` or `name`, either with `@revision`, a model's id, or the path of a local folder."""
@@ -73,6 +73,36 @@ def load_request(
     if dtype is not None:
         options.dtype = model_pb2.Dtype.ValueType(_dtype(dtype))
     return model_pb2.LoadModelRequest(model=model_name(name), options=options)
+
+
+def delete_request(
+    names: Iterable[ModelName], *, dry_run: bool
+) -> cache_pb2.DeleteSnapshotsRequest:
+    """A DeleteSnapshotsRequest."""
+    return cache_pb2.DeleteSnapshotsRequest(models=map(model_name, names), dry_run=dry_run)
+
+
+def prune_request(
+    *,
+    orphans: bool,
+    unreferenced: bool,
+    unused_for: Seconds | None,
+    max_bytes: int | None,
+    dry_run: bool,
+) -> cache_pb2.PruneCacheRequest:
+    """A PruneCacheRequest; conditions that are None stay unset.
+
+    Raises:
+        InvalidArgumentError: A value that the wire cannot carry.
+    """
+    request = cache_pb2.PruneCacheRequest(
+        orphans=orphans, unreferenced=unreferenced, dry_run=dry_run
+    )
+    if unused_for is not None:
+        _set(request, "unused_for", unused_for)
+    if max_bytes is not None:
+        _set(request, "max_bytes", max_bytes)
+    return request
 
 
 def generation_request(
@@ -273,6 +303,7 @@ _SETTERS: dict[str, Setter] = {
     "chat_template_kwargs": _set_mapping,
     "keep_alive": _set_duration,
     "max_time": _set_duration,
+    "unused_for": _set_duration,
 }
 """How to set the fields that are no scalars; the others are assigned."""
 

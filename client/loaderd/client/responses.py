@@ -38,6 +38,7 @@ def model_info(model: model_pb2.Model) -> types.ModelInfo:
         ready_at=_time(model, "ready_at", model.ready_at),
         timings=_load_timings(model.timings),
         failure=_model_failure(model.failure) if model.HasField("failure") else None,
+        stale=model.stale,
     )
 
 
@@ -115,7 +116,22 @@ def download_progress(progress: cache_pb2.DownloadProgress) -> types.DownloadPro
         completed_files=progress.completed_files,
         total_files=progress.total_files or None,
         bytes_per_second=progress.bytes_per_second,
+        files=tuple(map(_file_progress, progress.files)),
+        remaining=_span(progress, "remaining", progress.remaining),
+        resumed_bytes=progress.resumed_bytes,
+        refetched_bytes=progress.refetched_bytes,
     )
+
+
+def _file_progress(file: cache_pb2.FileProgress) -> types.FileProgress:
+    return types.FileProgress(
+        path=file.path, downloaded_bytes=file.downloaded_bytes, size_bytes=file.size_bytes
+    )
+
+
+def cancelled_download(response: cache_pb2.CancelDownloadResponse) -> types.CancelledDownload:
+    """What was stopped."""
+    return types.CancelledDownload(waiters=response.waiters, kept_bytes=response.kept_bytes)
 
 
 def snapshot(message: cache_pb2.Snapshot) -> types.Snapshot:
@@ -125,19 +141,34 @@ def snapshot(message: cache_pb2.Snapshot) -> types.Snapshot:
         commit=message.commit,
         refs=tuple(message.refs),
         size_bytes=message.size_bytes,
+        unique_bytes=message.unique_bytes,
         file_count=message.file_count,
         complete=message.complete,
         modified_at=_time(message, "modified_at", message.modified_at),
         last_used_at=_time(message, "last_used_at", message.last_used_at),
         path=message.path,
         stale=message.stale,
+        in_use_by=tuple(message.in_use_by),
     )
 
 
 def snapshot_list(response: cache_pb2.ListSnapshotsResponse) -> types.SnapshotList:
     """All snapshots."""
     return types.SnapshotList(
-        snapshots=tuple(map(snapshot, response.snapshots)), total_bytes=response.total_bytes
+        snapshots=tuple(map(snapshot, response.snapshots)),
+        total_bytes=response.total_bytes,
+        orphan_bytes=response.orphan_bytes,
+        downloads=tuple(map(_download, response.downloads)),
+        free_bytes=response.free_bytes,
+        max_bytes=response.max_bytes or None,
+    )
+
+
+def _download(message: cache_pb2.Download) -> types.Download:
+    return types.Download(
+        model=message.model,
+        progress=download_progress(message.progress),
+        waiters=message.waiters,
     )
 
 
@@ -154,21 +185,81 @@ def resolution(response: cache_pb2.ResolveModelResponse) -> types.Resolution:
         case "cached":
             return snapshot(response.cached)
         case "download":
-            return _download_plan(response.download)
+            return download_plan(response.download)
     raise UnexpectedAnswerError("the daemon's answer has no resolution that this release knows")
 
 
-def _download_plan(plan: cache_pb2.DownloadPlan) -> types.DownloadPlan:
+def download_plan(plan: cache_pb2.DownloadPlan) -> types.DownloadPlan:
+    """What a download would fetch."""
     return types.DownloadPlan(
         repo_id=plan.repo_id,
         revision=plan.revision,
         commit=plan.commit,
-        files=tuple(
-            types.PlannedFile(path=file.path, size_bytes=file.size_bytes, cached=file.cached)
-            for file in plan.files
-        ),
+        files=tuple(map(_planned_file, plan.files)),
         total_bytes=plan.total_bytes,
         missing_bytes=plan.missing_bytes,
+        skipped=tuple(map(_skipped_file, plan.skipped)),
+        skipped_count=plan.skipped_count,
+        skipped_bytes=plan.skipped_bytes,
+    )
+
+
+def _planned_file(file: cache_pb2.PlannedFile) -> types.PlannedFile:
+    return types.PlannedFile(
+        path=file.path,
+        size_bytes=file.size_bytes,
+        cached=file.cached,
+        partial_bytes=file.partial_bytes,
+    )
+
+
+def _skipped_file(file: cache_pb2.SkippedFile) -> types.SkippedFile:
+    return types.SkippedFile(
+        path=file.path, size_bytes=file.size_bytes, reason=member(types.SkipReason, file.reason)
+    )
+
+
+def verify_progress(progress: cache_pb2.VerifyProgress) -> types.VerifyProgress:
+    """A verification's progress."""
+    return types.VerifyProgress(
+        verified_bytes=progress.verified_bytes,
+        total_bytes=progress.total_bytes,
+        verified_files=progress.verified_files,
+        total_files=progress.total_files,
+        bytes_per_second=progress.bytes_per_second,
+    )
+
+
+def file_problem(problem: cache_pb2.FileProblem) -> types.FileProblem:
+    """What is wrong with a file."""
+    return types.FileProblem(
+        path=problem.path,
+        kind=member(types.ProblemKind, problem.kind),
+        expected=problem.expected,
+        found=problem.found,
+    )
+
+
+def verify_report(report: cache_pb2.VerifyReport) -> types.VerifyReport:
+    """What a verification found."""
+    return types.VerifyReport(
+        snapshot=snapshot(report.snapshot),
+        problems=tuple(map(file_problem, report.problems)),
+        repaired=report.repaired,
+        verified_files=report.verified_files,
+        verified_bytes=report.verified_bytes,
+        unverifiable_files=tuple(report.unverifiable_files),
+    )
+
+
+def deletion(message: cache_pb2.Deletion) -> types.Deletion:
+    """What was, or would be, deleted."""
+    return types.Deletion(
+        snapshots=tuple(map(snapshot, message.snapshots)),
+        freed_bytes=message.freed_bytes,
+        orphan_files=message.orphan_files,
+        kept=tuple(map(snapshot, message.kept)),
+        remaining_bytes=message.remaining_bytes,
     )
 
 

@@ -157,8 +157,8 @@ def test_pull_ls_and_resolve(ctl: Ctl) -> None:
 
     listing = ctl("ls").stdout.splitlines()
     row = next(line.split() for line in listing if line.startswith("demo/remote"))
-    assert row[1:7] == ["main", commit[:12], "40.0", "MB", "3", "complete"]
-    assert listing[-1] == "5 snapshots, 200.0 MB on disk"
+    assert row[1:9] == ["main", commit[:12], "40.0", "MB", "40.0", "MB", "3", "complete"]
+    assert listing[-1] == "5 snapshots, 200.0 MB on disk, 50.0 GB free"
     as_json = document(ctl("ls", "--json"))
     assert as_json["total_bytes"] == 5 * TOTAL
     assert [s["repo_id"] for s in as_json["snapshots"]] == sorted(
@@ -173,7 +173,7 @@ def test_pull_ls_and_resolve(ctl: Ctl) -> None:
 def test_one_snapshot_is_no_plural(ctl: Ctl, daemon: FakeDaemon) -> None:
     daemon.cache.cached = {"demo/chat"}
 
-    assert ctl("ls").stdout.splitlines()[-1] == "1 snapshot, 40.0 MB on disk"
+    assert ctl("ls").stdout.splitlines()[-1] == "1 snapshot, 40.0 MB on disk, 50.0 GB free"
 
 
 def test_pull_says_when_the_hub_did_not_answer(ctl: Ctl, daemon: FakeDaemon) -> None:
@@ -184,7 +184,8 @@ def test_pull_says_when_the_hub_did_not_answer(ctl: Ctl, daemon: FakeDaemon) -> 
 
     assert told.stdout.startswith("demo/chat is cached at commit")
     assert told.stderr == (
-        "loaderctl: the hub did not answer; what the cache had is used, and may be out of date\n"
+        "loaderctl: the hub did not answer or may not be asked; what the cache had is used, and "
+        "may be out of date\n"
     )
     assert document(ctl("pull", "demo/chat", "--json"))["stale"] is True
 

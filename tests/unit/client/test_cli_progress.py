@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
-from loaderd.cli.progress import DownloadMeter
+from loaderd.cli.meter import Meter
 from loaderd.client import DownloadProgress
 
 
@@ -17,11 +19,15 @@ def progress(
         completed_files=0,
         total_files=None,
         bytes_per_second=rate,
+        files=(),
+        remaining=timedelta(seconds=(total - downloaded) / rate) if total and rate else None,
+        resumed_bytes=0,
+        refetched_bytes=0,
     )
 
 
 def test_the_first_moment_says_nothing_of_the_time_left() -> None:
-    meter = DownloadMeter()
+    meter = Meter()
 
     assert meter.read(progress(0, rate=0)) == "0 B of 100.0 MB"
     assert meter.read(progress(2_000, rate=1_800)) == "2.0 kB of 100.0 MB, 1.8 kB/s"
@@ -29,7 +35,7 @@ def test_the_first_moment_says_nothing_of_the_time_left() -> None:
 
 
 def test_what_the_cache_had_before_does_not_count() -> None:
-    meter = DownloadMeter()
+    meter = Meter()
 
     assert meter.read(progress(50_000_000, rate=10)) == "50.0 MB of 100.0 MB, 10 B/s"
     assert meter.read(progress(50_100_000, rate=10)) == "50.1 MB of 100.0 MB, 10 B/s"
@@ -39,7 +45,7 @@ def test_what_the_cache_had_before_does_not_count() -> None:
 def test_a_slow_download_tells_it_after_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    meter = DownloadMeter()
+    meter = Meter()
     meter.read(progress(0, rate=0))
     now = 100.9
     assert "left" not in meter.read(progress(1_000, rate=1_000))
@@ -49,4 +55,4 @@ def test_a_slow_download_tells_it_after_a_second(monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_unknown_total_leaves_no_time_to_tell() -> None:
-    assert DownloadMeter().read(progress(5_000, total=None)) == "5.0 kB, 1.0 MB/s"
+    assert Meter().read(progress(5_000, total=None)) == "5.0 kB, 1.0 MB/s"

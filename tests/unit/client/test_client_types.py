@@ -13,12 +13,13 @@ from grpc_health.v1 import health_pb2
 from loaderd.client import (
     Client,
     DeviceType,
-    DownloadProgress,
     Dtype,
     FinishReason,
     HealthStatus,
     ModelSource,
     ModelState,
+    ProblemKind,
+    SkipReason,
     responses,
     types,
 )
@@ -33,6 +34,8 @@ from loaderd.v1 import cache_pb2, generation_pb2, model_pb2, system_pb2
         (ModelSource, model_pb2.ModelSource, "MODEL_SOURCE_"),
         (FinishReason, generation_pb2.FinishReason, "FINISH_REASON_"),
         (DeviceType, system_pb2.DeviceType, "DEVICE_TYPE_"),
+        (SkipReason, cache_pb2.SkipReason, "SKIP_REASON_"),
+        (ProblemKind, cache_pb2.ProblemKind, "PROBLEM_KIND_"),
         (HealthStatus, health_pb2.HealthCheckResponse.ServingStatus, ""),
     ],
 )
@@ -93,32 +96,69 @@ def test_results_are_frozen_and_can_be_compared_and_hashed(client: Client) -> No
 
 
 @pytest.mark.parametrize(
-    ("downloaded", "total", "rate", "fraction", "remaining"),
-    [
-        (0, None, 0.0, None, None),
-        (0, 100, 0.0, 0.0, None),
-        (50, 100, 25.0, 0.5, timedelta(seconds=2)),
-        (100, 100, 25.0, 1.0, timedelta(0)),
-        (50, None, 25.0, None, None),
-    ],
+    ("downloaded", "total", "fraction"), [(0, None, None), (0, 100, 0.0), (50, 100, 0.5)]
 )
-def test_how_far_a_download_is(
-    downloaded: int,
-    total: int | None,
-    rate: float,
-    fraction: float | None,
-    remaining: timedelta | None,
-) -> None:
-    message = cache_pb2.DownloadProgress(
-        downloaded_bytes=downloaded, total_bytes=total or 0, bytes_per_second=rate
+def test_how_far_a_download_is(downloaded: int, total: int | None, fraction: float | None) -> None:
+    progress = responses.download_progress(
+        cache_pb2.DownloadProgress(downloaded_bytes=downloaded, total_bytes=total or 0)
     )
+
+    assert progress.total_bytes == total
+    assert progress.fraction == fraction
+    assert progress.remaining is None
+
+
+def test_a_downloads_progress_has_its_files_and_what_the_daemon_says_of_time() -> None:
+    message = cache_pb2.DownloadProgress(resumed_bytes=3, refetched_bytes=2)
+    message.files.add(path="a", downloaded_bytes=1, size_bytes=5)
+    message.remaining.FromMilliseconds(1500)
 
     progress = responses.download_progress(message)
 
-    assert isinstance(progress, DownloadProgress)
-    assert progress.total_bytes == total
-    assert progress.fraction == fraction
-    assert progress.remaining == remaining
+    assert progress.files == (types.FileProgress(path="a", downloaded_bytes=1, size_bytes=5),)
+    assert progress.remaining == timedelta(seconds=1.5)
+    assert (progress.resumed_bytes, progress.refetched_bytes) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("verified", "total", "rate", "fraction", "remaining"),
+    [
+        (0, 100, 0.0, 0.0, None),
+        (50, 100, 25.0, 0.5, timedelta(seconds=2)),
+        (0, 0, 0.0, 1.0, None),  # nothing but empty files
+    ],
+)
+def test_how_far_a_verification_is(
+    verified: int, total: int, rate: float, fraction: float, remaining: timedelta | None
+) -> None:
+    progress = responses.verify_progress(
+        cache_pb2.VerifyProgress(verified_bytes=verified, total_bytes=total, bytes_per_second=rate)
+    )
+
+    assert (progress.fraction, progress.remaining) == (fraction, remaining)
+
+
+@pytest.mark.parametrize(
+    ("problems", "repaired", "ok"), [(0, False, True), (1, False, False), (1, True, True)]
+)
+def test_a_report_is_ok_when_no_problem_is_left(problems: int, repaired: bool, ok: bool) -> None:
+    problem = cache_pb2.FileProblem(path="a", kind=cache_pb2.PROBLEM_KIND_SIZE)
+    message = cache_pb2.VerifyReport(problems=[problem] * problems, repaired=repaired)
+
+    assert responses.verify_report(message).ok is ok
+
+
+def test_no_limit_is_none() -> None:
+    unlimited = cache_pb2.ListSnapshotsResponse()
+    limited = cache_pb2.ListSnapshotsResponse(max_bytes=5)
+
+    assert responses.snapshot_list(unlimited).max_bytes is None
+    assert responses.snapshot_list(limited).max_bytes == 5
+
+
+def test_a_stale_model_says_so() -> None:
+    assert responses.model_info(model_pb2.Model(stale=True)).stale
+    assert not responses.model_info(model_pb2.Model()).stale
 
 
 def test_a_snapshot_without_refs_is_named_by_its_commit() -> None:

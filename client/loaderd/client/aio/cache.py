@@ -6,10 +6,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from loaderd.client import responses
-from loaderd.client.aio.operation import AsyncDownloadOperation
+from loaderd.client.aio.deletion import AsyncDeletionPlan
+from loaderd.client.aio.operation import AsyncDownloadOperation, AsyncVerifyOperation
 from loaderd.client.aio.transport import AsyncTransport
-from loaderd.client.requests import ModelName, model_name
-from loaderd.client.types import DownloadProgress, Resolution, Snapshot, SnapshotList
+from loaderd.client.parameters import Seconds
+from loaderd.client.requests import ModelName, delete_request, model_name, prune_request
+from loaderd.client.types import (
+    CancelledDownload,
+    Deletion,
+    DownloadProgress,
+    Resolution,
+    Snapshot,
+    SnapshotList,
+    VerifyReport,
+    VerifyUpdate,
+)
 from loaderd.v1 import cache_pb2
 
 
@@ -19,9 +30,17 @@ class AsyncCacheClient:
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport = transport
 
-    async def resolve(self, name: ModelName, *, timeout: float | None = None) -> Resolution:
-        """Says where a model's files are, or what a download would fetch. Changes nothing."""
-        request = cache_pb2.ResolveModelRequest(model=model_name(name))
+    async def resolve(
+        self, name: ModelName, *, refresh: bool = False, timeout: float | None = None
+    ) -> Resolution:
+        """Says where a model's files are, or what a download would fetch. Changes nothing.
+
+        Args:
+            name: `org/name`, `org/name@revision`, or the path of a local folder.
+            refresh: Ask the hub what the revision is now, also when the cache has a snapshot.
+            timeout: Seconds; None: the client's default.
+        """
+        request = cache_pb2.ResolveModelRequest(model=model_name(name), refresh=refresh)
         return responses.resolution(
             await self._transport.call(self._transport.stubs.cache.ResolveModel, request, timeout)
         )
@@ -52,9 +71,132 @@ class AsyncCacheClient:
             self._transport.stream(self._transport.stubs.cache.DownloadModel, request, timeout)
         )
 
+    async def cancel_download(
+        self, name: ModelName, *, timeout: float | None = None
+    ) -> CancelledDownload:
+        """Stops the download of a name for all who wait for it; what came of it is kept.
+
+        Their calls end with `DownloadCancelledError`. Nothing happens when there is none.
+
+        Args:
+            name: As the download was asked for.
+            timeout: Seconds; None: the client's default.
+        """
+        request = cache_pb2.CancelDownloadRequest(model=model_name(name))
+        return responses.cancelled_download(
+            await self._transport.call(self._transport.stubs.cache.CancelDownload, request, timeout)
+        )
+
     async def snapshots(self, *, timeout: float | None = None) -> SnapshotList:
-        """All model snapshots in the cache."""
+        """All model snapshots in the cache, and the downloads under way."""
         request = cache_pb2.ListSnapshotsRequest()
         return responses.snapshot_list(
             await self._transport.call(self._transport.stubs.cache.ListSnapshots, request, timeout)
         )
+
+    async def verify(
+        self,
+        name: ModelName,
+        *,
+        repair: bool = False,
+        on_progress: Callable[[VerifyUpdate], object] | None = None,
+        timeout: float | None = None,
+    ) -> VerifyReport:
+        """Compares the content of every file of a snapshot with its hash.
+
+        Problems are no error: look at the report's `ok`.
+
+        Args:
+            name: `org/name` or `org/name@revision`.
+            repair: Fetch the files that have a problem again, and those only.
+            on_progress: Called with each progress, and with each problem as it is found; awaited
+                if it returns an awaitable. What it raises cancels the verification.
+            timeout: Seconds; None: as long as it takes.
+
+        Raises:
+            SnapshotNotFoundError: The cache has no snapshot of this name.
+        """
+        return await self.start_verify(name, repair=repair, timeout=timeout).wait(on_progress)
+
+    def start_verify(
+        self, name: ModelName, *, repair: bool = False, timeout: float | None = None
+    ) -> AsyncVerifyOperation:
+        """Starts what `verify` does and returns its handle."""
+        request = cache_pb2.VerifySnapshotRequest(model=model_name(name), repair=repair)
+        return AsyncVerifyOperation(
+            self._transport.stream(self._transport.stubs.cache.VerifySnapshot, request, timeout)
+        )
+
+    async def plan_delete(
+        self, *names: ModelName, timeout: float | None = None
+    ) -> AsyncDeletionPlan:
+        """Says what deleting these snapshots would do. The plan's `execute` does it.
+
+        Args:
+            *names: `org/name` for all snapshots of a repository, `org/name@revision` for one.
+            timeout: Seconds; None: the client's default.
+
+        Raises:
+            SnapshotNotFoundError: The cache has no snapshot of a name.
+        """
+        return AsyncDeletionPlan(
+            self._transport, await self._delete(names, dry_run=True, timeout=timeout)
+        )
+
+    async def delete(self, *names: ModelName, timeout: float | None = None) -> Deletion:
+        """Deletes snapshots, and the files that no other snapshot shares: all of them or none.
+
+        Args:
+            *names: As for `plan_delete`.
+            timeout: Seconds; None: the client's default.
+
+        Raises:
+            SnapshotNotFoundError: The cache has no snapshot of a name.
+            SnapshotInUseError: A loaded model or a download uses one.
+        """
+        return await self._delete(names, dry_run=False, timeout=timeout)
+
+    async def _delete(
+        self, names: tuple[ModelName, ...], *, dry_run: bool, timeout: float | None
+    ) -> Deletion:
+        request = delete_request(names, dry_run=dry_run)
+        response = await self._transport.call(
+            self._transport.stubs.cache.DeleteSnapshots, request, timeout
+        )
+        return responses.deletion(response.deletion)
+
+    async def prune(
+        self,
+        *,
+        orphans: bool = False,
+        unreferenced: bool = False,
+        unused_for: Seconds | None = None,
+        max_bytes: int | None = None,
+        dry_run: bool = False,
+        timeout: float | None = None,
+    ) -> Deletion:
+        """Deletes what meets any of the conditions given, except what is in use.
+
+        Args:
+            orphans: What belongs to no snapshot: unfinished files that no download is writing, and
+                files whose snapshots are gone.
+            unreferenced: Snapshots that no branch or tag points to in the cache.
+            unused_for: Snapshots that were not used for so long.
+            max_bytes: The least recently used snapshots, until the cache is no larger.
+            dry_run: Say what would be deleted, and delete nothing.
+            timeout: Seconds; None: the client's default.
+
+        Raises:
+            InvalidArgumentError: No condition is given, or a value is out of bounds.
+        """
+        request = prune_request(
+            orphans=orphans,
+            unreferenced=unreferenced,
+            unused_for=unused_for,
+            max_bytes=max_bytes,
+            dry_run=dry_run,
+        )
+        response = await self._transport.call(
+            self._transport.stubs.cache.PruneCache, request, timeout
+        )
+        return responses.deletion(response.deletion)

@@ -1,4 +1,4 @@
-"""Handles of loads and downloads under way."""
+"""Handles of loads, downloads and verifications under way."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from typing import Generic, TypeVar
 from loaderd.client.aio.model import AsyncModel
 from loaderd.client.aio.stream import AsyncStream
 from loaderd.client.aio.transport import AsyncResponseStream, AsyncTransport
-from loaderd.client.receivers import DownloadReceiver, LoadReceiver
-from loaderd.client.types import DownloadProgress, LoadProgress, Snapshot
+from loaderd.client.receivers import DownloadReceiver, LoadReceiver, VerifyReceiver
+from loaderd.client.types import (
+    DownloadPlan,
+    DownloadProgress,
+    LoadProgress,
+    Snapshot,
+    VerifyReport,
+    VerifyUpdate,
+)
 from loaderd.v1 import cache_pb2, model_pb2
 
 Message = TypeVar("Message")
@@ -79,6 +86,11 @@ class AsyncDownloadOperation(
         self._download = DownloadReceiver()
         super().__init__(responses, self._download)
 
+    @property
+    def plan(self) -> DownloadPlan | None:
+        """What it fetches; None before that is known, and when the hub is not asked or mute."""
+        return self._download.plan
+
     async def result(self) -> Snapshot:
         """Waits for the snapshot and returns it, complete.
 
@@ -87,3 +99,25 @@ class AsyncDownloadOperation(
         """
         await self._read_to_end()
         return self._download.result
+
+
+class AsyncVerifyOperation(
+    AsyncOperation[cache_pb2.VerifySnapshotResponse, VerifyUpdate, VerifyReport]
+):
+    """A verification under way; made by `AsyncCacheClient.start_verify`.
+
+    It yields how far it is, each problem as it is found, and how far a repair is.
+    """
+
+    def __init__(self, responses: AsyncResponseStream[cache_pb2.VerifySnapshotResponse]) -> None:
+        self._verification = VerifyReceiver()
+        super().__init__(responses, self._verification)
+
+    async def result(self) -> VerifyReport:
+        """Waits for the report and returns it.
+
+        Raises:
+            LoaderdError: The verification, or the repair, failed or was cancelled.
+        """
+        await self._read_to_end()
+        return self._verification.result

@@ -1,4 +1,4 @@
-"""Handles of loads and downloads under way."""
+"""Handles of loads, downloads and verifications under way."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from loaderd.client.receivers import DownloadReceiver, LoadReceiver
+from loaderd.client.receivers import DownloadReceiver, LoadReceiver, VerifyReceiver
 from loaderd.client.sync.model import Model
 from loaderd.client.sync.stream import Stream
 from loaderd.client.sync.transport import ResponseStream, Transport
-from loaderd.client.types import DownloadProgress, LoadProgress, Snapshot
+from loaderd.client.types import (
+    DownloadPlan,
+    DownloadProgress,
+    LoadProgress,
+    Snapshot,
+    VerifyReport,
+    VerifyUpdate,
+)
 from loaderd.v1 import cache_pb2, model_pb2
 
 Message = TypeVar("Message")
@@ -69,6 +76,11 @@ class DownloadOperation(Operation[cache_pb2.DownloadModelResponse, DownloadProgr
         self._download = DownloadReceiver()
         super().__init__(responses, self._download)
 
+    @property
+    def plan(self) -> DownloadPlan | None:
+        """What it fetches; None before that is known, and when the hub is not asked or mute."""
+        return self._download.plan
+
     def result(self) -> Snapshot:
         """Waits for the snapshot and returns it, complete.
 
@@ -77,3 +89,23 @@ class DownloadOperation(Operation[cache_pb2.DownloadModelResponse, DownloadProgr
         """
         self._read_to_end()
         return self._download.result
+
+
+class VerifyOperation(Operation[cache_pb2.VerifySnapshotResponse, VerifyUpdate, VerifyReport]):
+    """A verification under way; made by `CacheClient.start_verify`.
+
+    It yields how far it is, each problem as it is found, and how far a repair is.
+    """
+
+    def __init__(self, responses: ResponseStream[cache_pb2.VerifySnapshotResponse]) -> None:
+        self._verification = VerifyReceiver()
+        super().__init__(responses, self._verification)
+
+    def result(self) -> VerifyReport:
+        """Waits for the report and returns it.
+
+        Raises:
+            LoaderdError: The verification, or the repair, failed or was cancelled.
+        """
+        self._read_to_end()
+        return self._verification.result

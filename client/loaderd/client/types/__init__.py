@@ -1,13 +1,20 @@
 """What the SDK answers with: frozen dataclasses and enumerations."""
 
 from loaderd.client.types.cache import (
-    DownloadPlan,
-    DownloadProgress,
+    Deletion,
     LocalFolder,
-    PlannedFile,
     Resolution,
     Snapshot,
     SnapshotList,
+)
+from loaderd.client.types.download import (
+    CancelledDownload,
+    Download,
+    DownloadPlan,
+    DownloadProgress,
+    FileProgress,
+    PlannedFile,
+    SkippedFile,
 )
 from loaderd.client.types.enums import (
     DeviceType,
@@ -17,6 +24,8 @@ from loaderd.client.types.enums import (
     HealthStatus,
     ModelSource,
     ModelState,
+    ProblemKind,
+    SkipReason,
 )
 from loaderd.client.types.generation import (
     Completion,
@@ -43,16 +52,27 @@ from loaderd.client.types.model import (
     WatchUpdate,
 )
 from loaderd.client.types.system import Device, ServerInfo
+from loaderd.client.types.verification import (
+    FileProblem,
+    VerifyProgress,
+    VerifyReport,
+    VerifyUpdate,
+)
 
 __all__ = [
+    "CancelledDownload",
     "Completion",
+    "Deletion",
     "Delta",
     "Device",
     "DeviceType",
+    "Download",
     "DownloadPlan",
     "DownloadProgress",
     "Dtype",
     "DtypeName",
+    "FileProblem",
+    "FileProgress",
     "Finish",
     "FinishReason",
     "GenerationResult",
@@ -72,13 +92,19 @@ __all__ = [
     "ModelSource",
     "ModelState",
     "PlannedFile",
+    "ProblemKind",
     "RenderedPrompt",
     "Resolution",
     "ServerInfo",
+    "SkipReason",
+    "SkippedFile",
     "Snapshot",
     "SnapshotList",
     "Tokenization",
     "UnloadResult",
     "Usage",
+    "VerifyProgress",
+    "VerifyReport",
+    "VerifyUpdate",
     "WatchUpdate",
 ]

@@ -4,37 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TypeAlias, overload
 
-
-@dataclass(frozen=True, kw_only=True)
-class DownloadProgress:
-    """How far a download is."""
-
-    downloaded_bytes: int
-    """Bytes that are on disk, those that the cache had before included."""
-    total_bytes: int | None
-    """Bytes of all files that loading needs; None while that is not known."""
-    completed_files: int
-    """Files that are on disk."""
-    total_files: int | None
-    """Files that loading needs; None while that is not known."""
-    bytes_per_second: float
-    """Mean rate of this download so far; 0 before the first byte."""
-
-    @property
-    def fraction(self) -> float | None:
-        """The part that is done, 0 to 1; None while the total is not known."""
-        return self.downloaded_bytes / self.total_bytes if self.total_bytes else None
-
-    @property
-    def remaining(self) -> timedelta | None:
-        """The time left at the mean rate; None while it cannot be told."""
-        if self.total_bytes is None or self.bytes_per_second <= 0:
-            return None
-        missing = max(self.total_bytes - self.downloaded_bytes, 0)
-        return timedelta(seconds=missing / self.bytes_per_second)
+from loaderd.client.types.download import Download, DownloadPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +22,8 @@ class Snapshot:
     """Branches and tags that point to it in the cache."""
     size_bytes: int
     """Bytes of its files, those that it shares with other snapshots included."""
+    unique_bytes: int
+    """Bytes of the files that no other snapshot shares: what deleting it frees."""
     file_count: int
     """Number of its files."""
     complete: bool
@@ -61,8 +36,10 @@ class Snapshot:
     path: str
     """Its folder on the daemon's box."""
     stale: bool
-    """Set by a download when the hub did not answer and this is what the cache had: it may be
-    older than what the revision is now."""
+    """Set by a download, and by `resolve` with `refresh`, when the hub did not answer or must not
+    be asked, and this is what the cache had: it may be older than what the revision is now."""
+    in_use_by: tuple[str, ...]
+    """Who uses it: ids of loaded models, and "download"."""
 
     @property
     def revision(self) -> str:
@@ -77,6 +54,15 @@ class SnapshotList(Sequence[Snapshot]):
     snapshots: tuple[Snapshot, ...]
     total_bytes: int
     """The disk space that they take; files that several of them share count once."""
+    orphan_bytes: int
+    """Bytes of what belongs to no snapshot: unfinished files of downloads, and files whose
+    snapshots are gone."""
+    downloads: tuple[Download, ...]
+    """The downloads under way."""
+    free_bytes: int
+    """Free bytes of the cache's disk."""
+    max_bytes: int | None
+    """The operator's limit of the cache's size; None: there is none."""
 
     @overload
     def __getitem__(self, index: int) -> Snapshot: ...
@@ -102,35 +88,21 @@ class LocalFolder:
     """Bytes of the files that loading needs."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlannedFile:
-    """One file of a `DownloadPlan`."""
-
-    path: str
-    """Path in the repository."""
-    size_bytes: int
-    """Its size."""
-    cached: bool
-    """Whether the cache has it already."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DownloadPlan:
-    """What a download would fetch."""
-
-    repo_id: str
-    """`org/name`."""
-    revision: str
-    """The branch, tag or commit that was asked for."""
-    commit: str
-    """The commit that the hub says it is now."""
-    files: tuple[PlannedFile, ...]
-    """Every file that loading needs."""
-    total_bytes: int
-    """Bytes of all those files."""
-    missing_bytes: int
-    """Bytes of those that are not in the cache yet."""
-
-
 Resolution: TypeAlias = LocalFolder | Snapshot | DownloadPlan
 """Where a name's files are: a folder, a complete snapshot, or on the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deletion:
+    """What was, or in a plan would be, deleted."""
+
+    snapshots: tuple[Snapshot, ...]
+    """The snapshots, as they were."""
+    freed_bytes: int
+    """Bytes that the disk gets back, those of orphans included."""
+    orphan_files: int
+    """Number of unfinished and left-over files that go."""
+    kept: tuple[Snapshot, ...]
+    """Snapshots that were meant too and stay because they are in use; see `in_use_by`."""
+    remaining_bytes: int
+    """Bytes that the cache takes afterwards."""

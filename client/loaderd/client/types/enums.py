@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from grpc_health.v1 import health_pb2
 
-from loaderd.v1 import generation_pb2, model_pb2, system_pb2
+from loaderd.v1 import cache_pb2, generation_pb2, model_pb2, system_pb2
 
 
 class ModelState(IntEnum):
@@ -59,6 +59,38 @@ class ModelSource(IntEnum):
     """A snapshot in the daemon's cache."""
     HUB = model_pb2.MODEL_SOURCE_HUB
     """The hub; a download came first."""
+
+
+class SkipReason(IntEnum):
+    """Why a download leaves a file out."""
+
+    UNSPECIFIED = cache_pb2.SKIP_REASON_UNSPECIFIED
+    """One that this release does not know."""
+    PICKLE = cache_pb2.SKIP_REASON_PICKLE
+    """Weights as a pickle, which can run code."""
+    OTHER_FORMAT = cache_pb2.SKIP_REASON_OTHER_FORMAT
+    """Weights in another format than safetensors."""
+    OTHER_COPY = cache_pb2.SKIP_REASON_OTHER_COPY
+    """Another copy of the weights in safetensors, such as another precision."""
+    CODE = cache_pb2.SKIP_REASON_CODE
+    """Code, which is never run."""
+    NOT_NEEDED = cache_pb2.SKIP_REASON_NOT_NEEDED
+    """Nothing that loading reads."""
+
+
+class ProblemKind(IntEnum):
+    """What can be wrong with a file."""
+
+    UNSPECIFIED = cache_pb2.PROBLEM_KIND_UNSPECIFIED
+    """One that this release does not know."""
+    MISSING = cache_pb2.PROBLEM_KIND_MISSING
+    """It is not there, or its link leads nowhere."""
+    SIZE = cache_pb2.PROBLEM_KIND_SIZE
+    """It is longer or shorter than it should be."""
+    CONTENT = cache_pb2.PROBLEM_KIND_CONTENT
+    """It has the right size and another content."""
+    LINK = cache_pb2.PROBLEM_KIND_LINK
+    """Its link leads out of the repository's own files."""
 
 
 class FinishReason(IntEnum):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TypeAlias, overload
 
-from loaderd.client.types.cache import DownloadProgress
+from loaderd.client.types.download import DownloadProgress
 from loaderd.client.types.enums import Dtype, ModelSource, ModelState
 
 
@@ -107,6 +107,9 @@ class ModelInfo:
     """How long the steps of its load took."""
     failure: ModelFailure | None
     """Why it FAILED; None otherwise."""
+    stale: bool
+    """Whether its load had to download, the hub did not answer, and this is what the cache had: it
+    may be older than what the revision is now."""
 
 
 @dataclass(frozen=True, kw_only=True)
