@@ -88,6 +88,11 @@ class SpawnedDaemon:
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [each for each in children if "loaderd.server.worker" in each.cmdline()]
 
+    def download_children(self) -> list[psutil.Process]:
+        """Its processes that ask the hub, as far as they are alive."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [each for each in children if _is_download_child(each)]
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Sends a signal and waits for the end; the exit code."""
         if self.process.poll() is None:
@@ -111,3 +116,11 @@ class SpawnedDaemon:
         if not line:
             raise RuntimeError(f"the daemon did not start: {self.log}")
         return line.strip()
+
+
+def _is_download_child(process: psutil.Process) -> bool:
+    try:
+        alive = process.status() != psutil.STATUS_ZOMBIE
+        return alive and "loaderd.server.store.hub_child" in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False

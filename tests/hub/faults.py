@@ -7,11 +7,12 @@ meets; several faults that meet one request apply one after the other.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tests.hub.exchange import Response
 
@@ -32,6 +33,17 @@ def status(code: int, headers: Mapping[str, str] | None = None, body: bytes = b"
 
     def fault(_response: Response, _stopped: threading.Event) -> Response:
         return Response.text(code, body, "text/plain", headers)
+
+    return fault
+
+
+def rewrite(change: Callable[[Any], Any]) -> Fault:
+    """Changes what a JSON answer says; a link to the next page stays."""
+
+    def fault(response: Response, _stopped: threading.Event) -> Response:
+        answer = json.loads(b"".join(response.body))
+        kept = {k: v for k, v in response.headers.items() if k.lower() == "link"}
+        return Response.json(change(answer), kept)
 
     return fault
 
