@@ -6,7 +6,6 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
@@ -90,7 +89,7 @@ class ModelFolder:
                 output_loading_info=True,
                 **_TRUST,
             )
-        except (SafetensorError, UnpicklingError) as error:
+        except SafetensorError as error:
             raise weights.unreadable(weights.listing) from error
         except ImportError as error:
             self._unsupported(error, "it needs a library that is not installed")
@@ -174,6 +173,7 @@ class ModelFolder:
 
 
 def _needed_bytes(weights: WeightFiles, dtype: torch.dtype, config: PreTrainedConfig) -> int:
+    numbers = weights.count_numbers()
     if getattr(config, "quantization_config", None) is not None:
         return weights.size_bytes
-    return weights.count_numbers() * int(dtype.itemsize)
+    return numbers * int(dtype.itemsize)

@@ -70,7 +70,7 @@ class WeightFiles:
         return sum((self.folder / shard).stat().st_size for shard in self.shards)
 
     def count_numbers(self) -> int:
-        """How many numbers all tensors have.
+        """How many numbers all tensors have. Looks into every file, so that none surprises later.
 
         Raises:
             ModelUnsupportedError: A pickle holds something else than tensors.
