@@ -126,9 +126,14 @@ class Worker:
         error: worker_pb2.Error = self.expect("load_failed").error
         return error
 
-    def send_load(self, path: Path, **options: Any) -> None:
-        asked = model_pb2.LoadOptions(**options)
-        self.send(load=worker_pb2.Load(path=str(path), model="org/name", options=asked))
+    def send_load(self, path: Path, *, allow_pickle: bool = False, **options: Any) -> None:
+        load = worker_pb2.Load(
+            path=str(path),
+            model="org/name",
+            options=model_pb2.LoadOptions(**options),
+            allow_pickle=allow_pickle,
+        )
+        self.send(load=load)
 
     def start(self, **request: Any) -> int:
         """Starts a generation request; its key."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from loaderd.v1.errors_pb2 import ErrorReason
@@ -179,3 +180,15 @@ def test_a_model_in_shards_with_an_explicit_dtype(start: Start, tmp_path: Path) 
     assert dict(details.device_map) == {"": "cpu"}
     assert details.weight_bytes == 4 * details.parameter_count
     assert worker.generate(text="Hi", max_new_tokens=3, ignore_eos=True).finished is not None
+
+
+def test_pickles_are_loaded_only_with_leave(start: Start, tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    refused, allowed = start(), start()
+    error = refused.load_error(folder)
+    assert error.reason == ErrorReason.ERROR_REASON_MODEL_UNSUPPORTED
+    assert "--allow-pickle org/name" in error.metadata["problem"]
+    allowed.load(folder, allow_pickle=True)
+    assert allowed.generate(text="Hello", max_new_tokens=2).finished is not None
