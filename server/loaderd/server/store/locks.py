@@ -9,6 +9,7 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextmanager
@@ -33,17 +34,23 @@ def try_lock(path: Path) -> Iterator[bool]:
         yield False
         return
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
+        yield _lock_now(handle)
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds a lock. Makes no file."""
-    if not path.exists():
+    """Whether somebody holds a lock, as far as it can be told. Changes nothing."""
+    try:
+        with path.open("rb") as handle:
+            return not _lock_now(handle)
+    except FileNotFoundError:
         return False
-    with try_lock(path) as held:
-        return not held
+    except PermissionError:  # another user's
+        return True
+
+
+def _lock_now(handle: BinaryIO) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or the file system has no locks
+        return False
+    return True
