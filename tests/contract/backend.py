@@ -14,7 +14,7 @@ WAIT_S = 20.0
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """One daemon. Everything but `uncached` is there before a test starts."""
+    """One daemon. Everything but `uncached` and `stalled` is there before a test starts."""
 
     address: str
     model: str
@@ -25,6 +25,8 @@ class Backend:
     """`model`'s repository at a revision that it does not have."""
     uncached: str
     """A model that the hub has and the cache has not, when a test starts."""
+    stalled: str
+    """A model that the hub has, and whose download never ends by itself."""
     long: dict[str, Any]
     """Generation parameters that keep `model` busy for at least a second."""
 

@@ -16,6 +16,7 @@ from tests.contract.blocking import as_async
 from tests.daemon import SpawnedDaemon
 from tests.fake_daemon import FakeDaemon
 from tests.hub import Hub, HubRepo
+from tests.hub.faults import hang
 
 
 @pytest.fixture
@@ -27,6 +28,7 @@ def fake_backend() -> Iterator[Backend]:
             missing="missing/model",
             missing_revision="demo/chat@missing",
             uncached="demo/remote",
+            stalled="demo/stalled",
             long={"max_new_tokens": 50_000, "ignore_eos": True},
         )
 
@@ -37,12 +39,14 @@ def real_daemon(
 ) -> Iterator[SpawnedDaemon]:
     """A spawned daemon and the hub that it downloads from, with the chat model in its cache."""
     chat = HubRepo.from_folder("org/chat", real_model)
+    others = [HubRepo.from_folder(name, tiny_model) for name in ("org/remote", "org/stalled")]
     with (
-        Hub(chat, HubRepo.from_folder("org/remote", tiny_model)) as hub,
+        Hub(chat, *others) as hub,
         SpawnedDaemon(
             tmp_path_factory.mktemp("contract"), ["--standby", "2"], {"HF_ENDPOINT": hub.url}
         ) as daemon,
     ):
+        hub.inject(hang(after_bytes=1000), path="/org/stalled/resolve/*/model.safetensors")
         with Client(daemon.address) as client:
             client.cache.download(chat.id)
         yield daemon
@@ -50,7 +54,8 @@ def real_daemon(
 
 @pytest.fixture
 def real_backend(real_daemon: SpawnedDaemon, request: pytest.FixtureRequest) -> Backend:
-    shutil.rmtree(real_daemon.cache_dir / "models--org--remote", ignore_errors=True)
+    for name in ("remote", "stalled"):
+        shutil.rmtree(real_daemon.cache_dir / f"models--org--{name}", ignore_errors=True)
     if _is_about_loading(request):
         unload_all(real_daemon.address)
     return Backend(
@@ -59,6 +64,7 @@ def real_backend(real_daemon: SpawnedDaemon, request: pytest.FixtureRequest) -> 
         missing="org/missing",
         missing_revision="org/chat@missing",
         uncached="org/remote",
+        stalled="org/stalled",
         long={"max_new_tokens": 4000, "ignore_eos": True},
     )
 
@@ -92,7 +98,7 @@ async def client(
 
 
 def _is_about_loading(request: pytest.FixtureRequest) -> bool:
-    return request.module.__name__.rpartition("_")[2] in {"load", "watch", "cache"}
+    return not {"load", "watch", "cache"}.isdisjoint(request.module.__name__.split("_"))
 
 
 def unload_all(address: str) -> None:
