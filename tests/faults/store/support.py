@@ -80,7 +80,19 @@ def found(cache: Path, pattern: str) -> list[Path]:
 
 
 def partial_files(cache: Path) -> list[Path]:
-    return [path for path in cache.rglob("*") if path.name.endswith((".incomplete", ".tmp"))]
+    """What came of files that are not whole, for the next download to go on from."""
+    return sorted(path for path in cache.rglob("*.incomplete") if path.stem.isalnum())
+
+
+def litter(cache: Path) -> list[Path]:
+    """What nobody can use."""
+    unfinished = [path for path in cache.rglob("*") if path.suffix in {".incomplete", ".tmp"}]
+    return sorted(set(unfinished) - set(partial_files(cache)))
+
+
+def ranges(hub: Hub, path: str = "model.safetensors") -> list[str | None]:
+    """What of a file was asked for, request by request; None is all."""
+    return [r.range for r in hub.requests if "/resolve/" in r.path and r.path.endswith(path)]
 
 
 def rewrite(change: Callable[[Any], Any]) -> Fault:

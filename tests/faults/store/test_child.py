@@ -1,4 +1,4 @@
-"""The download child: it can be killed at any time, leaves nothing behind and tells no secrets."""
+"""The download child: it can be killed at any time, leaves no litter and tells no secrets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from loaderd.server.errors import DrainingError, InternalError, WorkerDiedError
+from loaderd.server.errors import CacheNotWritableError, DownloadInterruptedError, DrainingError
 from loaderd.server.store.names import HubName
 from loaderd.server.store.store import CachedSnapshot, DownloadProgress, ModelStore, NotCached
 from tests.faults.store.support import (
@@ -26,7 +26,9 @@ from tests.faults.store.support import (
     found,
     gets,
     is_child,
+    litter,
     partial_files,
+    ranges,
     settings,
 )
 from tests.hub import Hub, faults
@@ -56,22 +58,25 @@ async def midway(store: ModelStore) -> AsyncIterator[asyncio.Task[CachedSnapshot
     yield task
 
 
-async def test_cancelling_kills_the_child_and_deletes_what_is_partial(
+async def test_cancelling_kills_the_child_and_keeps_what_came(
     store: ModelStore, slow: Hub, cache: Path
 ) -> None:
     async with midway(store) as task:
         assert len(children()) == 1
-        assert len(partial_files(cache)) == 1
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
     assert children() == []
-    assert partial_files(cache) == []
+    (partial,) = partial_files(cache)
+    assert litter(cache) == []
     assert isinstance(await store.resolve(NAME), NotCached)
     slow.heal()
+    came = partial.stat().st_size
     before = len(gets(slow))
     assert contents((await download(store)).path) == {name: MODEL[name] for name in NEEDED}
     assert len(gets(slow)) == before + 1  # the small files had come
+    assert ranges(slow)[-1] == f"bytes={came}-"
+    assert partial_files(cache) == []
 
 
 async def test_a_waiter_that_leaves_does_not_stop_the_others(store: ModelStore, hub: Hub) -> None:
@@ -89,10 +94,11 @@ async def test_a_child_that_is_killed_fails_its_download_and_nothing_else(
 ) -> None:
     async with midway(store) as task:
         children()[0].kill()
-        with pytest.raises(WorkerDiedError) as caught:
+        with pytest.raises(DownloadInterruptedError) as caught:
             await task
         assert caught.value.model == "org/model"
-    assert partial_files(cache) == []
+    assert len(partial_files(cache)) == 1
+    assert litter(cache) == []
     slow.heal()
     assert isinstance(await download(store), CachedSnapshot)
 
@@ -105,7 +111,7 @@ async def test_closing_the_store_ends_its_downloads_and_refuses_more(
         assert children() == []
         with pytest.raises(DrainingError):
             await task
-    assert partial_files(cache) == []
+    assert litter(cache) == []
     with pytest.raises(DrainingError):
         await download(store)
     assert children() == []
@@ -127,7 +133,6 @@ async def test_the_token_is_nowhere_to_be_seen(
         assert environment["HTTPS_PROXY"] == "http://127.0.0.1:9"
         assert environment["HF_ENDPOINT"] == slow.url
         assert environment["HF_HUB_DISABLE_TELEMETRY"] == "1"
-        assert environment["HF_HUB_DISABLE_XET"] == "1"
         assert {request.token for request in slow.requests} == {"hf_very_secret"}
         task.cancel()
     await store.close()
@@ -151,8 +156,8 @@ asyncio.run(main())
 """
 
 
-async def test_a_child_dies_with_its_daemon_and_the_next_one_cleans_up(
-    store: ModelStore, slow: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_child_dies_with_its_daemon_and_the_next_one_goes_on(
+    store: ModelStore, slow: Hub, cache: Path
 ) -> None:
     daemon = await asyncio.create_subprocess_exec(
         sys.executable, "-c", _DAEMON, cache, slow.url, stdout=subprocess.PIPE
@@ -164,25 +169,31 @@ async def test_a_child_dies_with_its_daemon_and_the_next_one_cleans_up(
     daemon.kill()
     await daemon.communicate()
     until(lambda: not is_child(child))
-    assert len(partial_files(cache)) == 1
-    await store.start()  # too young, it might be another's
-    assert len(partial_files(cache)) == 1
-    monkeypatch.setattr("loaderd.server.store.store.ORPHAN_AGE_SECONDS", 0.0)
-    async with asyncio.timeout(20):  # the dying process may hold its lock for a moment
-        while partial_files(cache):
-            await store.start()
-            await asyncio.sleep(0.02)
+    (partial,) = partial_files(cache)
+    await store.start()
+    came = partial.stat().st_size
+    slow.heal()
+    assert contents((await download(store)).path) == {name: MODEL[name] for name in NEEDED}
+    assert ranges(slow)[-1] == f"bytes={came}-"
+    assert partial_files(cache) == litter(cache) == []
 
 
-async def test_a_child_that_cannot_write_is_a_defect_for_the_log(
-    store: ModelStore, cache: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("obstacle", ["models--org--model", ".locks", "models--org--model/blobs"])
+async def test_a_cache_that_cannot_be_written_to_is_said(
+    store: ModelStore, cache: Path, obstacle: str
 ) -> None:
-    write_folder(cache, {"models--org--model": b"a file is in the way"})
-    with pytest.raises(InternalError) as caught:
+    write_folder(cache, {obstacle: b"a file is in the way"})
+    with pytest.raises(CacheNotWritableError) as caught:
         await download(store)
-    assert caught.value.incident in caplog.text
-    assert "NotADirectoryError" in caplog.text
-    assert "models--org" not in str(caught.value)
+    assert caught.value.problem in {"Not a directory", "File exists"}
+    (cache / obstacle).unlink()
+    assert isinstance(await download(store), CachedSnapshot)
+
+
+async def test_a_cache_that_cannot_be_made_is_said(store: ModelStore, cache: Path) -> None:
+    write_folder(cache.parent, {cache.name: b"a file is in the way"})
+    with pytest.raises(CacheNotWritableError):
+        await download(store)
 
 
 async def test_names_of_other_people_do_not_wait_for_each_other(
@@ -190,6 +201,9 @@ async def test_names_of_other_people_do_not_wait_for_each_other(
 ) -> None:
     async with midway(store) as task:
         plan = await store.plan(HubName("org/model"))
-        assert plan.missing_bytes == len(MODEL["model.safetensors"])
+        (weights,) = (file for file in plan.files if not file.cached)
+        assert weights.path == "model.safetensors"
+        assert plan.missing_bytes == weights.size_bytes - weights.partial_bytes
+        assert weights.partial_bytes > 0
         task.cancel()
     assert found(cache, "*/refs/*") == []

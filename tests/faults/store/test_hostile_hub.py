@@ -32,6 +32,7 @@ from tests.faults.store.support import (
     download,
     found,
     gets,
+    litter,
     partial_files,
     rewrite,
     settings,
@@ -72,46 +73,69 @@ def _lfs(**changes: Any) -> Callable[[list[dict[str, Any]]], Any]:
     return change
 
 
-CORRUPT: dict[str, tuple[Fault, str, str]] = {
-    "commit": (rewrite(_sha), INFO, "GET"),
-    "no commit": (rewrite(_no_sha), INFO, "GET"),
-    "path up": (rewrite(_entry(path=f"{EVIL}.json")), TREE, "GET"),
-    "absolute path": (rewrite(_entry(path="/tmp/evil.json")), TREE, "GET"),
-    "backslash": (rewrite(_entry(path="..\\evil.json")), TREE, "GET"),
-    "inner path": (rewrite(_entry(path="a/../../evil.json")), TREE, "GET"),
-    "long name": (rewrite(_entry(path="a" * 300 + ".json")), TREE, "GET"),
-    "control": (rewrite(_entry(path="a\nb.json")), TREE, "GET"),
-    "blob": (rewrite(_entry(oid=EVIL)), TREE, "GET"),
-    "sha256": (rewrite(_lfs(oid=EVIL)), TREE, "GET"),
-    "negative size": (rewrite(_entry(size=-1)), TREE, "GET"),
-    "etag": (faults.alter_headers(etag=f'"{EVIL}"', x_linked_etag=None), "*/config.json", "HEAD"),
-    "linked etag": (faults.alter_headers(x_linked_etag=f'"{EVIL}"'), WEIGHTS, "HEAD"),
-    "other etag": (faults.alter_headers(x_linked_etag=f'"{"0" * 64}"'), WEIGHTS, "HEAD"),
-    "header commit": (faults.alter_headers(x_repo_commit=EVIL), WEIGHTS, "HEAD"),
-    "other commit": (faults.alter_headers(x_repo_commit="0" * 40), WEIGHTS, "HEAD"),
-    "size": (faults.alter_headers(x_linked_size="7"), WEIGHTS, "HEAD"),
+CORRUPT: dict[str, tuple[Fault, str]] = {
+    "commit": (rewrite(_sha), INFO),
+    "no commit": (rewrite(_no_sha), INFO),
+    "path up": (rewrite(_entry(path=f"{EVIL}.json")), TREE),
+    "absolute path": (rewrite(_entry(path="/tmp/evil.json")), TREE),
+    "backslash": (rewrite(_entry(path="..\\evil.json")), TREE),
+    "inner path": (rewrite(_entry(path="a/../../evil.json")), TREE),
+    "long name": (rewrite(_entry(path="a" * 300 + ".json")), TREE),
+    "control": (rewrite(_entry(path="a\nb.json")), TREE),
+    "blob": (rewrite(_entry(oid=EVIL)), TREE),
+    "sha256": (rewrite(_lfs(oid=EVIL)), TREE),
+    "negative size": (rewrite(_entry(size=-1)), TREE),
+    "other etag": (faults.alter_headers(x_linked_etag=f'"{"0" * 64}"'), WEIGHTS),
+    "header commit": (faults.alter_headers(x_repo_commit=EVIL), WEIGHTS),
+    "other commit": (faults.alter_headers(x_repo_commit="0" * 40), WEIGHTS),
+    "size": (faults.alter_headers(x_linked_size="7"), WEIGHTS),
+    "length": (faults.alter_headers(content_length="7"), WEIGHTS),
 }
 
 
-@pytest.mark.parametrize(("fault", "path", "method"), CORRUPT.values(), ids=CORRUPT)
+@pytest.mark.parametrize(("fault", "path"), CORRUPT.values(), ids=CORRUPT)
 @pytest.mark.usefixtures("surroundings")
 async def test_an_answer_that_no_hub_gives_is_refused(
-    store: ModelStore, hub: Hub, cache: Path, fault: Fault, path: str, method: str
+    store: ModelStore, hub: Hub, cache: Path, fault: Fault, path: str
 ) -> None:
-    hub.inject(fault, path=path, method=method)
+    hub.inject(fault, path=path)
     with pytest.raises(SnapshotCorruptError) as caught:
         await download(store)
     assert "evil" not in caught.value.found
     assert isinstance(await store.resolve(NAME), NotCached)
-    assert gets(hub, "model.safetensors") == []
-    assert partial_files(cache) == []
-    if method == "GET":  # the listing was refused: nothing was written at all
+    assert partial_files(cache) == litter(cache) == []
+    if path != WEIGHTS:  # the listing was refused: nothing was written at all
         assert found(cache, "*") == []
     hub.heal()
     assert contents((await download(store)).path) == {name: MODEL[name] for name in NEEDED}
 
 
 @pytest.mark.usefixtures("surroundings")
+@pytest.mark.parametrize("name", ["etag", "x_linked_etag"])
+@pytest.mark.usefixtures("surroundings")
+async def test_a_tag_that_is_no_hash_names_nothing(
+    store: ModelStore, hub: Hub, cache: Path, name: str
+) -> None:
+    hub.inject(faults.alter_headers(**{name: f'"{EVIL}"'}), path="*/resolve/*")
+    assert contents((await download(store)).path) == {name: MODEL[name] for name in NEEDED}
+    assert not any("evil" in path.name for path in found(cache, "**/*"))
+
+
+async def test_a_part_that_was_not_asked_for_is_refused(store: ModelStore, hub: Hub) -> None:
+    hub.inject(faults.reset(after_bytes=2_500_000), path=WEIGHTS, times=1)
+    other = f"bytes 0-9/{len(MODEL['model.safetensors'])}"
+
+    def elsewhere(response: Response, _stopped: threading.Event) -> Response:
+        if response.status != 206:
+            return response
+        return replace(response, headers={**response.headers, "Content-Range": other})
+
+    hub.inject(faults.hang(after_bytes=2_400_000, seconds=0.5), path=WEIGHTS, times=1)
+    hub.inject(elsewhere, path=WEIGHTS)
+    with pytest.raises(SnapshotCorruptError):
+        await download(store)
+
+
 async def test_entries_that_are_no_entries_are_refused(store: ModelStore, hub: Hub) -> None:
     shapes: list[Callable[[Any], Any]] = [
         lambda tree: {"error": "x"},
@@ -164,7 +188,7 @@ async def test_a_body_without_end_is_cut_off(store: ModelStore, hub: Hub, cache:
     hub.inject(_endless, path=WEIGHTS)
     with pytest.raises(SnapshotCorruptError) as caught:
         await download(store)
-    assert (caught.value.file, caught.value.found) == ("model.safetensors", "more")
+    assert (caught.value.file, caught.value.found) == ("model.safetensors", "a longer content")
     assert partial_files(cache) == []
     weights = next(r for r in hub.requests if r.method == "GET" and "model.safe" in r.path)
     assert weights.sent_bytes < 100_000_000
@@ -266,7 +290,7 @@ async def test_a_redirect_within_the_hub_says_nothing_of_the_file(
         return Response(307, {**headers, "Content-Length": "0"})
 
     commit = (await store.plan(NAME)).commit
-    hub.inject(moved, path=f"*/{commit}/model.safetensors", method="HEAD")
+    hub.inject(moved, path=f"*/{commit}/model.safetensors")
     assert contents((await download(store)).path) == {name: MODEL[name] for name in NEEDED}
 
 

@@ -102,7 +102,7 @@ class SnapshotFiles:
         for path in paths:
             try:
                 return min(path.stat().st_size, file.size_bytes)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
         return 0
 
@@ -177,6 +177,6 @@ def _stat(path: Path) -> tuple[float, int]:
     """When a file was last written to, and its size; of one that is gone, zeros."""
     try:
         stat = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0.0, 0
     return stat.st_mtime, stat.st_size
