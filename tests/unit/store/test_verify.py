@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -277,11 +279,38 @@ def test_a_name_that_is_no_text_can_be_told(repo: MadeUpRepo) -> None:
     assert problem(repo).path == "?.json"
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_told(repo: MadeUpRepo) -> None:
+_AS_ANOTHER_USER = """
+import os, sys, threading
+from pathlib import Path
+from loaderd.server.store.cache import RepoFolder
+from loaderd.server.store.verify import Verification
+os.setuid(65534)
+report = Verification(RepoFolder(Path(sys.argv[1]), "org/model"), "a" * 40).run(
+    lambda _: None, threading.Event()
+)
+print(*((problem.path, str(problem.kind), problem.found) for problem in report.problems))
+print(report.verified_files)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can take another user's place")
+def test_files_of_another_user_are_read_if_they_may_be(
+    cache: Path, repo: MadeUpRepo, tmp_path: Path
+) -> None:
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
     repo.add(SMALL_MODEL)
     repo.blob(WEIGHTS).chmod(0)
-    assert (problem(repo).path, problem(repo).kind) == (WEIGHTS, ProblemKind.CONTENT)
+    done = subprocess.run(
+        [sys.executable, "-c", _AS_ANOTHER_USER, cache],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    problems, verified = done.stdout.splitlines()
+    assert problems == f"('{WEIGHTS}', 'content', 'not readable: Permission denied')"
+    assert int(verified) == len(SMALL_MODEL) - 1
 
 
 def test_pickles_are_needed_only_where_they_are_allowed(repo: MadeUpRepo) -> None:
