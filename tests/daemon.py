@@ -25,6 +25,7 @@ class SpawnedDaemon:
         folder: Where its cache and its log go.
         arguments: Further command line.
         environment: Further variables.
+        wrapper: A command that runs another one, such as `unshare`.
 
     Attributes:
         address: Where it listens.
@@ -36,6 +37,7 @@ class SpawnedDaemon:
         folder: Path,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        wrapper: Sequence[str] = (),
     ) -> None:
         self.cache_dir = folder / "home" / "hub"
         self.log_path = folder / "daemon.log"
@@ -48,7 +50,10 @@ class SpawnedDaemon:
         variables |= environment or {}
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "loaderd.server.cli", "--port", "0", *arguments],
+                [
+                    *wrapper,
+                    *(sys.executable, "-m", "loaderd.server.cli", "--port", "0", *arguments),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

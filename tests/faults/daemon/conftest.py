@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.daemon.box import QUICK, Box
+from tests.hub import Hub
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    """A daemon and a hub for a whole module: each test has a repository of its own."""
+    with Hub() as hub, Box.running(tmp_path_factory.mktemp("box"), hub) as box:
+        yield box
+
+
+@pytest.fixture(scope="module")
+def impatient_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    """The same with a daemon that waits a second and a half for a silent hub."""
+    folder = tmp_path_factory.mktemp("impatient")
+    with Hub() as hub, Box.running(folder, hub, (*QUICK, "--stall-timeout", "1.5")) as box:
+        yield box
+
+
+@pytest.fixture(autouse=True)
+def healed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test's faults meet the next one."""
+    yield
+    for name in ("box", "impatient_box"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name).hub.heal()
