@@ -16,8 +16,8 @@ def require_consent(*, given: bool, json: bool) -> None:
     """
     if given or (sys.stdin.isatty() and sys.stderr.isatty() and not json):
         return
-    why = "with --json" if json else "where there is no terminal to ask on"
-    raise UsageError(f"this deletes files: {why} give --yes, or --dry-run to see what would go")
+    where = "with --json" if json else "without a terminal to ask on"
+    raise UsageError(f"give --yes to delete files {where}, or --dry-run to see what would go")
 
 
 def is_confirmed(question: str) -> bool:

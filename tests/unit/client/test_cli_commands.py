@@ -6,27 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import Result
 
 from loaderd.cli.exits import ExitCode
 from loaderd.cli.options import DtypeName
 from loaderd.client import Client, Dtype
 from tests.fake_daemon import FakeDaemon
-from tests.fake_daemon.cache import TOTAL, commit_of
 from tests.fake_daemon.models import FREED_BYTES, WEIGHT_BYTES
-from tests.unit.client.ctl import Ctl
+from tests.unit.client.ctl import Ctl, document
 
 
 def lines(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines()]
-
-
-def document(result: Result) -> Any:
-    assert result.exit_code == ExitCode.OK
-    return json.loads(result.stdout)
 
 
 def test_load_tells_progress_on_stderr_and_the_model_on_stdout(ctl: Ctl) -> None:
@@ -139,61 +131,6 @@ def test_a_table_is_not_cut_where_there_is_no_terminal(
     _, row = ctl("ps").stdout.splitlines()
 
     assert row.startswith(str(folder))
-
-
-def test_pull_ls_and_resolve(ctl: Ctl) -> None:
-    plan = ctl("resolve", "demo/remote")
-    assert lines(plan.stdout)[0] == ["not", "cached", "demo/remote", "at", "main"]
-    assert "model.safetensors" in plan.stdout
-    assert "config.json" not in plan.stdout  # that one is there
-    planned = document(ctl("resolve", "demo/remote", "--json"))
-    assert (planned["kind"], planned["total_bytes"]) == ("download", TOTAL)
-
-    pulled = ctl("pull", "demo/remote")
-    commit = commit_of("demo/remote")
-    assert pulled.stdout == (f"demo/remote is cached at commit {commit[:12]}, 3 files, 40.0 MB\n")
-    assert "downloading" in pulled.stderr
-    assert document(ctl("pull", "demo/remote", "--json"))["commit"] == commit
-
-    listing = ctl("ls").stdout.splitlines()
-    row = next(line.split() for line in listing if line.startswith("demo/remote"))
-    assert row[1:9] == ["main", commit[:12], "40.0", "MB", "40.0", "MB", "3", "complete"]
-    assert listing[-1] == "5 snapshots, 200.0 MB on disk, 50.0 GB free"
-    as_json = document(ctl("ls", "--json"))
-    assert as_json["total_bytes"] == 5 * TOTAL
-    assert [s["repo_id"] for s in as_json["snapshots"]] == sorted(
-        s["repo_id"] for s in as_json["snapshots"]
-    )
-
-    cached = ctl("resolve", "demo/remote")
-    assert lines(cached.stdout)[1] == ["commit", commit]
-    assert document(ctl("resolve", "demo/remote", "--json"))["kind"] == "cached"
-
-
-def test_one_snapshot_is_no_plural(ctl: Ctl, daemon: FakeDaemon) -> None:
-    daemon.cache.cached = {"demo/chat"}
-
-    assert ctl("ls").stdout.splitlines()[-1] == "1 snapshot, 40.0 MB on disk, 50.0 GB free"
-
-
-def test_pull_says_when_the_hub_did_not_answer(ctl: Ctl, daemon: FakeDaemon) -> None:
-    assert document(ctl("pull", "demo/chat", "--json"))["stale"] is False
-    daemon.cache.hub_answers = False
-
-    told = ctl("pull", "demo/chat")
-
-    assert told.stdout.startswith("demo/chat is cached at commit")
-    assert told.stderr == (
-        "loaderctl: the hub did not answer or may not be asked; what the cache had is used, and "
-        "may be out of date\n"
-    )
-    assert document(ctl("pull", "demo/chat", "--json"))["stale"] is True
-
-
-def test_resolve_of_a_folder(ctl: Ctl, tmp_path: Path) -> None:
-    result = document(ctl("resolve", str(tmp_path), "--json"))
-
-    assert (result["kind"], result["path"]) == ("local", str(tmp_path))
 
 
 def test_info_health_and_devices(ctl: Ctl, daemon: FakeDaemon) -> None:

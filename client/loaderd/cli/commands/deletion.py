@@ -42,7 +42,7 @@ def rm(
     with session.connect() as client:
         plan = client.cache.plan_delete(*models, timeout=session.timeout)
         if dry_run:
-            _show_plan(plan.deletion, json=json)
+            _show_plan(plan.deletion, json=json, all_or_none=True)
             return
         if plan.kept:
             for snapshot in plan.kept:
@@ -100,7 +100,7 @@ def prune(  # noqa: PLR0917 - an argument for each option
             timeout=session.timeout,
         )
         if dry_run:
-            _show_plan(prune_cache(dry_run=True), json=json)
+            _show_plan(prune_cache(dry_run=True), json=json, all_or_none=False)
             return
         if not yes:
             plan = prune_cache(dry_run=True)
@@ -119,14 +119,17 @@ def _is_approved(plan: Deletion) -> bool:
     return is_confirmed(f"delete {_amount(plan)}?")
 
 
-def _show_plan(plan: Deletion, *, json: bool) -> None:
+def _show_plan(plan: Deletion, *, json: bool, all_or_none: bool) -> None:
     if json:
         output.json_result(plan)
         return
     _show_snapshots(plan, sys.stdout)
-    output.result(
-        "nothing would be deleted" if _is_empty(plan) else f"would delete {_amount(plan)}"
-    )
+    if all_or_none and plan.kept:
+        output.result("would delete nothing: not all of it is free")
+    elif _is_empty(plan):
+        output.result("would delete nothing")
+    else:
+        output.result(f"would delete {_amount(plan)}")
 
 
 def _show_result(deletion: Deletion, *, json: bool) -> None:
@@ -145,7 +148,7 @@ def _show_result(deletion: Deletion, *, json: bool) -> None:
 def _show_snapshots(plan: Deletion, file: TextIO) -> None:
     rows = [
         *((*_row(snapshot), "goes") for snapshot in plan.snapshots),
-        *((*_row(snapshot), f"in use by {_holders(snapshot)}") for snapshot in plan.kept),
+        *((*_row(snapshot), f"stays, in use by {_holders(snapshot)}") for snapshot in plan.kept),
     ]
     if rows:
         output.table(("REPOSITORY", "REFS", "COMMIT", "SIZE", "UNIQUE", ""), rows, file)

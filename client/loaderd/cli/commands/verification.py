@@ -60,7 +60,7 @@ def _show(model: str, report: VerifyReport) -> None:
     if not report.problems:
         output.result(f"{model} is sound: {sound}")
     elif report.repaired:
-        output.result(f"{model} is sound again: {bad} repaired; {sound} were sound before")
+        output.result(f"{model} is sound again: {bad} repaired")
     else:
         output.result(f"{model} has {bad}; `loaderctl verify --repair {model}` fetches them again")
 
