@@ -73,6 +73,8 @@ class Daemon:
                     hub_endpoint=config.hub_endpoint,
                     hub_token=config.hub_token(),
                     offline=config.offline,
+                    max_bytes=config.cache_max_bytes,
+                    allow_pickle=frozenset(config.allow_pickle),
                     stall_timeout=config.stall_timeout,
                     retry=RetryPolicy(config.hub_attempts, longest_wait=config.hub_longest_wait),
                 )

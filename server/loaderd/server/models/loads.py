@@ -112,10 +112,10 @@ class Loads:
     ) -> CachedSnapshot:
         publish(_progress(record, None))
         async with self._store.download(name) as download:
-            async for progress in download.progress():
-                if record.state is ModelState.RESOLVING and progress.total_bytes:
+            async for state in download.progress():
+                if record.state is ModelState.RESOLVING and state.progress.total_bytes:
                     self._registry.to(record, ModelState.DOWNLOADING)
-                publish(_progress(record, progress if progress.total_bytes else None))
+                publish(_progress(record, state.progress if state.progress.total_bytes else None))
             snapshot: CachedSnapshot = await download.result()
             return snapshot
 
@@ -138,6 +138,8 @@ class Loads:
         record.load_task = asyncio.current_task()
         with self._settled(record):
             record.found(files)
+            if isinstance(files, CachedSnapshot):
+                record.pin = await self._store.hold(files, record.id)
             self._registry.to(record, ModelState.LOADING)
             publish(_progress(record, None))
             model = await self._supervisor.load(
@@ -147,6 +149,7 @@ class Loads:
                     options=model_pb2.LoadOptions(
                         dtype=options.dtype, device_map=options.device_map
                     ),
+                    allow_pickle=self._store.allows_pickle(name),
                 )
             )
             record.loaded_by(model)

@@ -13,6 +13,7 @@ from enum import Enum
 from loaderd.server.errors import InvalidArgumentError, LoaderdError
 from loaderd.server.models.lifecycle import Lifecycle, ModelState
 from loaderd.server.store.names import HubName, LocalName
+from loaderd.server.store.pins import Pin
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder
 from loaderd.server.supervisor.supervisor import LoadedWorker
 from loaderd.server.supervisor.worker import Worker
@@ -82,6 +83,7 @@ class ModelView:
     ready_at: datetime | None
     timings: LoadTimings
     failure: LoaderdError | None
+    stale: bool
 
 
 class ModelRecord:
@@ -99,6 +101,8 @@ class ModelRecord:
         abort_error: What `abort` was called with first.
         load_task: The task that loads it.
         gone: Set when it is UNLOADED.
+        pin: What keeps its snapshot from being deleted while it is held.
+        stale: The hub did not answer when it was to be downloaded.
     """
 
     def __init__(self, name: HubName | LocalName, options: LoadOptions) -> None:
@@ -119,6 +123,8 @@ class ModelRecord:
         self.created_at = datetime.now(UTC)
         self.ready_at: datetime | None = None
         self.gone = asyncio.Event()
+        self.pin: Pin | None = None
+        self.stale = False
         self.abort_error: LoaderdError | None = None
         self.load_task: asyncio.Task[object] | None = None
 
@@ -132,6 +138,7 @@ class ModelRecord:
         self.identity = identity_of(files)
         if isinstance(files, CachedSnapshot):
             self.commit = files.commit
+            self.stale = files.stale
             if self.lifecycle.state is ModelState.RESOLVING:
                 self.source = ModelSource.CACHED
 
@@ -149,6 +156,12 @@ class ModelRecord:
         if isinstance(name, LocalName) or isinstance(self.name, LocalName):
             return isinstance(name, LocalName) and self.identity == str(name.path)
         return name.repo_id == self.name.repo_id and name.revision == self.commit
+
+    def unpin(self) -> None:
+        """Lets go of its snapshot; nothing happens when it holds none."""
+        if self.pin is not None:
+            self.pin.release()
+            self.pin = None
 
     def abort(self, error: LoaderdError) -> None:
         """Stops its load; whoever waits for it gets `error`, or that of an earlier abort."""
@@ -180,6 +193,7 @@ class ModelRecord:
                 total=ran(ModelState.RESOLVING, ModelState.READY),
             ),
             failure=self.failure,
+            stale=self.stale,
         )
 
 

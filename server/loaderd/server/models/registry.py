@@ -132,6 +132,8 @@ class ModelRegistry:
             record.gone.set()
         elif state is ModelState.FAILED:
             record.worker = None
+        if state in {ModelState.UNLOADED, ModelState.FAILED}:
+            record.unpin()
         if failure is None:
             logger.info("%s %s: %s", record.id, record.name, state.value)
         else:

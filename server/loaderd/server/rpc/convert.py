@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from loaderd.server.models.events import ModelEvent
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.loads import LoadProgress
 from loaderd.server.models.record import LoadOptions, LoadTimings, ModelView
-from loaderd.server.store.store import DownloadPlan, DownloadProgress, SnapshotInfo
-from loaderd.v1 import cache_pb2, model_pb2
+from loaderd.server.rpc.convert_cache import download_progress, duration
+from loaderd.v1 import model_pb2
 
 
 def state(value: ModelState | None) -> model_pb2.ModelState.ValueType:
@@ -32,15 +29,6 @@ def load_options(message: model_pb2.LoadOptions) -> LoadOptions:
     return LoadOptions(dtype=message.dtype, device_map=device_map)
 
 
-def duration(seconds: float | None) -> Duration | None:
-    """Seconds as a Duration."""
-    if seconds is None:
-        return None
-    message = Duration()
-    message.FromTimedelta(timedelta(seconds=seconds))
-    return message
-
-
 def model(view: ModelView) -> model_pb2.Model:
     """A model as clients see it."""
     message = model_pb2.Model(
@@ -55,6 +43,7 @@ def model(view: ModelView) -> model_pb2.Model:
         active_requests=view.active_requests,
         created_at=Timestamp(),
         timings=_timings(view.timings),
+        stale=view.stale,
     )
     message.created_at.FromDatetime(view.created_at)
     if view.ready_at is not None:
@@ -103,46 +92,3 @@ def load_progress(progress: LoadProgress) -> model_pb2.LoadProgress:
         download=None if progress.download is None else download_progress(progress.download),
         elapsed=duration(progress.elapsed_s),
     )
-
-
-def download_progress(progress: DownloadProgress) -> cache_pb2.DownloadProgress:
-    """How far a download is, as clients see it."""
-    return cache_pb2.DownloadProgress(
-        downloaded_bytes=progress.downloaded_bytes,
-        total_bytes=progress.total_bytes,
-        completed_files=progress.completed_files,
-        total_files=progress.total_files,
-        bytes_per_second=progress.bytes_per_second,
-    )
-
-
-def download_plan(plan: DownloadPlan) -> cache_pb2.DownloadPlan:
-    """What a download would fetch, as clients see it."""
-    return cache_pb2.DownloadPlan(
-        repo_id=plan.repo_id,
-        revision=plan.revision,
-        commit=plan.commit,
-        files=[
-            cache_pb2.PlannedFile(path=file.path, size_bytes=file.size_bytes, cached=file.cached)
-            for file in plan.files
-        ],
-        total_bytes=plan.total_bytes,
-        missing_bytes=plan.missing_bytes,
-    )
-
-
-def snapshot(info: SnapshotInfo, *, stale: bool = False) -> cache_pb2.Snapshot:
-    """A snapshot as clients see it; stale when the hub could not say whether it is current."""
-    message = cache_pb2.Snapshot(
-        repo_id=info.repo_id,
-        commit=info.commit,
-        refs=info.refs,
-        size_bytes=info.size_bytes,
-        file_count=info.file_count,
-        complete=info.complete,
-        path=str(info.path),
-        stale=stale,
-    )
-    message.modified_at.FromDatetime(info.modified_at)
-    message.last_used_at.FromDatetime(info.last_used_at)
-    return message

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from loaderd.server.models.registry import ModelRegistry
-from loaderd.server.rpc import convert
+from loaderd.server.rpc.convert_cache import duration
 from loaderd.server.store.store import StoreSettings
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.v1 import system_pb2, system_pb2_grpc
@@ -49,7 +49,7 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
         """Version, uptime, settings, abilities."""
         info = system_pb2.GetServerInfoResponse(
             version=VERSION,
-            uptime=convert.duration(time.monotonic() - self._started),
+            uptime=duration(time.monotonic() - self._started),
             pid=os.getpid(),
             cache_dir=str(self._store.cache_dir),
             local_roots=map(str, self._store.local_roots),

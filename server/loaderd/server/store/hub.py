@@ -37,6 +37,7 @@ def plan(
     on_response: Callable[[], None] = lambda: None,
     *,
     allow_pickle: bool = False,
+    also: Collection[str] = (),
 ) -> DownloadPlan:
     """Asks the hub what a download would fetch. Writes nothing.
 
@@ -46,6 +47,7 @@ def plan(
         access: The hub.
         on_response: Called whenever the hub has answered.
         allow_pickle: The operator allows weights in pickles for this repository.
+        also: Files to fetch too, as far as the repository has them, although loading needs none.
 
     Raises:
         ModelNotFoundError, RevisionNotFoundError, ModelGatedError: The hub says so.
@@ -72,8 +74,9 @@ def plan(
         problem = f"its {weights} names a file that its repository lacks"
         raise ModelUnsupportedError(model, problem)
     files = SnapshotFiles(repo, commit)
-    planned = tuple(_planned(path, tree[path], files) for path in needed)
-    skipped = left_out(tree, set(needed))
+    wanted = sorted({*needed, *tree.keys() & set(also)})
+    planned = tuple(_planned(path, tree[path], files) for path in wanted)
+    skipped = left_out(tree, set(wanted))
     return DownloadPlan(model, name.revision, commit, planned, skipped, tree)
 
 

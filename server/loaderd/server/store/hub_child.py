@@ -62,7 +62,14 @@ def _run(request: Request, output: BinaryIO) -> Message:
     name = HubName(request.repo_id, request.revision)
     cache_dir = Path(request.cache_dir)
     access = HubAccess(request.endpoint, request.token, request.retry)
-    plan = hub.plan(name, cache_dir, access, alive, allow_pickle=request.allow_pickle)
+    plan = hub.plan(
+        name,
+        cache_dir,
+        access,
+        alive,
+        allow_pickle=request.allow_pickle,
+        also=request.distrusted,  # a repair mends all that is bad, also what loading does not need
+    )
     if request.operation == "plan":
         return plan
     _send(output, plan)

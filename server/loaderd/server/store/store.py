@@ -5,43 +5,56 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 from loaderd.server.errors import (
+    CacheNotWritableError,
+    DownloadCancelledError,
     HubRateLimitedError,
     HubUnreachableError,
     LoaderdError,
     OfflineNotCachedError,
     SnapshotIncompleteError,
+    SnapshotNotFoundError,
 )
 from loaderd.server.single_flight import Flight, Publish, SingleFlight
-from loaderd.server.store.blobs import sweep
+from loaderd.server.store import records
+from loaderd.server.store.blobs import sweep, unlocked_partials
 from loaderd.server.store.cache import RepoFolder
+from loaderd.server.store.deletion import Deletion, PrunePolicy, remove_trash
 from loaderd.server.store.downloads import Downloads
-from loaderd.server.store.hub_access import HubAccess, RetryPolicy
+from loaderd.server.store.hub_access import HubAccess
+from loaderd.server.store.keeper import Keeper, Target
+from loaderd.server.store.listing import CacheListing, Download
 from loaderd.server.store.names import HubName, LocalName
-from loaderd.server.store.plan import DownloadPlan, DownloadProgress, PlannedFile
+from loaderd.server.store.pins import Pin
+from loaderd.server.store.plan import DownloadPlan, DownloadProgress, DownloadState
 from loaderd.server.store.resolve import (
     CachedSnapshot,
     LocalFolder,
     NotCached,
     Resolution,
+    allows_pickle,
     resolve,
 )
-from loaderd.server.store.scan import CacheContents, SnapshotInfo, describe, scan
+from loaderd.server.store.scan import SnapshotInfo, describe
+from loaderd.server.store.settings import StoreSettings
+from loaderd.server.store.verifications import Verified, VerifyUpdate, run_verification
+from loaderd.server.store.verify import Verification, VerifyReport
 
 __all__ = [
-    "CacheContents",
+    "CacheListing",
     "CachedSnapshot",
     "DownloadPlan",
     "DownloadProgress",
+    "DownloadState",
     "LocalFolder",
     "ModelStore",
     "NotCached",
-    "PlannedFile",
     "SnapshotInfo",
     "StoreSettings",
 ]
@@ -49,34 +62,17 @@ __all__ = [
 # Old enough that no download that still runs has written it last, even where locks do not work.
 ORPHAN_AGE_SECONDS = 3600.0
 
+VERIFICATION = "verification"
+"""The holder of a snapshot while it is verified."""
+
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class StoreSettings:
-    """What the store works with.
-
-    Attributes:
-        cache_dir: The Hugging Face cache; made when something is downloaded.
-        local_roots: The folders below which local models may be.
-        hub_endpoint: The hub.
-        hub_token: The hub token; None asks without one.
-        offline: Never ask the hub.
-        stall_timeout: Seconds that a download may make no progress.
-        retry: How often to ask a hub that is busy.
-    """
-
-    cache_dir: Path
-    local_roots: tuple[Path, ...] = ()
-    hub_endpoint: str = "https://huggingface.co"
-    hub_token: str | None = field(default=None, repr=False)
-    offline: bool = False
-    stall_timeout: float = 60.0
-    retry: RetryPolicy = field(default_factory=RetryPolicy)
+DownloadFlight = Flight[DownloadState, CachedSnapshot]
 
 
 class ModelStore:
-    """Finds, downloads and lists model files.
+    """Finds, downloads, lists, verifies and deletes model files.
 
     Nothing blocks the event loop: files are read in threads, the hub is asked in child
     processes. `start` once, `close` at the end.
@@ -86,13 +82,16 @@ class ModelStore:
         self.settings = settings
         access = HubAccess(settings.hub_endpoint, settings.hub_token, settings.retry)
         self._downloads = Downloads(settings.cache_dir, access, settings.stall_timeout)
-        self._flights: SingleFlight[HubName, DownloadProgress, CachedSnapshot] = SingleFlight()
+        self._keeper = Keeper(settings.cache_dir, settings.max_bytes, settings.allow_pickle)
+        self._flights: SingleFlight[HubName, DownloadState, CachedSnapshot] = SingleFlight()
+        self._repairs: SingleFlight[HubName, DownloadState, str] = SingleFlight()
 
     async def start(self) -> None:
-        """Deletes what downloads left behind that were killed in an earlier life."""
+        """Deletes what was left behind by downloads and deletions that were killed."""
         cache_dir = self.settings.cache_dir
         if cache_dir.exists() and not os.access(cache_dir, os.W_OK):
             _log.warning("the cache %s cannot be written to; every download will fail", cache_dir)
+            return
         freed = await asyncio.to_thread(self._sweep)
         if freed:
             _log.info("deleted %d bytes of downloads that never ended", freed)
@@ -104,21 +103,48 @@ class ModelStore:
             name,
             cache_dir=self.settings.cache_dir,
             local_roots=self.settings.local_roots,
+            allow_pickle=self.allows_pickle(name),
         )
 
-    async def plan(self, name: HubName) -> DownloadPlan:
-        """Asks the hub what a download would fetch; see `hub.plan`.
+    def allows_pickle(self, name: HubName | LocalName) -> bool:
+        """Whether the operator allows weights in pickles for a name."""
+        return allows_pickle(self.settings.allow_pickle, name)
+
+    async def look_up(
+        self, name: HubName | LocalName, *, refresh: bool
+    ) -> LocalFolder | CachedSnapshot | DownloadPlan:
+        """Says where a name's files are, or what a download would fetch.
+
+        Args:
+            name: What to look for.
+            refresh: Ask the hub what the name is now, even if the cache has it.
+
+        Returns:
+            A snapshot is marked stale when the hub should have been asked and did not answer.
 
         Raises:
-            OfflineNotCachedError: The hub must not be asked.
+            OfflineNotCachedError: The hub must not be asked, and the cache lacks the name.
+            LoaderdError: As `resolve.resolve` and `hub.plan`.
         """
+        found = await self.resolve(name)
+        if isinstance(found, LocalFolder) or isinstance(name, LocalName):
+            if isinstance(found, NotCached):
+                raise TypeError(f"{name} is no name of the hub's")
+            return found
+        if isinstance(found, CachedSnapshot) and (name.commit or not refresh):
+            return found
         if self.settings.offline:
-            raise OfflineNotCachedError(str(name))
-        return await self._downloads.plan(name)
+            return await self._last_good(name, found)
+        try:
+            plan = await self._downloads.plan(name, allow_pickle=self.allows_pickle(name))
+        except (HubUnreachableError, HubRateLimitedError) as error:
+            return await self._last_good(name, found, error)
+        current = await self.resolve(HubName(name.repo_id, plan.commit))
+        if isinstance(current, CachedSnapshot):
+            return replace(current, revision=name.revision)
+        return plan
 
-    def download(
-        self, name: HubName
-    ) -> AbstractAsyncContextManager[Flight[DownloadProgress, CachedSnapshot]]:
+    def download(self, name: HubName) -> AbstractAsyncContextManager[DownloadFlight]:
         """Joins the download of a name, or starts it; see `SingleFlight.join`.
 
         The hub is asked what the name is now, unless it is a commit. When the hub does not
@@ -128,47 +154,219 @@ class ModelStore:
             OfflineNotCachedError: The hub must not be asked, and the cache lacks the name.
             SnapshotIncompleteError, SnapshotCorruptError: The same, but the cache has a part of
                 it; or what came from the hub is not what it had announced.
+            CacheLimitError: It does not fit below the limit of the cache's size.
+            DownloadCancelledError: See `cancel`.
             LoaderdError: See `Downloads.download`.
         """
         return self._flights.join(name, partial(self._download, name))
 
-    async def snapshots(self) -> CacheContents:
-        """Lists the cache."""
-        return await asyncio.to_thread(scan, self.settings.cache_dir)
+    async def cancel(self, name: HubName) -> tuple[int, int]:
+        """Stops the download of a name for all who wait for it.
 
-    async def snapshot(self, files: CachedSnapshot) -> SnapshotInfo:
-        """Describes one snapshot."""
+        Returns:
+            How many waited; and the bytes of unfinished files, from which the next one goes on.
+        """
+        flight = self._flights.flights.get(name)
+        waiters = 0
+        if flight is not None:
+            waiters = flight.waiters
+            await flight.abort(DownloadCancelledError(str(name)))
+        repo = self._repo(name)
+        return waiters, await asyncio.to_thread(_size_of_unfinished, repo)
+
+    async def hold(self, files: CachedSnapshot, holder: str) -> Pin:
+        """Keeps a snapshot from being deleted until the pin is released; notes its use.
+
+        Raises:
+            SnapshotNotFoundError: It was deleted meanwhile.
+        """
+        pin = await self._keeper.hold(files.repo_id, files.commit, holder)
+        try:
+            await asyncio.to_thread(self._note, files)
+        except BaseException:
+            pin.release()
+            raise
+        return pin
+
+    async def listing(self) -> CacheListing:
+        """What the cache holds now, and who uses it."""
+        contents = await self._keeper.contents()
+        downloads = (
+            Download(name, flight.latest or DownloadState(), flight.waiters)
+            for name, flight in self._flights.flights.items()
+        )
+        return CacheListing(
+            snapshots=tuple((info, self._keeper.holders(info)) for info in contents.snapshots),
+            total_bytes=contents.total_bytes,
+            orphan_bytes=contents.orphan_bytes,
+            downloads=tuple(downloads),
+            free_bytes=self._keeper.free_bytes(),
+            max_bytes=self._keeper.max_bytes,
+        )
+
+    def holders(self, snapshot: SnapshotInfo) -> tuple[str, ...]:
+        """Who uses a snapshot; see `Keeper.holders`."""
+        return self._keeper.holders(snapshot)
+
+    async def describe(self, files: CachedSnapshot) -> tuple[SnapshotInfo, tuple[str, ...]]:
+        """One snapshot, and who uses it.
+
+        Raises:
+            SnapshotNotFoundError: It was deleted meanwhile.
+        """
         repo = RepoFolder(self.settings.cache_dir, files.repo_id)
-        return await asyncio.to_thread(describe, repo, files.commit)
+        try:
+            info = await self._describe(repo, files.commit)
+        except FileNotFoundError:
+            raise SnapshotNotFoundError(f"{files.repo_id}@{files.revision}") from None
+        return info, self._keeper.holders(info)
+
+    async def verify(self, name: HubName, *, repair: bool) -> AsyncGenerator[VerifyUpdate, None]:
+        """Compares a snapshot's files with their hashes.
+
+        Args:
+            name: A revision in the cache.
+            repair: Fetch what has a problem again, and nothing else.
+
+        Yields:
+            Progress, problems as they are found, the repair's progress, and the report at the end.
+
+        Raises:
+            SnapshotNotFoundError: The cache has no snapshot of the name.
+            LoaderdError: The repair failed; as `download`.
+        """
+        repo = self._repo(name)
+        commit = await asyncio.to_thread(repo.cached_commit, name.revision)
+        if commit is None:
+            raise SnapshotNotFoundError(str(name))
+        exact = HubName(name.repo_id, commit)
+        verification = Verification(repo, commit, allow_pickle=self.allows_pickle(name))
+        pin = await self._keeper.hold(name.repo_id, commit, VERIFICATION)
+        try:
+            async with aclosing(run_verification(verification)) as updates:
+                async for update in updates:
+                    if isinstance(update, VerifyReport):
+                        report = update
+                    else:
+                        yield update
+            repaired = False
+            if repair and report.problems:
+                damaged = frozenset(problem.path for problem in report.problems)
+                work = partial(self._fetch, exact, damaged)
+                async with self._repairs.join(exact, work) as flight:
+                    async for state in flight.progress():
+                        yield state.progress
+                    await flight.result()
+                repaired = True
+            info = await self._describe(repo, commit)
+            yield Verified(report, repaired, info, self._keeper.holders(info))
+        finally:
+            pin.release()
+
+    async def delete(self, targets: Sequence[Target], *, dry_run: bool) -> Deletion:
+        """Deletes snapshots; see `Keeper.delete`."""
+        return await self._keeper.delete(targets, dry_run=dry_run)
+
+    async def prune(self, policy: PrunePolicy, *, dry_run: bool) -> Deletion:
+        """Deletes what a policy names; see `Keeper.prune`."""
+        return await self._keeper.prune(policy, dry_run=dry_run)
 
     async def close(self) -> None:
-        """Ends all downloads. Later ones are refused."""
+        """Ends all downloads, and waits for deletions that have begun. Later ones are refused."""
         await self._downloads.close()
+        await self._keeper.close()
 
-    async def _download(self, name: HubName, publish: Publish[DownloadProgress]) -> CachedSnapshot:
+    async def _download(self, name: HubName, publish: Publish[DownloadState]) -> CachedSnapshot:
         if name.commit or self.settings.offline:
             found = await self.resolve(name)
-            if isinstance(found, CachedSnapshot):
+            if isinstance(found, CachedSnapshot) and name.commit:
                 return found
             if self.settings.offline:
-                raise _problem(found) or OfflineNotCachedError(str(name))
+                return await self._last_good(name, found)
         try:
-            commit = await self._downloads.download(name, publish)
+            commit = await self._fetch(name, frozenset(), publish)
         except (HubUnreachableError, HubRateLimitedError) as error:
-            found = await self.resolve(name)
-            if isinstance(found, CachedSnapshot):
-                _log.warning("%s is served as it is in the cache: %s", name, error)
-                return replace(found, stale=True)
-            raise
+            return await self._last_good(name, await self.resolve(name), error)
         found = await self.resolve(HubName(name.repo_id, commit))
-        if isinstance(found, CachedSnapshot):
-            return replace(found, revision=name.revision)
-        raise _problem(found) or SnapshotIncompleteError(str(name), "snapshot")
+        if not isinstance(found, CachedSnapshot):
+            raise _problem(found) or SnapshotIncompleteError(str(name), "snapshot")
+        files = replace(found, revision=name.revision)
+        await asyncio.to_thread(self._note, files)
+        return files
+
+    async def _fetch(
+        self, name: HubName, distrusted: frozenset[str], publish: Publish[DownloadState]
+    ) -> str:
+        """Brings what the hub says that a name is now into the cache; returns the commit."""
+        plan: DownloadPlan | None = None
+        async with self._keeper.arriving(name.repo_id) as arrival:
+
+            async def admit(found: DownloadPlan) -> None:
+                nonlocal plan
+                plan = found
+                await self._keeper.make_room(arrival, found)
+                publish(DownloadState(found))
+
+            def report(progress: DownloadProgress) -> None:
+                arrival.moved(progress)
+                publish(DownloadState(plan, progress))
+
+            return await self._downloads.download(
+                name,
+                report,
+                admit=admit,
+                distrusted=distrusted,
+                allow_pickle=self.allows_pickle(name),
+            )
+
+    async def _last_good(
+        self, name: HubName, found: Resolution, error: LoaderdError | None = None
+    ) -> CachedSnapshot:
+        """What the cache has when the hub cannot say what a name is now.
+
+        That is what the name is in the cache, or, when that is not whole, for example because
+        another program's update failed, the last commit that was.
+        """
+        if isinstance(found, NotCached) and name.commit is None:
+            commit = await asyncio.to_thread(records.last_complete, self._repo(name), name.revision)
+            if commit is not None:
+                found = await self.resolve(HubName(name.repo_id, commit))
+        if not isinstance(found, CachedSnapshot):
+            raise error or _problem(found) or OfflineNotCachedError(str(name))
+        if error is not None:
+            _log.warning("%s is served as it is in the cache: %s", name, error)
+        return replace(found, revision=name.revision, stale=name.commit is None)
+
+    def _note(self, files: CachedSnapshot) -> None:
+        """Remembers that a snapshot is whole and used now. A cache may be read-only: then not."""
+        repo = RepoFolder(self.settings.cache_dir, files.repo_id)
+        try:
+            records.note_used(repo, files.commit, datetime.now(UTC))
+            if not files.stale:
+                records.note_complete(repo, files.revision, files.commit)
+        except (OSError, CacheNotWritableError) as error:
+            _log.info("the use of %s is not noted: %s", files.path, error)
+
+    async def _describe(self, repo: RepoFolder, commit: str) -> SnapshotInfo:
+        allowed = self.settings.allow_pickle
+        return await asyncio.to_thread(describe, repo, commit, lambda repo_id: repo_id in allowed)
+
+    def _repo(self, name: HubName) -> RepoFolder:
+        return RepoFolder(self.settings.cache_dir, name.repo_id)
 
     def _sweep(self) -> int:
+        remove_trash(self.settings.cache_dir)
         repos = RepoFolder.all(self.settings.cache_dir)
         return sum(sweep(repo, min_age=ORPHAN_AGE_SECONDS) for repo in repos)
 
 
 def _problem(found: Resolution) -> LoaderdError | None:
     return found.problem if isinstance(found, NotCached) else None
+
+
+def _size_of_unfinished(repo: RepoFolder) -> int:
+    sizes = 0
+    for path in unlocked_partials(repo):
+        with suppress(FileNotFoundError):
+            sizes += path.stat().st_size
+    return sizes
