@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +19,7 @@ import pexpect
 from pexpect.fdpexpect import fdspawn
 
 WAIT_S = 20
+CTRL_C, CTRL_D = "\x03", "\x04"
 _ROWS = 24
 
 # Makes the terminal the controlling one, so that Ctrl-C in it is a SIGINT, and goes on.
@@ -75,3 +77,7 @@ class Terminal:
         self._process.kill()
         self._process.wait(WAIT_S)
         self._screen.close()
+
+
+Spawn = Callable[..., Terminal]
+"""Starts `loaderctl` with the arguments given."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 
 import pytest
 
@@ -12,23 +10,9 @@ from loaderd.cli.exits import ExitCode
 from loaderd.client import Client
 from tests.fake_daemon import FakeDaemon
 from tests.fake_daemon.cache import EXAMPLE
-from tests.unit.client.terminal import WAIT_S, Terminal
+from tests.unit.client.terminal import CTRL_C, CTRL_D, WAIT_S, Spawn
 
-Spawn = Callable[..., Terminal]
 PROMPT = ">>> "
-CTRL_C, CTRL_D = "\x03", "\x04"
-
-
-@pytest.fixture
-def spawn(daemon: FakeDaemon) -> Iterator[Spawn]:
-    """Starts `loaderctl` under a pseudo-terminal."""
-    with ExitStack() as stack:
-
-        def start(*args: str, columns: int = 120) -> Terminal:
-            terminal = Terminal("--address", daemon.address, *args, columns=columns)
-            return stack.enter_context(terminal)
-
-        yield start
 
 
 def test_a_bar_shows_the_download(daemon: FakeDaemon, spawn: Spawn) -> None:

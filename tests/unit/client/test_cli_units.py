@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loaderd.cli.units import age, count, size, span
+from loaderd.cli.units import age, count, parse_size, parse_span, size, span
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,61 @@ def test_counts() -> None:
 def test_ages() -> None:
     assert age(None) == "-"
     assert age(datetime.now(UTC) - timedelta(hours=2, minutes=5, seconds=30)) == "2 h 5 min ago"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("0B", 0),
+        ("700 B", 700),
+        ("50GB", 50_000_000_000),
+        ("1.5TB", 1_500_000_000_000),
+        ("1.1 MB", 1_100_000),
+        ("2kB", 2_000),
+        ("2KB", 2_000),
+        ("512MiB", 512 << 20),
+        ("0.5KiB", 512),
+        ("18446744073709551615B", 2**64 - 1),
+    ],
+)
+def test_sizes_are_read(text: str, count: int) -> None:
+    assert parse_size(text) == count
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "50", "GB", "-1GB", "+1GB", "1,5GB", ".5GB", "1.GB", "1e3GB", "50gb", "50G", "50Mb"),
+        *(" 50GB", "50GB ", "50  GB", "0x1GB", "٣GB", "0.5B", "1.0001kB1", "16777217TiB"),
+    ],
+)
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no "):
+        parse_size(text)
+
+
+@given(st.integers(0, 2**64 - 1))
+def test_bytes_are_read_exactly(count: int) -> None:
+    assert parse_size(f"{count}B") == count
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("30d", timedelta(days=30)),
+        ("12h", timedelta(hours=12)),
+        ("90m", timedelta(minutes=90)),
+        ("45s", timedelta(seconds=45)),
+        ("0d", timedelta(0)),
+    ],
+)
+def test_spans_are_read(text: str, expected: timedelta) -> None:
+    assert parse_span(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "30", "d", "-1d", "1.5h", "3w", "30D", "30 d", "1d12h", "٣d", "9999999999999d"]
+)
+def test_what_is_no_span_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no time span|is too long"):
+        parse_span(text)

@@ -51,10 +51,11 @@ def test_streams_and_generations_have_none_unless_given(daemon: FakeDaemon, clie
         model.generate("x", max_new_tokens=1, timeout=timeout)
         list(model.stream("x", max_new_tokens=1, timeout=timeout))
         client.cache.download("demo/remote", timeout=timeout)
+        client.cache.verify("demo/remote", timeout=timeout)
         with client.watch(timeout=timeout) as watch:
             next(watch)
 
-    assert [deadline(call) for call in daemon.calls] == [None] * 5 + [300] * 5
+    assert [deadline(call) for call in daemon.calls] == [None] * 6 + [300] * 6
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, math.nan])
