@@ -14,7 +14,14 @@ import psutil
 
 from loaderd.server.store.hub_access import RetryPolicy
 from loaderd.server.store.names import HubName
-from loaderd.server.store.store import CachedSnapshot, DownloadProgress, ModelStore, StoreSettings
+from loaderd.server.store.store import (
+    CachedSnapshot,
+    DownloadPlan,
+    DownloadProgress,
+    ModelStore,
+    SnapshotInfo,
+    StoreSettings,
+)
 from tests.hub import Hub, Response
 from tests.hub.faults import Fault
 from tests.unit.store.caches import SMALL_MODEL, safetensors
@@ -46,9 +53,21 @@ async def download(
     on_progress: Callable[[DownloadProgress], None] = lambda _: None,
 ) -> CachedSnapshot:
     async with store.download(name) as flight:
-        async for progress in flight.progress():
-            on_progress(progress)
+        async for state in flight.progress():
+            on_progress(state.progress)
         return await flight.result()
+
+
+async def plan(store: ModelStore, name: HubName = NAME) -> DownloadPlan:
+    """What a download would fetch, for a name that the cache has not got or not whole."""
+    found = await store.look_up(name, refresh=True)
+    assert isinstance(found, DownloadPlan)
+    return found
+
+
+async def listed(store: ModelStore) -> list[SnapshotInfo]:
+    """The cache's snapshots."""
+    return [info for info, _ in (await store.listing()).snapshots]
 
 
 def contents(snapshot: Path) -> dict[str, bytes]:

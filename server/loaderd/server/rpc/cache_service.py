@@ -72,7 +72,7 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
         self, request: cache_pb2.ListSnapshotsRequest, context: Context
     ) -> cache_pb2.ListSnapshotsResponse:
         """All snapshots, and the downloads under way."""
-        return convert.listing(await self._store.listing())
+        return convert.listing(await self._store.snapshots(), self._store.holders)
 
     async def VerifySnapshot(
         self, request: cache_pb2.VerifySnapshotRequest, context: Context

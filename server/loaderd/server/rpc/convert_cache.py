@@ -18,6 +18,9 @@ from loaderd.v1 import cache_pb2
 
 MAX_SKIPPED = 1000
 
+Holders = Callable[[SnapshotInfo], Sequence[str]]
+"""Who uses a snapshot."""
+
 
 def duration(seconds: float | None) -> Duration | None:
     """Seconds as a Duration."""
@@ -99,10 +102,10 @@ def snapshot(
     return message
 
 
-def listing(cache: CacheListing) -> cache_pb2.ListSnapshotsResponse:
-    """All that the cache holds."""
+def listing(cache: CacheListing, holders: Holders) -> cache_pb2.ListSnapshotsResponse:
+    """All that the cache holds, and who uses it."""
     return cache_pb2.ListSnapshotsResponse(
-        snapshots=[snapshot(info, holders) for info, holders in cache.snapshots],
+        snapshots=[snapshot(info, holders(info)) for info in cache.snapshots],
         total_bytes=cache.total_bytes,
         orphan_bytes=cache.orphan_bytes,
         downloads=map(_download, cache.downloads),
@@ -186,9 +189,7 @@ def prune_policy(request: cache_pb2.PruneCacheRequest) -> PrunePolicy:
     return policy
 
 
-def deletion(
-    plan: Deletion, holders: Callable[[SnapshotInfo], Sequence[str]]
-) -> cache_pb2.Deletion:
+def deletion(plan: Deletion, holders: Holders) -> cache_pb2.Deletion:
     """What is deleted, and what stays because somebody uses it."""
     return cache_pb2.Deletion(
         snapshots=[snapshot(info, ()) for info in plan.snapshots],

@@ -23,7 +23,7 @@ class CacheListing:
     """What the cache holds now.
 
     Attributes:
-        snapshots: Each with its holders, by repository name, then the latest change first.
+        snapshots: By repository name, then the most recently changed first.
         total_bytes: The disk space that they take; files that several share count once.
         orphan_bytes: What belongs to no snapshot.
         downloads: Those under way.
@@ -31,7 +31,7 @@ class CacheListing:
         max_bytes: How large downloads may make it; None: no limit.
     """
 
-    snapshots: tuple[tuple[SnapshotInfo, tuple[str, ...]], ...]
+    snapshots: tuple[SnapshotInfo, ...]
     total_bytes: int
     orphan_bytes: int
     downloads: tuple[Download, ...]

@@ -136,13 +136,23 @@ class ModelStore:
         if self.settings.offline:
             return await self._last_good(name, found)
         try:
-            plan = await self._downloads.plan(name, allow_pickle=self.allows_pickle(name))
+            plan = await self.plan(name)
         except (HubUnreachableError, HubRateLimitedError) as error:
             return await self._last_good(name, found, error)
         current = await self.resolve(HubName(name.repo_id, plan.commit))
         if isinstance(current, CachedSnapshot):
             return replace(current, revision=name.revision)
         return plan
+
+    async def plan(self, name: HubName) -> DownloadPlan:
+        """Asks the hub what a download would fetch; see `hub.plan`.
+
+        Raises:
+            OfflineNotCachedError: The hub must not be asked.
+        """
+        if self.settings.offline:
+            raise OfflineNotCachedError(str(name))
+        return await self._downloads.plan(name, allow_pickle=self.allows_pickle(name))
 
     def download(self, name: HubName) -> AbstractAsyncContextManager[DownloadFlight]:
         """Joins the download of a name, or starts it; see `SingleFlight.join`.
@@ -188,15 +198,15 @@ class ModelStore:
             raise
         return pin
 
-    async def listing(self) -> CacheListing:
-        """What the cache holds now, and who uses it."""
+    async def snapshots(self) -> CacheListing:
+        """What the cache holds now, and what is on its way into it."""
         contents = await self._keeper.contents()
         downloads = (
             Download(name, flight.latest or DownloadState(), flight.waiters)
             for name, flight in self._flights.flights.items()
         )
         return CacheListing(
-            snapshots=tuple((info, self._keeper.holders(info)) for info in contents.snapshots),
+            snapshots=contents.snapshots,
             total_bytes=contents.total_bytes,
             orphan_bytes=contents.orphan_bytes,
             downloads=tuple(downloads),
