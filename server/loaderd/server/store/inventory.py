@@ -77,15 +77,25 @@ class Folder:
     """A snapshot's folder.
 
     Attributes:
-        folders: It and the folders in it, by path.
+        state: The folder itself.
+        inner: The folders in it, by path.
         links: The blobs that its links lead to, one for each link; missing ones included.
         others: Its other files, by path: those that are no links, and what links to elsewhere
             lead to, if anything.
     """
 
-    folders: States
+    state: FileState
+    inner: States
     links: tuple[str, ...]
     others: Mapping[str, FileState | None]
+
+    def is_as(self, state: FileState) -> bool:
+        """Whether nothing in it changed; `state` is what the folder itself is now."""
+        return (
+            self.state == state
+            and all(_state(Path(path), _without_use) == each for path, each in self.inner.items())
+            and all(_state(Path(path), _with_use) == each for path, each in self.others.items())
+        )
 
 
 @dataclass(frozen=True)
@@ -115,14 +125,15 @@ class Inventory:
     def version(self, commit: str) -> object:
         """Stays the same as long as a snapshot's files and its listing do."""
         tree = self.trees.get(f"{commit}.json")
-        states = [tree, *self.snapshots[commit].folders.values(), *self._states(commit)]
+        folder = self.snapshots[commit]
+        states = [tree, folder.state, *folder.inner.values(), *self._states(commit)]
         return [state and state.version for state in states]
 
     def is_settled(self, now_ns: int) -> bool:
         """Whether the next change will show; it may not when the last one was just now."""
         states = [*self.blobs.values(), *self.refs.values(), *self.trees.values(), self.record]
         for folder in self.snapshots.values():
-            states += [*folder.folders.values(), *folder.others.values()]
+            states += [folder.state, *folder.inner.values(), *folder.others.values()]
         latest = max((state.changed_ns for state in states if state is not None), default=0)
         return latest < now_ns - _SETTLED_NS
 
@@ -169,32 +180,33 @@ class Stocktaker:
 
     def _snapshots(self, root: str) -> Iterator[tuple[str, Folder]]:
         for commit, state in _entries(root).items():
-            if not is_commit(commit) or not stat.S_ISDIR(state.mode):
-                continue
-            path = f"{root}/{commit}"
             known = self._folders.get(commit)
+            if known is None and not (is_commit(commit) and stat.S_ISDIR(state.mode)):
+                continue
             try:
-                if known is None or known.folders[path] != state or _has_changed(known, path):
-                    known = self._read(path, state)
+                if known is None or not known.is_as(state):
+                    known = self._read(f"{root}/{commit}", state)
             except OSError as error:  # deleted meanwhile, or not ours to read
                 _log.warning("snapshot %s of %s is left out: %s", commit, self._repo_id, error)
             else:
                 yield commit, known
 
     def _read(self, path: str, state: FileState) -> Folder:
-        folders, links = {path: state}, list[str]()
+        inner: dict[str, FileState] = {}
+        links: list[str] = []
         others: dict[str, FileState | None] = {}
         unread = [path]
         while unread:
-            for entry in _scan(unread.pop()):
-                if entry.is_dir(follow_symlinks=False):
-                    folders[entry.path] = _made(_without_use(entry.stat(follow_symlinks=False)))
-                    unread.append(entry.path)
-                elif (name := self._blob_of(entry)) is not None:
-                    links.append(name)
-                else:
-                    others[entry.path] = _state(entry.path, _with_use)
-        return Folder(folders, tuple(links), others)
+            with os.scandir(unread.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        inner[entry.path] = _made(_without_use(entry.stat(follow_symlinks=False)))
+                        unread.append(entry.path)
+                    elif (name := self._blob_of(entry)) is not None:
+                        links.append(name)
+                    else:
+                        others[entry.path] = _state(Path(entry.path), _with_use)
+        return Folder(state, inner, tuple(links), others)
 
     def _blob_of(self, entry: os.DirEntry[str]) -> str | None:
         """The name of the blob that an entry is a link to, if it is one."""
@@ -205,16 +217,8 @@ class Stocktaker:
         return target.name if str(target.parent) == self._blobs else None
 
 
-def _has_changed(known: Folder, root: str) -> bool:
-    """Whether anything but the folder itself has, which has not."""
-    if len(known.folders) > 1:
-        for path, state in known.folders.items():
-            if path != root and _state(path, _without_use) != state:
-                return True
-    return any(_state(path, _with_use) != state for path, state in known.others.items())
-
-
 def _blobs(path: str) -> tuple[dict[str, FileState], list[str]]:
+    """The blobs by name, and which of them are links."""
     states, shared = {}, []
     for entry in _scan(path):
         try:
@@ -243,16 +247,16 @@ def _entries(path: str) -> dict[str, FileState]:
     return states
 
 
-def _scan(path: str) -> list[os.DirEntry[str]]:
+def _scan(path: str) -> Iterator[os.DirEntry[str]]:
     try:
         with os.scandir(path) as entries:
-            return list(entries)
+            yield from entries
     except (FileNotFoundError, NotADirectoryError):
-        return []
+        return
 
 
-def _state(path: str | Path, fields: attrgetter[Any]) -> FileState | None:
+def _state(path: Path, fields: attrgetter[Any]) -> FileState | None:
     try:
-        return _made(fields(Path(path).stat()))
+        return _made(fields(path.stat()))
     except OSError:  # not there, or a link that leads nowhere
         return None

@@ -219,7 +219,7 @@ class _Describer:
         folder = self._inventory.snapshots[commit]
         files = self._inventory.files(commit)
         path = self._repo.snapshot(commit)
-        dates = files or [folder.folders[str(path)]]
+        dates = files or [folder.state]
         used = datetime.fromtimestamp(max(file.accessed for file in dates), UTC)
         blobs = {name: _freed(self._inventory, name) for name in folder.links}
         own = {

@@ -136,23 +136,13 @@ class ModelStore:
         if self.settings.offline:
             return await self._last_good(name, found)
         try:
-            plan = await self.plan(name)
+            plan = await self._downloads.plan(name, allow_pickle=self.allows_pickle(name))
         except (HubUnreachableError, HubRateLimitedError) as error:
             return await self._last_good(name, found, error)
         current = await self.resolve(HubName(name.repo_id, plan.commit))
         if isinstance(current, CachedSnapshot):
             return replace(current, revision=name.revision)
         return plan
-
-    async def plan(self, name: HubName) -> DownloadPlan:
-        """Asks the hub what a download would fetch; see `hub.plan`.
-
-        Raises:
-            OfflineNotCachedError: The hub must not be asked.
-        """
-        if self.settings.offline:
-            raise OfflineNotCachedError(str(name))
-        return await self._downloads.plan(name, allow_pickle=self.allows_pickle(name))
 
     def download(self, name: HubName) -> AbstractAsyncContextManager[DownloadFlight]:
         """Joins the download of a name, or starts it; see `SingleFlight.join`.
