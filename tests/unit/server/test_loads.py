@@ -16,8 +16,9 @@ from loaderd.server.models.record import LoadOptions, ModelRecord
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.single_flight import Publish, SingleFlight
 from loaderd.server.store.names import HubName, LocalName
+from loaderd.server.store.pins import Pin, Pins
 from loaderd.server.store.resolve import CachedSnapshot, NotCached
-from loaderd.server.store.store import DownloadProgress, ModelStore
+from loaderd.server.store.store import DownloadProgress, DownloadState, ModelStore
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
 from tests.fake_worker import FakeLauncher
@@ -33,7 +34,8 @@ class SteeredStore:
     revisions: dict[str, str] = field(default_factory=lambda: {"main": OLD, "v1": OLD})
     cached: set[str] = field(default_factory=set)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
-    flights: SingleFlight[HubName, DownloadProgress, CachedSnapshot] = field(
+    pins: Pins = field(default_factory=Pins)
+    flights: SingleFlight[HubName, DownloadState, CachedSnapshot] = field(
         default_factory=SingleFlight
     )
 
@@ -43,14 +45,20 @@ class SteeredStore:
         return self._snapshot(name, commit) if commit in self.cached else NotCached(name)
 
     def download(self, name: HubName) -> Any:
-        async def work(publish: Publish[DownloadProgress]) -> CachedSnapshot:
-            publish(DownloadProgress(0, 10, 0, 1, 0.0))
+        async def work(publish: Publish[DownloadState]) -> CachedSnapshot:
+            publish(DownloadState(None, DownloadProgress(0, 10, 0, 1, 0.0)))
             await self.gate.wait()
             commit = self.revisions.get(name.revision, name.revision)
             self.cached.add(commit)
             return self._snapshot(name, commit)
 
         return self.flights.join(name, work)
+
+    async def hold(self, files: CachedSnapshot, holder: str) -> Pin:
+        return self.pins.hold(files.repo_id, files.commit, holder)
+
+    def allows_pickle(self, _name: HubName | LocalName) -> bool:
+        return False
 
     def _snapshot(self, name: HubName, commit: str) -> CachedSnapshot:
         return CachedSnapshot(name.repo_id, name.revision, commit, Path("/cache") / commit, 10)
@@ -155,3 +163,22 @@ async def test_draining_tells_a_load_that_downloads(box: Box) -> None:
     await box.registry.close()
     with pytest.raises(DrainingError):
         await waiting
+
+
+async def test_a_model_holds_its_snapshot_until_it_is_gone(box: Box) -> None:
+    box.store.cached.add(OLD)
+    record = await box.load("org/name")
+    assert box.store.pins.holders("org/name", OLD) == (record.id,)
+    await box.registry.unload(record.id, force=False)
+    assert box.store.pins.holders("org/name", OLD) == ()
+
+
+async def test_a_load_that_ends_early_lets_go_of_its_snapshot(box: Box) -> None:
+    box.store.cached.add(OLD)
+    box.launcher.load_gate.clear()
+    loading = asyncio.create_task(box.load("org/name"))
+    await box.settle()
+    assert len(box.store.pins.holders("org/name", OLD)) == 1
+    loading.cancel()
+    await box.settle()
+    assert box.store.pins.holders("org/name", OLD) == ()
