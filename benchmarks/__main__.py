@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
+from benchmarks.listing import measure_listing
 from benchmarks.loading import measure_loading
 from benchmarks.responsiveness import measure_responsiveness
 from tests.daemon import SpawnedDaemon
@@ -18,7 +19,7 @@ MODEL = Path(".cache/models/SmolLM2-135M-Instruct").absolute()
 
 
 def main() -> None:
-    """Runs all benchmarks on one daemon."""
+    """Runs all benchmarks."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL, help=f"model folder ({MODEL.name})")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of each load (5)")
@@ -34,6 +35,7 @@ def main() -> None:
         with SpawnedDaemon(Path(folder), arguments, {"LOADERD_LOG_LEVEL": "warning"}) as daemon:
             console.print(measure_loading(daemon, model, options.rounds))
             console.print(measure_responsiveness(daemon, model))
+    console.print(measure_listing())
 
 
 if __name__ == "__main__":
