@@ -54,7 +54,8 @@ async def download(
 ) -> CachedSnapshot:
     async with store.download(name) as flight:
         async for state in flight.progress():
-            on_progress(state.progress)
+            if state.progress.total_bytes:
+                on_progress(state.progress)
         return await flight.result()
 
 
@@ -67,7 +68,7 @@ async def plan(store: ModelStore, name: HubName = NAME) -> DownloadPlan:
 
 async def listed(store: ModelStore) -> list[SnapshotInfo]:
     """The cache's snapshots."""
-    return [info for info, _ in (await store.listing()).snapshots]
+    return list((await store.snapshots()).snapshots)
 
 
 def contents(snapshot: Path) -> dict[str, bytes]:

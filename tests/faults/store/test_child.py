@@ -28,6 +28,7 @@ from tests.faults.store.support import (
     is_child,
     litter,
     partial_files,
+    plan,
     ranges,
     settings,
 )
@@ -147,8 +148,8 @@ from loaderd.server.store.store import ModelStore, StoreSettings
 async def main():
     store = ModelStore(StoreSettings(Path(sys.argv[1]), hub_endpoint=sys.argv[2]))
     async with store.download(HubName("org/model")) as flight:
-        async for progress in flight.progress():
-            if progress.downloaded_bytes > 1 << 20:
+        async for state in flight.progress():
+            if state.progress.downloaded_bytes > 1 << 20:
                 print("midway", flush=True)
         await flight.result()
 
@@ -200,10 +201,10 @@ async def test_names_of_other_people_do_not_wait_for_each_other(
     store: ModelStore, slow: Hub, cache: Path
 ) -> None:
     async with midway(store) as task:
-        plan = await store.plan(HubName("org/model"))
-        (weights,) = (file for file in plan.files if not file.cached)
+        found_now = await plan(store, HubName("org/model"))
+        (weights,) = (file for file in found_now.files if not file.cached)
         assert weights.path == "model.safetensors"
-        assert plan.missing_bytes == weights.size_bytes - weights.partial_bytes
+        assert found_now.missing_bytes == weights.size_bytes - weights.partial_bytes
         assert weights.partial_bytes > 0
         task.cancel()
     assert found(cache, "*/refs/*") == []

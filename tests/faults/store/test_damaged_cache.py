@@ -15,7 +15,17 @@ from loaderd.server.errors import (
 )
 from loaderd.server.store.names import HubName
 from loaderd.server.store.store import CachedSnapshot, ModelStore, NotCached
-from tests.faults.store.support import MODEL, NAME, NEEDED, contents, download, gets, settings
+from tests.faults.store.support import (
+    MODEL,
+    NAME,
+    NEEDED,
+    contents,
+    download,
+    gets,
+    listed,
+    plan,
+    settings,
+)
 from tests.hub import Hub
 
 FILE = "model.safetensors"
@@ -88,11 +98,11 @@ async def test_what_is_damaged_is_fetched_again_and_nothing_else(
     assert broken.commit == snapshot.commit
     assert type(broken.problem) is error
     assert broken.problem.metadata["file"] == FILE
-    (listed,) = (await store.snapshots()).snapshots
-    assert not listed.complete
+    (info,) = await listed(store)
+    assert not info.complete
 
-    plan = await store.plan(NAME)
-    assert {file.path for file in plan.files if not file.cached} <= {FILE}
+    planned = await plan(store)
+    assert {file.path for file in planned.files if not file.cached} <= {FILE}
     before = len(gets(hub))
     assert await download(store) == snapshot
     assert len(gets(hub)) == before + fetched

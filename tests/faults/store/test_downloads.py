@@ -23,7 +23,9 @@ from tests.faults.store.support import (
     download,
     found,
     gets,
+    listed,
     partial_files,
+    plan,
     settings,
 )
 from tests.hub import Access, Hub, HubRepo, faults
@@ -95,8 +97,7 @@ async def test_an_update_fetches_only_what_changed_and_keeps_the_old_snapshot(
     assert contents(new.path)["config.json"] == b'{"new": true}'
     assert await store.resolve(NAME) == new
     assert contents(old.path)["config.json"] == MODEL["config.json"]
-    listed = await store.snapshots()
-    assert {info.commit: info.refs for info in listed.snapshots} == {
+    assert {info.commit: info.refs for info in await listed(store)} == {
         old.commit: (),
         new.commit: ("main",),
     }
@@ -153,17 +154,17 @@ async def test_two_daemons_on_one_cache_fetch_each_file_once(
 async def test_a_plan_says_what_a_download_would_do_and_writes_nothing(
     store: ModelStore, repo: HubRepo, cache: Path
 ) -> None:
-    plan = await store.plan(NAME)
+    planned = await plan(store)
     assert found(cache, "../*") == []
-    assert {file.path: file.size_bytes for file in plan.files} == {
+    assert {file.path: file.size_bytes for file in planned.files} == {
         name: len(MODEL[name]) for name in NEEDED
     }
-    assert plan.total_bytes == plan.missing_bytes == sum(len(MODEL[name]) for name in NEEDED)
+    assert planned.total_bytes == planned.missing_bytes == sum(len(MODEL[name]) for name in NEEDED)
     await download(store)
     repo.commit({"tokenizer.json": b'{"new": 1}'})
-    plan = await store.plan(NAME)
-    assert [file.path for file in plan.files if not file.cached] == ["tokenizer.json"]
-    assert plan.missing_bytes == 10
+    planned = await plan(store)
+    assert [file.path for file in planned.files if not file.cached] == ["tokenizer.json"]
+    assert planned.missing_bytes == 10
 
 
 async def test_a_private_repository_opens_to_the_token(hub: Hub, cache: Path) -> None:

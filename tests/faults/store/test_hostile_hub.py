@@ -34,6 +34,7 @@ from tests.faults.store.support import (
     gets,
     litter,
     partial_files,
+    plan,
     rewrite,
     settings,
 )
@@ -174,7 +175,7 @@ async def test_an_index_of_other_content_than_listed_is_refused(
     hub.add(repo)
     hub.inject(faults.wrong_bytes(), path="*.index.json")
     with pytest.raises(SnapshotCorruptError) as caught:
-        await store.plan(HubName("org/sharded"))
+        await plan(store, HubName("org/sharded"))
     assert caught.value.file == "model.safetensors.index.json"
 
 
@@ -205,10 +206,10 @@ async def test_a_listing_without_end_is_cut_off(store: ModelStore, hub: Hub) -> 
     def empty(response: Response, _stopped: threading.Event) -> Response:
         return Response.json([], {"Link": f'<{hub.url}{path}?recursive=true>; rel="next"'})
 
-    path = f"/api/models/org/model/tree/{(await store.plan(NAME)).commit}"
+    path = f"/api/models/org/model/tree/{(await plan(store)).commit}"
     hub.inject(empty, path=TREE)
     with pytest.raises(HubUnreachableError):
-        await store.plan(NAME)
+        await plan(store)
     assert len(hub.requests) < 1000
 
 
@@ -261,8 +262,8 @@ async def test_files_may_come_from_another_server_but_the_token_does_not_go_ther
         return Response(302, {**kept, "Location": other.url + path, "Content-Length": "0"})
 
     store = ModelStore(settings(hub, cache, hub_token="hf_secret"))
-    plan = await store.plan(NAME)
-    path = f"/org/model/resolve/{plan.commit}/model.safetensors"
+    planned = await plan(store)
+    path = f"/org/model/resolve/{planned.commit}/model.safetensors"
     hub.inject(elsewhere, path=WEIGHTS, method="*")
     assert contents((await download(store)).path) == {name: MODEL[name] for name in NEEDED}
     await store.close()
@@ -275,7 +276,7 @@ async def test_another_server_that_denies_a_file_does_not_make_the_model_gated(
     store: ModelStore, hub: Hub, other: Hub
 ) -> None:
     other.inject(faults.status(403), path=WEIGHTS)
-    path = f"/org/model/resolve/{(await store.plan(NAME)).commit}/model.safetensors"
+    path = f"/org/model/resolve/{(await plan(store)).commit}/model.safetensors"
     hub.inject(faults.status(302, {"Location": other.url + path}), path=WEIGHTS)
     with pytest.raises(HubUnreachableError):
         await download(store)
@@ -289,7 +290,7 @@ async def test_a_redirect_within_the_hub_says_nothing_of_the_file(
         headers = {"Location": path, "X-Repo-Commit": commit, "ETag": 'W/"of-the-page"'}
         return Response(307, {**headers, "Content-Length": "0"})
 
-    commit = (await store.plan(NAME)).commit
+    commit = (await plan(store)).commit
     hub.inject(moved, path=f"*/{commit}/model.safetensors")
     assert contents((await download(store)).path) == {name: MODEL[name] for name in NEEDED}
 
@@ -298,10 +299,10 @@ async def test_a_listing_that_goes_on_elsewhere_does_not_take_the_token_along(
     hub: Hub, other: Hub, cache: Path
 ) -> None:
     store = ModelStore(settings(hub, cache, hub_token="hf_secret"))
-    plan = await store.plan(NAME)
-    page = f"{other.url}/api/models/org/model/tree/{plan.commit}?recursive=true"
+    planned = await plan(store)
+    page = f"{other.url}/api/models/org/model/tree/{planned.commit}?recursive=true"
     hub.inject(faults.alter_headers(link=f'<{page}>; rel="next"'), path=TREE)
-    assert await store.plan(NAME) == plan
+    assert await plan(store) == planned
     await store.close()
     assert [request.token for request in other.requests] == [None]
 

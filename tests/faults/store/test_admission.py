@@ -1,0 +1,93 @@
+"""Downloads that the daemon must admit, and those that repair."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from loaderd.server.errors import CacheLimitError
+from loaderd.server.store.downloads import Downloads
+from loaderd.server.store.hub_access import HubAccess
+from loaderd.server.store.plan import DownloadPlan
+from loaderd.server.store.store import CachedSnapshot, ModelStore, NotCached
+from tests.faults.store.support import (
+    MODEL,
+    NAME,
+    NEEDED,
+    QUICK,
+    children,
+    contents,
+    download,
+    found,
+    gets,
+)
+from tests.hub import Hub
+
+
+@pytest.fixture
+async def downloads(hub: Hub, cache: Path) -> AsyncIterator[Downloads]:
+    downloads = Downloads(cache, HubAccess(hub.url, retry=QUICK), stall_timeout=1.0)
+    yield downloads
+    await downloads.close()
+    assert children() == []
+
+
+async def test_a_download_begins_when_it_is_admitted(
+    downloads: Downloads, store: ModelStore, hub: Hub, cache: Path
+) -> None:
+    plans: list[DownloadPlan] = []
+
+    async def admit(plan: DownloadPlan) -> None:
+        plans.append(plan)
+        await asyncio.sleep(2.5)  # more than the stall time-out
+        assert gets(hub) == []
+        assert found(cache, "*") == []
+
+    commit = await downloads.download(NAME, lambda _: None, admit=admit)
+    (plan,) = plans
+    assert plan.commit == commit
+    assert {file.path for file in plan.files} == NEEDED
+    assert {file.path for file in plan.skipped} == MODEL.keys() - NEEDED
+    assert isinstance(await store.resolve(NAME), CachedSnapshot)
+
+
+async def test_a_download_that_is_refused_writes_nothing(
+    downloads: Downloads, store: ModelStore, hub: Hub, cache: Path
+) -> None:
+    async def refuse(plan: DownloadPlan) -> None:
+        raise CacheLimitError(plan.missing_bytes, 1, 0)
+
+    with pytest.raises(CacheLimitError):
+        await downloads.download(NAME, lambda _: None, admit=refuse)
+    assert children() == []
+    assert gets(hub) == []
+    assert found(cache, "*") == []
+    assert isinstance(await store.resolve(NAME), NotCached)
+
+
+async def test_a_file_that_is_distrusted_is_fetched_again_and_nothing_else(
+    downloads: Downloads, store: ModelStore, hub: Hub
+) -> None:
+    snapshot = await download(store)
+    weights = snapshot.path / "model.safetensors"
+    damaged = MODEL["model.safetensors"][:-1] + b"\0"
+    weights.resolve().write_bytes(damaged)
+    await downloads.download(NAME, lambda _: None)
+    assert weights.read_bytes() == damaged  # size and header are right
+    before = gets(hub)
+    await downloads.download(NAME, lambda _: None, distrusted=["model.safetensors"])
+    assert gets(hub) == sorted([*before, "model.safetensors"])
+    assert contents(snapshot.path) == {name: MODEL[name] for name in NEEDED}
+
+
+async def test_a_file_that_is_distrusted_without_reason_stays(
+    downloads: Downloads, store: ModelStore, hub: Hub
+) -> None:
+    snapshot = await download(store)
+    before = gets(hub)
+    await downloads.download(NAME, lambda _: None, distrusted=NEEDED)
+    assert gets(hub) == before
+    assert contents(snapshot.path) == {name: MODEL[name] for name in NEEDED}
