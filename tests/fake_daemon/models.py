@@ -169,6 +169,7 @@ class Models:
             repo_id="" if local else repo_id,
             commit="" if local else commit_of(repo_id),
             options=request.options,
+            stale=not local and not self._daemon.cache.hub_answers,
         )
         model.created_at.GetCurrentTime()
         self._models[model.id] = model

@@ -10,6 +10,11 @@ from datetime import datetime, timedelta
 from enum import Enum
 from typing import Any, TextIO
 
+STALE = (
+    "the hub did not answer or may not be asked; what the cache had is used, and may be out of date"
+)
+"""The message where a snapshot may be older than what its revision is now."""
+
 _UNLIMITED = 1_000_000
 
 

@@ -28,7 +28,7 @@ class ProgressDisplay(Protocol):
         """Shows how far a download is."""
 
     def verify(self, update: VerifyUpdate) -> None:
-        """Shows how far a verification, or its repair, is."""
+        """Shows how far a verification, or its repair, is; its report tells the problems."""
 
     def __enter__(self) -> Self: ...
     def __exit__(

@@ -111,7 +111,10 @@ class Speaker:
 
     def _load(self) -> Model:
         with progress_display(self._name) as display:
-            return self._client.load(self._name, on_progress=display.load, timeout=self._timeout)
+            model = self._client.load(self._name, on_progress=display.load, timeout=self._timeout)
+        if model.info.stale:
+            output.message(output.STALE)
+        return model
 
 
 def _end_line(spoken: list[str]) -> None:

@@ -25,10 +25,7 @@ if TYPE_CHECKING:
         SnapshotList,
     )
 
-STALE = (
-    "the hub did not answer or may not be asked; what the cache had is used, and may be out of date"
-)
-
+_COLUMNS = ("REPOSITORY", "REFS", "COMMIT", "SIZE", "UNIQUE", "STATE", "LAST USED", "IN USE BY")
 _SHOWN_SKIPPED = 10
 
 
@@ -73,8 +70,14 @@ def ls(context: typer.Context, json: options.Json = False) -> None:
         output.message("the cache has no snapshots; see `loaderctl pull --help`")
     else:
         columns = (
-            *("REPOSITORY", "REFS", "COMMIT", "SIZE", "UNIQUE"),
-            *("FILES", "STATE", "LAST USED", "IN USE BY"),
+            "REPOSITORY",
+            "REFS",
+            "COMMIT",
+            "SIZE",
+            "UNIQUE",
+            "STATE",
+            "LAST USED",
+            "IN USE BY",
         )
         output.table(columns, map(_row, snapshots))
     for download in snapshots.downloads:
@@ -118,7 +121,7 @@ def _pull(client: Client, session: Session, model: str, *, json: bool) -> None:
             "mid-file, or what had come was damaged"
         )
     if snapshot.stale:
-        output.message(STALE)
+        output.message(output.STALE)
     if json:
         output.json_result(snapshot)
     else:
@@ -151,7 +154,7 @@ def _show_resolution(resolution: Resolution, *, json: bool) -> None:
         case Snapshot():
             kind, lines = "cached", _snapshot(resolution)
             if resolution.stale:
-                output.message(STALE)
+                output.message(output.STALE)
         case _:
             kind, lines = "download", _plan(resolution)
     if json:
@@ -202,7 +205,6 @@ def _row(snapshot: Snapshot) -> tuple[str, ...]:
         snapshot.commit[:12],
         size(snapshot.size_bytes),
         size(snapshot.unique_bytes),
-        str(snapshot.file_count),
         "complete" if snapshot.complete else "incomplete",
         age(snapshot.last_used_at),
         ", ".join(snapshot.in_use_by) or "-",

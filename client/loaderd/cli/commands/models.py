@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loaderd.cli import options, output
-from loaderd.cli.commands.cache import STALE
 from loaderd.cli.progress import progress_display
 from loaderd.cli.session import session_of
 from loaderd.cli.units import age, size, span
@@ -45,7 +44,7 @@ def load(
                 display.load(progress)
             info = operation.result().info
     if info.stale:
-        output.message(STALE)
+        output.message(output.STALE)
     if json:
         output.json_result(info)
     else:

@@ -22,6 +22,7 @@ class AsyncDeletionPlan(PlannedDeletion):
         Raises:
             SnapshotInUseError: One of them is in use.
             SnapshotNotFoundError: One of them is gone already.
+            InvalidArgumentError: They are more than 1000; plan with fewer names.
         """
         response = await self._transport.call(
             self._transport.stubs.cache.DeleteSnapshots, self._request(), timeout

@@ -21,6 +21,7 @@ class DeletionPlan(PlannedDeletion):
         Raises:
             SnapshotInUseError: One of them is in use.
             SnapshotNotFoundError: One of them is gone already.
+            InvalidArgumentError: They are more than 1000; plan with fewer names.
         """
         return responses.deletion(
             self._transport.call(
