@@ -313,3 +313,51 @@ def test_the_last_good_version_is_served_when_another_programs_update_failed(
     model = client.load("org/tiny")
     assert (model.info.commit, model.info.stale) == (good.commit, True)
     assert model.generate("The sky", max_new_tokens=2, ignore_eos=True).text
+
+
+def flip_a_bit(path: Path) -> None:
+    """Alters the file's content and neither its size nor its header."""
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+
+
+def test_a_load_never_takes_altered_weights(
+    hub: Hub, daemon: SpawnedDaemon, client: Client
+) -> None:
+    folder = Path(client.cache.download("org/tiny").path)
+    weights = (folder / "model.safetensors").resolve()
+    content = weights.read_bytes()
+    client.load("org/tiny").unload()
+
+    flip_a_bit(weights)
+    hub.stop()
+    with pytest.raises(errors.SnapshotCorruptError) as caught:
+        client.load("org/tiny")
+    assert caught.value.file == "model.safetensors"
+    (failed,) = client.models()
+    assert failed.info.failure is not None
+    assert failed.info.failure.reason == "SNAPSHOT_CORRUPT"
+
+    hub.start()
+    before = len(hub.requests)
+    model = client.load("org/tiny")
+    assert model.generate("The sky", max_new_tokens=2, ignore_eos=True).text
+    assert weights.read_bytes() == content
+    fetched = [each.path for each in hub.requests[before:] if "/resolve/" in each.path]
+    assert [path.rpartition("/")[2] for path in fetched] == ["model.safetensors"]
+
+
+def test_what_another_program_brought_is_hashed_before_its_first_load(
+    hub: Hub, daemon: SpawnedDaemon, client: Client
+) -> None:
+    client.cache.download("org/tiny")
+    repo = daemon.cache_dir / "models--org--tiny"
+    (repo / ".loaderd.json").unlink()  # as if the daemon had not been there
+    (weights,) = (path for path in repo.glob("blobs/*") if len(path.name) == 64)
+    content = weights.read_bytes()
+    flip_a_bit(weights)
+    assert client.load("org/tiny").info.state.name == "READY"
+    assert weights.read_bytes() == content

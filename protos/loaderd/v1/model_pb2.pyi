@@ -241,6 +241,7 @@ class LoadProgress(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     DOWNLOAD_FIELD_NUMBER: _builtins.int
     ELAPSED_FIELD_NUMBER: _builtins.int
+    VERIFICATION_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The loading model's Model.id."""
     state: Global___ModelState.ValueType
@@ -253,6 +254,12 @@ class LoadProgress(_message.Message):
     def elapsed(self) -> _duration_pb2.Duration:
         """Since the load began."""
 
+    @_builtins.property
+    def verification(self) -> _cache_pb2.VerifyProgress:
+        """Set while LOADING reads the files to compare them with their hashes, which
+        it does once for files that changed or that other programs brought.
+        """
+
     def __init__(
         self,
         *,
@@ -260,10 +267,11 @@ class LoadProgress(_message.Message):
         state: Global___ModelState.ValueType = ...,
         download: _cache_pb2.DownloadProgress | None = ...,
         elapsed: _duration_pb2.Duration | None = ...,
+        verification: _cache_pb2.VerifyProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["download", b"download", "elapsed", b"elapsed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["download", b"download", "elapsed", b"elapsed", "verification", b"verification"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["download", b"download", "elapsed", b"elapsed", "model_id", b"model_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["download", b"download", "elapsed", b"elapsed", "model_id", b"model_id", "state", b"state", "verification", b"verification"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -57,6 +57,9 @@ class SteeredStore:
     async def hold(self, files: CachedSnapshot, holder: str) -> Pin:
         return self.pins.hold(files.repo_id, files.commit, holder)
 
+    async def prove(self, files: CachedSnapshot, publish: Any) -> None:
+        pass
+
     def allows_pickle(self, _name: HubName | LocalName) -> bool:
         return False
 

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from loaderd.server.errors import InternalError, LoaderdError
@@ -19,6 +19,7 @@ from loaderd.server.single_flight import Publish, SingleFlight
 from loaderd.server.store.names import HubName, LocalName, parse_name
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder, NotCached
 from loaderd.server.store.store import DownloadProgress, ModelStore
+from loaderd.server.store.verify import VerifyProgress
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.v1 import model_pb2
 from loaderd.worker.v1 import worker_pb2
@@ -35,12 +36,14 @@ class LoadProgress:
         state: RESOLVING, DOWNLOADING or LOADING.
         download: How far the download is, while DOWNLOADING.
         elapsed_s: Seconds since the load began.
+        verification: How far the reading of files is that nobody has hashed yet.
     """
 
     model_id: str
     state: ModelState
     download: DownloadProgress | None
     elapsed_s: float
+    verification: VerifyProgress | None = None
 
 
 class Loads:
@@ -142,6 +145,12 @@ class Loads:
                 record.pin = await self._store.hold(files, record.id)
             self._registry.to(record, ModelState.LOADING)
             publish(_progress(record, None))
+            if isinstance(files, CachedSnapshot):
+                await self._store.prove(
+                    files,
+                    lambda read: publish(replace(_progress(record, None), verification=read)),
+                )
+                publish(_progress(record, None))
             model = await self._supervisor.load(
                 worker_pb2.Load(
                     path=str(files.path),

@@ -16,6 +16,7 @@ from loaderd.server.store.keeper import Target
 from loaderd.server.store.names import HubName, LocalName, parse_name
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder
 from loaderd.server.store.store import ModelStore
+from loaderd.server.store.verifications import Verified
 from loaderd.v1 import cache_pb2, cache_pb2_grpc
 
 MAX_TARGETS = 1000
@@ -82,7 +83,10 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
         name = _hub_name(request.model)
         async with aclosing(self._store.verify(name, repair=request.repair)) as updates:
             async for update in updates:
-                yield convert.verify_update(update)
+                if isinstance(update, Verified):
+                    yield await self._report(update)
+                else:
+                    yield convert.verify_update(update)
 
     async def DeleteSnapshots(
         self, request: cache_pb2.DeleteSnapshotsRequest, context: Context
@@ -106,8 +110,14 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
         return cache_pb2.PruneCacheResponse(deletion=self._deletion(deletion))
 
     async def _snapshot(self, files: CachedSnapshot) -> cache_pb2.Snapshot:
-        info, holders = await self._store.describe(files)
-        return convert.snapshot(info, holders, stale=files.stale)
+        info = await self._store.describe(files.repo_id, files.commit)
+        return convert.snapshot(info, self._store.holders(info), stale=files.stale)
+
+    async def _report(self, verified: Verified) -> cache_pb2.VerifySnapshotResponse:
+        info = await self._store.describe(verified.repo_id, verified.commit)
+        snapshot = convert.snapshot(info, self._store.holders(info))
+        report = convert.verify_report(verified, snapshot)
+        return cache_pb2.VerifySnapshotResponse(report=report)
 
     def _deletion(self, deletion: Deletion) -> cache_pb2.Deletion:
         return convert.deletion(deletion, self._store.holders)

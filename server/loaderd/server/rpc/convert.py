@@ -8,7 +8,7 @@ from loaderd.server.models.events import ModelEvent
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.loads import LoadProgress
 from loaderd.server.models.record import LoadOptions, LoadTimings, ModelView
-from loaderd.server.rpc.convert_cache import download_progress, duration
+from loaderd.server.rpc.convert_cache import download_progress, duration, verify_progress
 from loaderd.v1 import model_pb2
 
 
@@ -86,9 +86,11 @@ def model_event(event: ModelEvent) -> model_pb2.ModelEvent:
 
 def load_progress(progress: LoadProgress) -> model_pb2.LoadProgress:
     """What a load is doing, as clients see it."""
+    reading = progress.verification
     return model_pb2.LoadProgress(
         model_id=progress.model_id,
         state=state(progress.state),
         download=None if progress.download is None else download_progress(progress.download),
         elapsed=duration(progress.elapsed_s),
+        verification=None if reading is None else verify_progress(reading),
     )

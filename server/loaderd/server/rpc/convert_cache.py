@@ -12,7 +12,7 @@ from loaderd.server.store.deletion import Deletion, PrunePolicy
 from loaderd.server.store.listing import CacheListing, Download
 from loaderd.server.store.plan import DownloadPlan, DownloadProgress
 from loaderd.server.store.scan import SnapshotInfo
-from loaderd.server.store.verifications import Verified, VerifyUpdate
+from loaderd.server.store.verifications import Verified
 from loaderd.server.store.verify import FileProblem, VerifyProgress
 from loaderd.v1 import cache_pb2
 
@@ -122,24 +122,41 @@ def _download(download: Download) -> cache_pb2.Download:
     )
 
 
-def verify_update(update: VerifyUpdate) -> cache_pb2.VerifySnapshotResponse:
-    """What a verification says."""
+def verify_update(
+    update: VerifyProgress | FileProblem | DownloadProgress,
+) -> cache_pb2.VerifySnapshotResponse:
+    """What a verification says before its report."""
     match update:
         case VerifyProgress():
-            progress = cache_pb2.VerifyProgress(
-                verified_bytes=update.verified_bytes,
-                total_bytes=update.total_bytes,
-                verified_files=update.verified_files,
-                total_files=update.total_files,
-                bytes_per_second=update.bytes_per_second,
-            )
-            return cache_pb2.VerifySnapshotResponse(progress=progress)
+            return cache_pb2.VerifySnapshotResponse(progress=verify_progress(update))
         case FileProblem():
             return cache_pb2.VerifySnapshotResponse(problem=_problem(update))
         case DownloadProgress():
             return cache_pb2.VerifySnapshotResponse(repair=download_progress(update))
-        case Verified():
-            return cache_pb2.VerifySnapshotResponse(report=_report(update))
+
+
+def verify_progress(progress: VerifyProgress) -> cache_pb2.VerifyProgress:
+    """How far a verification is."""
+    return cache_pb2.VerifyProgress(
+        verified_bytes=progress.verified_bytes,
+        total_bytes=progress.total_bytes,
+        verified_files=progress.verified_files,
+        total_files=progress.total_files,
+        bytes_per_second=progress.bytes_per_second,
+    )
+
+
+def verify_report(verified: Verified, described: cache_pb2.Snapshot) -> cache_pb2.VerifyReport:
+    """What a verification found."""
+    report = verified.report
+    return cache_pb2.VerifyReport(
+        snapshot=described,
+        problems=map(_problem, report.problems),
+        repaired=verified.repaired,
+        verified_files=report.verified_files,
+        verified_bytes=report.verified_bytes,
+        unverifiable_files=report.unverifiable_files,
+    )
 
 
 def _problem(problem: FileProblem) -> cache_pb2.FileProblem:
@@ -148,18 +165,6 @@ def _problem(problem: FileProblem) -> cache_pb2.FileProblem:
         kind=cache_pb2.ProblemKind.Value(f"PROBLEM_KIND_{problem.kind.name}"),
         expected=problem.expected,
         found=problem.found,
-    )
-
-
-def _report(verified: Verified) -> cache_pb2.VerifyReport:
-    report = verified.report
-    return cache_pb2.VerifyReport(
-        snapshot=snapshot(verified.snapshot, verified.holders),
-        problems=map(_problem, report.problems),
-        repaired=verified.repaired,
-        verified_files=report.verified_files,
-        verified_bytes=report.verified_bytes,
-        unverifiable_files=report.unverifiable_files,
     )
 
 

@@ -92,6 +92,10 @@ class RepoFolder:
         """What whoever writes, links or deletes a blob holds meanwhile."""
         return self.locks / f"{digest}.lock"
 
+    def has_blob(self, digest: str) -> bool:
+        """Whether there is a file of this name in `blobs`, whatever its content."""
+        return (self.blobs / digest).is_file()
+
     def snapshot(self, commit: str) -> Path:
         """The folder with a commit's files: links into `blobs`."""
         return self.path / "snapshots" / commit

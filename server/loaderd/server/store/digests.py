@@ -44,6 +44,18 @@ def digest_of_file(path: Path, like: str, on_bytes: Callable[[int], None] = lamb
     return digest.hexdigest()
 
 
+def stamp_of(path: Path) -> str:
+    """Changes whenever the file's content may have, and seldom else.
+
+    It is made of the inode, the size, and the time of the last change, which nobody can set.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    stat = path.stat()
+    return f"{stat.st_ino}-{stat.st_size}-{stat.st_ctime_ns}"
+
+
 def new_digest(like: str, size: int) -> _Hash:
     """The digest of the kind of `like`, of a content of `size` bytes that is yet to come."""
     if len(like) == _SHA256_LENGTH:

@@ -1,14 +1,15 @@
 """What the daemon remembers of a repository beside the hub library's own files.
 
-One small file in the repository's folder, which the library does not look at:
-`.loaderd.json`. Several daemons may share a cache: whoever changes the file holds its lock.
+When a snapshot was used, which commit of a revision was whole, which contents were hashed. One
+small file in the repository's folder, which the library does not look at: `.loaderd.json`. Several
+daemons may share a cache: whoever changes the file holds its lock.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def note_used(repo: RepoFolder, commit: str, when: datetime) -> None:
 
     def note(records: _Records) -> _Records:
         latest = max(when.astimezone(UTC), records.used.get(commit, when))
-        return _Records({**records.used, commit: latest}, records.complete)
+        return replace(records, used={**records.used, commit: latest})
 
     _change(repo, note)
 
@@ -55,12 +56,30 @@ def note_complete(repo: RepoFolder, revision: str, commit: str) -> None:
     Raises:
         CacheNotWritableError: The cache cannot be written to.
     """
-    _change(repo, lambda old: _Records(old.used, {**old.complete, revision: commit}))
+    _change(repo, lambda old: replace(old, complete={**old.complete, revision: commit}))
 
 
 def last_complete(repo: RepoFolder, revision: str) -> str | None:
     """The commit that was last known to be whole; it may be deleted or damaged since."""
     return _read(repo).complete.get(revision)
+
+
+def note_hashed(repo: RepoFolder, stamps: Mapping[str, str]) -> None:
+    """Remembers contents that were hashed and are right.
+
+    Args:
+        repo: The repository.
+        stamps: `digests.stamp_of` each file before it was hashed, by its digest.
+
+    Raises:
+        CacheNotWritableError: The cache cannot be written to.
+    """
+    _change(repo, lambda old: replace(old, hashed={**old.hashed, **stamps}))
+
+
+def hashed(repo: RepoFolder) -> dict[str, str]:
+    """The stamps of contents that were hashed, by their digest; see `note_hashed`."""
+    return dict(_read(repo).hashed)
 
 
 def forget(repo: RepoFolder, commits: Collection[str]) -> None:
@@ -73,7 +92,9 @@ def forget(repo: RepoFolder, commits: Collection[str]) -> None:
     def drop(records: _Records) -> _Records:
         used = {commit: when for commit, when in records.used.items() if commit not in commits}
         complete = {name: each for name, each in records.complete.items() if each not in commits}
-        return _Records(used, complete)
+        # Where links do not work contents are not in `blobs`: those are hashed once more.
+        left = {digest: each for digest, each in records.hashed.items() if repo.has_blob(digest)}
+        return _Records(used, complete, left)
 
     _change(repo, drop)
 
@@ -87,6 +108,7 @@ def path_of(repo: RepoFolder) -> Path:
 class _Records:
     used: Mapping[str, datetime] = field(default_factory=dict)
     complete: Mapping[str, str] = field(default_factory=dict)
+    hashed: Mapping[str, str] = field(default_factory=dict)
 
 
 def _change(repo: RepoFolder, change: Callable[[_Records], _Records]) -> None:
@@ -105,6 +127,7 @@ def _encode(records: _Records) -> str:
         "format_version": FORMAT_VERSION,
         "used": {commit: when.isoformat() for commit, when in records.used.items()},
         "complete": dict(records.complete),
+        "hashed": dict(records.hashed),
     }
     return json.dumps(data, indent=1)
 
@@ -117,7 +140,8 @@ def _read(repo: RepoFolder) -> _Records:
             return _Records()
         used = {commit: _time(text) for commit, text in _by_name(data["used"])}
         complete = {name: _commit(commit) for name, commit in _by_name(data["complete"])}
-        return _Records(used, complete)
+        hashed = {digest: str(stamp) for digest, stamp in _by_name(data.get("hashed", {}))}
+        return _Records(used, complete, hashed)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return _Records()
 

@@ -8,11 +8,9 @@ import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 
 from loaderd.server.errors import (
-    CacheNotWritableError,
     DownloadCancelledError,
     HubRateLimitedError,
     HubUnreachableError,
@@ -31,6 +29,7 @@ from loaderd.server.store.hub_access import HubAccess
 from loaderd.server.store.keeper import Keeper, Target
 from loaderd.server.store.listing import CacheListing, Download
 from loaderd.server.store.names import HubName, LocalName
+from loaderd.server.store.notes import note_fetched, note_use
 from loaderd.server.store.pins import Pin
 from loaderd.server.store.plan import DownloadPlan, DownloadProgress, DownloadState
 from loaderd.server.store.resolve import (
@@ -43,8 +42,8 @@ from loaderd.server.store.resolve import (
 )
 from loaderd.server.store.scan import SnapshotInfo, describe
 from loaderd.server.store.settings import StoreSettings
-from loaderd.server.store.verifications import Verified, VerifyUpdate, run_verification
-from loaderd.server.store.verify import Verification, VerifyReport
+from loaderd.server.store.verifications import Verifications, VerifyUpdate
+from loaderd.server.store.verify import VerifyProgress
 
 __all__ = [
     "CacheListing",
@@ -84,7 +83,7 @@ class ModelStore:
         self._downloads = Downloads(settings.cache_dir, access, settings.stall_timeout)
         self._keeper = Keeper(settings.cache_dir, settings.max_bytes, settings.allow_pickle)
         self._flights: SingleFlight[HubName, DownloadState, CachedSnapshot] = SingleFlight()
-        self._repairs: SingleFlight[HubName, DownloadState, str] = SingleFlight()
+        self._verifications = Verifications(self._fetch, offline=settings.offline)
 
     async def start(self) -> None:
         """Deletes what was left behind by downloads and deletions that were killed."""
@@ -182,7 +181,7 @@ class ModelStore:
         """
         pin = await self._keeper.hold(files.repo_id, files.commit, holder)
         try:
-            await asyncio.to_thread(self._note, files)
+            await asyncio.to_thread(note_use, self.settings.cache_dir, files)
         except BaseException:
             pin.release()
             raise
@@ -208,18 +207,18 @@ class ModelStore:
         """Who uses a snapshot; see `Keeper.holders`."""
         return self._keeper.holders(snapshot)
 
-    async def describe(self, files: CachedSnapshot) -> tuple[SnapshotInfo, tuple[str, ...]]:
-        """One snapshot, and who uses it.
+    async def describe(self, repo_id: str, commit: str) -> SnapshotInfo:
+        """One snapshot.
 
         Raises:
             SnapshotNotFoundError: It was deleted meanwhile.
         """
-        repo = RepoFolder(self.settings.cache_dir, files.repo_id)
+        repo = RepoFolder(self.settings.cache_dir, repo_id)
+        allowed = self.settings.allow_pickle.__contains__
         try:
-            info = await self._describe(repo, files.commit)
+            return await asyncio.to_thread(describe, repo, commit, allowed)
         except FileNotFoundError:
-            raise SnapshotNotFoundError(f"{files.repo_id}@{files.revision}") from None
-        return info, self._keeper.holders(info)
+            raise SnapshotNotFoundError(f"{repo_id}@{commit}") from None
 
     async def verify(self, name: HubName, *, repair: bool) -> AsyncGenerator[VerifyUpdate, None]:
         """Compares a snapshot's files with their hashes.
@@ -239,29 +238,30 @@ class ModelStore:
         commit = await asyncio.to_thread(repo.cached_commit, name.revision)
         if commit is None:
             raise SnapshotNotFoundError(str(name))
-        exact = HubName(name.repo_id, commit)
-        verification = Verification(repo, commit, allow_pickle=self.allows_pickle(name))
         pin = await self._keeper.hold(name.repo_id, commit, VERIFICATION)
+        allow_pickle = self.allows_pickle(name)
+        reading = self._verifications.verify(repo, commit, allow_pickle=allow_pickle, repair=repair)
         try:
-            async with aclosing(run_verification(verification)) as updates:
+            async with aclosing(reading) as updates:
                 async for update in updates:
-                    if isinstance(update, VerifyReport):
-                        report = update
-                    else:
-                        yield update
-            repaired = False
-            if repair and report.problems:
-                damaged = frozenset(problem.path for problem in report.problems)
-                work = partial(self._fetch, exact, damaged)
-                async with self._repairs.join(exact, work) as flight:
-                    async for state in flight.progress():
-                        yield state.progress
-                    await flight.result()
-                repaired = True
-            info = await self._describe(repo, commit)
-            yield Verified(report, repaired, info, self._keeper.holders(info))
+                    yield update
         finally:
             pin.release()
+
+    async def prove(self, files: CachedSnapshot, publish: Publish[VerifyProgress]) -> None:
+        """Makes sure that a snapshot's content is what its hashes say; see `Verifications.prove`.
+
+        Args:
+            files: The snapshot.
+            publish: Told how far the reading is, if there is anything to be read.
+        """
+        name = HubName(files.repo_id, files.commit)
+        await self._verifications.prove(
+            self._repo(name),
+            files.commit,
+            allow_pickle=self.allows_pickle(name),
+            publish=publish,
+        )
 
     async def delete(self, targets: Sequence[Target], *, dry_run: bool) -> Deletion:
         """Deletes snapshots; see `Keeper.delete`."""
@@ -291,7 +291,7 @@ class ModelStore:
         if not isinstance(found, CachedSnapshot):
             raise _problem(found) or SnapshotIncompleteError(str(name), "snapshot")
         files = replace(found, revision=name.revision)
-        await asyncio.to_thread(self._note, files)
+        await asyncio.to_thread(note_use, self.settings.cache_dir, files)
         return files
 
     async def _fetch(
@@ -311,13 +311,16 @@ class ModelStore:
                 arrival.moved(progress)
                 publish(DownloadState(plan, progress))
 
-            return await self._downloads.download(
+            commit = await self._downloads.download(
                 name,
                 report,
                 admit=admit,
                 distrusted=distrusted,
                 allow_pickle=self.allows_pickle(name),
             )
+        if plan is not None:
+            await asyncio.to_thread(note_fetched, self.settings.cache_dir, plan, distrusted)
+        return commit
 
     async def _last_good(
         self, name: HubName, found: Resolution, error: LoaderdError | None = None
@@ -336,20 +339,6 @@ class ModelStore:
         if error is not None:
             _log.warning("%s is served as it is in the cache: %s", name, error)
         return replace(found, revision=name.revision, stale=name.commit is None)
-
-    def _note(self, files: CachedSnapshot) -> None:
-        """Remembers that a snapshot is whole and used now. A cache may be read-only: then not."""
-        repo = RepoFolder(self.settings.cache_dir, files.repo_id)
-        try:
-            records.note_used(repo, files.commit, datetime.now(UTC))
-            if not files.stale:
-                records.note_complete(repo, files.revision, files.commit)
-        except (OSError, CacheNotWritableError) as error:
-            _log.info("the use of %s is not noted: %s", files.path, error)
-
-    async def _describe(self, repo: RepoFolder, commit: str) -> SnapshotInfo:
-        allowed = self.settings.allow_pickle
-        return await asyncio.to_thread(describe, repo, commit, lambda repo_id: repo_id in allowed)
 
     def _repo(self, name: HubName) -> RepoFolder:
         return RepoFolder(self.settings.cache_dir, name.repo_id)

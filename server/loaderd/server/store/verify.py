@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 from loaderd.server.errors import (
     ModelUnsupportedError,
@@ -23,7 +24,7 @@ from loaderd.server.errors import (
     SnapshotNotFoundError,
 )
 from loaderd.server.store.cache import RepoFolder, TreeEntry
-from loaderd.server.store.digests import digest_of_file, is_digest
+from loaderd.server.store.digests import digest_of_file, is_digest, stamp_of
 from loaderd.server.store.names import HubName
 from loaderd.server.store.resolve import check_snapshot, needed_files
 
@@ -85,12 +86,14 @@ class VerifyReport:
         verified_files: Files whose content is what its hash says.
         verified_bytes: Bytes of those.
         unverifiable_files: Files without a known hash: others put them there.
+        stamps: Of the files that were read and are right, by their digest; see `records`.
     """
 
     problems: tuple[FileProblem, ...]
     verified_files: int
     verified_bytes: int
     unverifiable_files: tuple[str, ...]
+    stamps: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 OnUpdate = Callable[[VerifyProgress | FileProblem], None]
@@ -108,6 +111,7 @@ class _File:
     real: Path
     size: int
     digest: str
+    stamp: str
 
 
 class Verification:
@@ -117,12 +121,24 @@ class Verification:
         repo: The repository.
         commit: The snapshot's commit.
         allow_pickle: The operator allows weights in pickles for this repository.
+        paths: The files to look at; None: all that the snapshot has, and what loading needs.
+        known: Stamps of contents that need not be read again, by their digest.
     """
 
-    def __init__(self, repo: RepoFolder, commit: str, *, allow_pickle: bool = False) -> None:
+    def __init__(
+        self,
+        repo: RepoFolder,
+        commit: str,
+        *,
+        allow_pickle: bool = False,
+        paths: Collection[str] | None = None,
+        known: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._repo = repo
         self._commit = commit
         self._allow_pickle = allow_pickle
+        self._only = paths
+        self._known = known
         self._folder = repo.snapshot(commit)
         self._problems: dict[str, FileProblem] = {}
         self._unverifiable: list[str] = []
@@ -148,7 +164,9 @@ class Verification:
                     self._report(found, on_update)
                 case None:
                     self._unverifiable.append(_printable(path))
-        good = self._read(files, on_update, stopped)
+        unread = [file for file in files if self._known.get(file.digest) != file.stamp]
+        right = self._read(unread, on_update, stopped)
+        good = [file for file in files if file not in unread] + right
         if problem := self._loading_problem():
             self._report(problem, on_update)
         return VerifyReport(
@@ -156,6 +174,7 @@ class Verification:
             verified_files=len(good),
             verified_bytes=sum(file.size for file in good),
             unverifiable_files=tuple(self._unverifiable),
+            stamps={file.digest: file.stamp for file in right if _stamp(file.real) == file.stamp},
         )
 
     @cached_property
@@ -163,7 +182,9 @@ class Verification:
         return self._repo.read_tree(self._commit) or {}
 
     def _paths(self) -> list[str]:
-        """What the snapshot has, and what loading needs besides."""
+        """What the snapshot has, and what loading needs besides; or what was asked for."""
+        if self._only is not None:
+            return sorted(self._only)
         try:
             present = set(_names(self._folder))
         except (FileNotFoundError, NotADirectoryError):
@@ -189,10 +210,10 @@ class Verification:
         entry = self._tree.get(path)
         if entry is None or not is_digest(entry.digest):
             blob = pointer.readlink().name if pointer.is_symlink() else ""
-            return _File(path, real, size, blob) if is_digest(blob) else None
+            return _File(path, real, size, blob, _stamp(real)) if is_digest(blob) else None
         if size != entry.size:
             return FileProblem(path, ProblemKind.SIZE, f"{entry.size} bytes", f"{size} bytes")
-        return _File(path, real, size, entry.digest)
+        return _File(path, real, size, entry.digest, _stamp(real))
 
     def _read(
         self, files: list[_File], on_update: OnUpdate, stopped: threading.Event
@@ -291,6 +312,13 @@ def _compare(file: _File, meter: _Meter, stopped: threading.Event) -> FileProble
     if found == file.digest:
         return None
     return FileProblem(file.path, ProblemKind.CONTENT, file.digest, found)
+
+
+def _stamp(path: Path) -> str:
+    try:
+        return stamp_of(path)
+    except FileNotFoundError:  # deleted meanwhile, which comes up when it is read
+        return ""
 
 
 def _unreadable(path: str, error: OSError) -> FileProblem:

@@ -1,0 +1,55 @@
+"""Writes down what the daemon wants to remember of its cache, where it may be written to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from loaderd.server.errors import CacheNotWritableError
+from loaderd.server.store import records
+from loaderd.server.store.cache import RepoFolder
+from loaderd.server.store.digests import stamp_of
+from loaderd.server.store.plan import DownloadPlan
+from loaderd.server.store.resolve import CachedSnapshot
+
+_log = logging.getLogger(__name__)
+
+
+def note_use(cache_dir: Path, files: CachedSnapshot) -> None:
+    """Remembers that a snapshot is used now, and that its revision is whole."""
+    repo = RepoFolder(cache_dir, files.repo_id)
+
+    def note() -> None:
+        records.note_used(repo, files.commit, datetime.now(UTC))
+        if not files.stale:
+            records.note_complete(repo, files.revision, files.commit)
+
+    _if_writable(repo, note)
+
+
+def note_fetched(cache_dir: Path, plan: DownloadPlan, distrusted: Collection[str]) -> None:
+    """Remembers which contents a download hashed: those that it fetched."""
+    repo = RepoFolder(cache_dir, plan.repo_id)
+    stamps = {}
+    for file in plan.files:
+        if not file.cached or file.path in distrusted:
+            with suppress(FileNotFoundError):  # where links do not work it is not there
+                stamps[file.digest] = stamp_of(repo.blobs / file.digest)
+    note_hashed(repo, stamps)
+
+
+def note_hashed(repo: RepoFolder, stamps: Mapping[str, str]) -> None:
+    """Remembers contents that were hashed and are right; see `records.note_hashed`."""
+    if stamps:
+        _if_writable(repo, lambda: records.note_hashed(repo, stamps))
+
+
+def _if_writable(repo: RepoFolder, note: Callable[[], None]) -> None:
+    """A cache may be read-only: then nothing is remembered, which costs time and no more."""
+    try:
+        note()
+    except CacheNotWritableError as error:
+        _log.info("nothing is noted of %s: %s", repo.repo_id, error)
