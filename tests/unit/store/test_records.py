@@ -44,6 +44,17 @@ def test_the_last_whole_commit_of_each_revision(repo: RepoFolder) -> None:
     assert records.last_complete(repo, "v1") is None
 
 
+def test_contents_that_were_hashed_until_they_are_gone(repo: RepoFolder) -> None:
+    kept, gone = sorted(path.name for path in repo.blobs.iterdir())[:2]
+    records.note_hashed(repo, {kept: "1-2-3"})
+    records.note_hashed(repo, {gone: "4-5-6"})
+    records.note_used(repo, COMMIT, NOON)
+    assert records.hashed(repo) == {kept: "1-2-3", gone: "4-5-6"}
+    (repo.blobs / gone).unlink()
+    records.forget(repo, [COMMIT])
+    assert records.hashed(repo) == {kept: "1-2-3"}
+
+
 def test_what_is_deleted_is_forgotten(repo: RepoFolder) -> None:
     for revision, commit in (("main", COMMIT), ("v2", OTHER_COMMIT)):
         records.note_used(repo, commit, NOON)
