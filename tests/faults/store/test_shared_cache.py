@@ -27,7 +27,8 @@ from tests.hub import Hub, faults
 
 _PLAIN = """
 import json, sys
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 18  # it writes in such steps
 print(json.dumps(snapshot_download("org/model", cache_dir=sys.argv[1])))
 """
 
