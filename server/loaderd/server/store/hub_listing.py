@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loaderd.server.errors import HubUnreachableError, SnapshotCorruptError
 from loaderd.server.store.cache import TreeEntry
@@ -19,7 +20,7 @@ from loaderd.server.store.hub_guard import MAX_ANSWER_BYTES, READ_TIMEOUT, HubBu
 from loaderd.server.store.names import HubName, is_commit
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import HfApi, RepoFile
+    from huggingface_hub.hf_api import HfApi
 
 MAX_FILES = 100_000
 
@@ -43,10 +44,8 @@ def list_files(name: HubName, access: HubAccess) -> tuple[str, dict[str, TreeEnt
     api = HfApi(endpoint=access.endpoint, token=access.library_token)
     try:
         commit = name.commit or _ask_commit(api, name, access)
-        # After other faults of this request the library itself asks again.
-        ask = partial(_ask_tree, api, name.repo_id, commit)
-        files = access.retry.call(ask, on=(HubBusyError,))
-        return commit, {file.path: _checked(file, name.repo_id) for file in files}
+        files = islice(_ask_tree(name.repo_id, commit, access), MAX_FILES)
+        return commit, dict(_checked(file, name.repo_id) for file in files)
     except HfHubHTTPError:  # some of them are ValueErrors too
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -103,23 +102,33 @@ def _ask_commit(api: HfApi, name: HubName, access: HubAccess) -> str:
     return commit
 
 
-def _ask_tree(api: HfApi, repo_id: str, commit: str) -> list[RepoFile]:
-    from huggingface_hub.hf_api import RepoFile
+def _ask_tree(repo_id: str, commit: str, access: HubAccess) -> Iterator[dict[str, Any]]:
+    """A commit's files, page by page. The library's own listing asks as often as it likes."""
+    import httpx2
+    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
-    found = api.list_repo_tree(repo_id, recursive=True, revision=commit)
-    return [entry for entry in islice(found, MAX_FILES) if isinstance(entry, RepoFile)]
+    headers = build_hf_headers(token=access.library_token)
+    tree = f"{access.endpoint}/api/models/{repo_id}/tree/{commit}"
+    url: str | None = f"{tree}?recursive=true&expand=false"
+    while url is not None:
+        ask = partial(get_session().get, url, headers=headers)
+        page = access.retry.call(ask, on=(HubBusyError, httpx2.TransportError))
+        hf_raise_for_status(page)
+        yield from (entry for entry in page.json() if entry["type"] == "file")
+        url = page.links.get("next", {}).get("url")
 
 
-def _checked(file: RepoFile, model: str) -> TreeEntry:
+def _checked(file: Mapping[str, Any], model: str) -> tuple[str, TreeEntry]:
     """Checks what the hub says of a file before anything is named after it."""
-    size, sha256 = (file.size, None) if file.lfs is None else (file.lfs.size, file.lfs.sha256)
-    parts = file.path.split("/")
-    if not _PATH.fullmatch(file.path) or any(part in ("", ".", "..") for part in parts):
+    path, blob_id, lfs = file["path"], file["oid"], file.get("lfs")
+    size, sha256 = (file["size"], None) if lfs is None else (lfs["size"], lfs["oid"])
+    if not _PATH.fullmatch(path) or any(part in ("", ".", "..") for part in path.split("/")):
         raise SnapshotCorruptError(
             model, "(listing)", "paths inside the repository", "another path"
         )
     if not isinstance(size, int) or size < 0:
-        raise SnapshotCorruptError(model, file.path, "a size in the listing", "none")
-    if not is_digest(file.blob_id) or not (sha256 is None or is_digest(sha256)):
-        raise SnapshotCorruptError(model, file.path, "a hash in the listing", "none")
-    return TreeEntry(size, file.blob_id, sha256)
+        raise SnapshotCorruptError(model, path, "a size in the listing", "none")
+    if not is_digest(blob_id) or not (sha256 is None or is_digest(sha256)):
+        raise SnapshotCorruptError(model, path, "a hash in the listing", "none")
+    return path, TreeEntry(size, blob_id, sha256)
