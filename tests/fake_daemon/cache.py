@@ -39,6 +39,21 @@ def old_commit_of(repo_id: str) -> str:
     return commit_of(f"{repo_id} before")
 
 
+def verify_steps() -> list[cache_pb2.VerifyProgress]:
+    """How far a verification is after each file."""
+    sizes = list(FILES.values())
+    return [
+        cache_pb2.VerifyProgress(
+            verified_bytes=sum(sizes[:files]),
+            total_bytes=TOTAL,
+            verified_files=files,
+            total_files=len(sizes),
+            bytes_per_second=500_000_000,
+        )
+        for files in range(1, len(sizes) + 1)
+    ]
+
+
 class Cache:
     """Which snapshots are cached, and what is wrong with them.
 
@@ -49,6 +64,7 @@ class Cache:
             rest by any name.
         problems: What a verification finds in the main of a repository.
         unverifiable: Files of it that have no hash.
+        unhashed: Repositories whose files a load has to hash first.
         max_bytes: The operator's limit; 0: none.
         hub_answers: Whether the hub does.
     """
@@ -60,6 +76,7 @@ class Cache:
         self.orphans: dict[str, int] = {}
         self.problems: dict[str, list[cache_pb2.FileProblem]] = {}
         self.unverifiable: dict[str, list[str]] = {}
+        self.unhashed: set[str] = set()
         self.max_bytes = 0
         self.hub_answers = True
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from loaderd.v1 import cache_pb2, cache_pb2_grpc
-from tests.fake_daemon.cache import FILES, FREE_BYTES, TOTAL, Key, commit_of
+from tests.fake_daemon.cache import FILES, FREE_BYTES, TOTAL, Key, commit_of, verify_steps
 from tests.fake_daemon.deletion import delete, prune
 from tests.fake_daemon.downloads import download_progress
 from tests.fake_daemon.failure import FailureError
@@ -90,12 +90,7 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
         with self._daemon.seen("VerifySnapshot", request, context).follow(context):
             key = self._snapshot_to_verify(request.model)
             problems = {problem.path: problem for problem in self._cache.problems.get(key[0], [])}
-            progress = cache_pb2.VerifyProgress(
-                total_bytes=TOTAL, total_files=len(FILES), bytes_per_second=500_000_000
-            )
-            for path, size in FILES.items():
-                progress.verified_bytes += size
-                progress.verified_files += 1
+            for path, progress in zip(FILES, verify_steps(), strict=True):
                 yield cache_pb2.VerifySnapshotResponse(progress=progress)
                 if path in problems:
                     yield cache_pb2.VerifySnapshotResponse(problem=problems[path])

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from loaderd.v1 import model_pb2, model_pb2_grpc
-from tests.fake_daemon.cache import commit_of
+from loaderd.v1 import cache_pb2, model_pb2, model_pb2_grpc
+from tests.fake_daemon.cache import commit_of, verify_steps
 from tests.fake_daemon.downloads import download_progress, download_steps
 from tests.fake_daemon.failure import FailureError
 from tests.fake_daemon.generation import SUPPORTED
@@ -29,10 +29,23 @@ WEIGHT_BYTES = 38_000_000
 class Load:
     """A load under way: each waiter moves it on, the last one that leaves stops it."""
 
-    def __init__(self, steps: list[tuple[int, int | None]]) -> None:
+    def __init__(self, steps: list[model_pb2.LoadProgress]) -> None:
         self.steps = steps
         self.done = 0
         self.waiters = 0
+
+
+def _step(
+    state: model_pb2.ModelState.ValueType,
+    download: cache_pb2.DownloadProgress | None = None,
+    verification: cache_pb2.VerifyProgress | None = None,
+) -> model_pb2.LoadProgress:
+    return model_pb2.LoadProgress(
+        state=state,
+        download=download,
+        elapsed=Duration(nanos=1_000_000),
+        verification=verification,
+    )
 
 
 class Models:
@@ -104,16 +117,12 @@ class Models:
             if load.done >= len(load.steps):
                 self._become_ready(model)
                 return None
-            state, downloaded = load.steps[load.done]
-            if (state, model.name) != (model_pb2.MODEL_STATE_LOADING, "demo/stuck"):
+            progress = load.steps[load.done]
+            if (progress.state, model.name) != (model_pb2.MODEL_STATE_LOADING, "demo/stuck"):
                 load.done += 1
-            if model.state != state:
-                self._change(model, state)
-            progress = model_pb2.LoadProgress(
-                model_id=model.id, state=model.state, elapsed=Duration(nanos=1_000_000)
-            )
-            if downloaded is not None:
-                progress.download.CopyFrom(download_progress(downloaded))
+            if model.state != progress.state:
+                self._change(model, progress.state)
+            progress.model_id = model.id
             return model_pb2.LoadModelResponse(progress=progress)
 
     def unload(self, name: str, *, force: bool) -> model_pb2.Model:
@@ -154,10 +163,18 @@ class Models:
             raise FailureError("INVALID_ARGUMENT", field="options.device_map", problem="is none")
         local = repo_id.startswith("/")
         cached = local or repo_id in self._daemon.cache.cached
-        steps: list[tuple[int, int | None]] = [(model_pb2.MODEL_STATE_RESOLVING, None)]
+        steps = [_step(model_pb2.MODEL_STATE_RESOLVING)]
         if not cached:
-            steps += [(model_pb2.MODEL_STATE_DOWNLOADING, done) for done in download_steps()]
-        steps += [(model_pb2.MODEL_STATE_LOADING, None)] * 2
+            steps += [
+                _step(model_pb2.MODEL_STATE_DOWNLOADING, download=download_progress(done))
+                for done in download_steps()
+            ]
+        if repo_id in self._daemon.cache.unhashed:
+            steps += [
+                _step(model_pb2.MODEL_STATE_LOADING, verification=verification)
+                for verification in verify_steps()
+            ]
+        steps += [_step(model_pb2.MODEL_STATE_LOADING)] * 2
         model = model_pb2.Model(
             id=f"m-{next(self._numbers)}",
             name=request.model,

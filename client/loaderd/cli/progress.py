@@ -69,6 +69,8 @@ class BarDisplay:
         """Shows how far a load is."""
         if progress.download is not None:
             self.download(progress.download)
+        elif progress.verification is not None:
+            self.verify(progress.verification)
         else:
             self._show(progress.state.name.lower(), self._spinner)
 
@@ -130,6 +132,8 @@ class LineDisplay:
         """Shows how far a load is."""
         if progress.download is not None:
             self.download(progress.download)
+        elif progress.verification is not None:
+            self.verify(progress.verification)
         else:
             self._show(progress.state, progress.state.name.lower())
 

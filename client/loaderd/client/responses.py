@@ -89,6 +89,9 @@ def load_progress(progress: model_pb2.LoadProgress) -> types.LoadProgress:
         model_id=progress.model_id,
         state=member(types.ModelState, progress.state),
         download=download_progress(progress.download) if progress.HasField("download") else None,
+        verification=verify_progress(progress.verification)
+        if progress.HasField("verification")
+        else None,
         elapsed=progress.elapsed.ToTimedelta(),
     )
 

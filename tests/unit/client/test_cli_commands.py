@@ -35,6 +35,17 @@ def test_load_tells_progress_on_stderr_and_the_model_on_stdout(ctl: Ctl) -> None
     assert "\x1b" not in result.output  # no bars where there is no terminal
 
 
+def test_load_tells_that_it_reads_files_to_hash_them(ctl: Ctl, daemon: FakeDaemon) -> None:
+    daemon.cache.unhashed = {"demo/chat"}
+
+    progress = ctl("load", "demo/chat").stderr.splitlines()
+
+    assert progress[-2:] == [
+        "loaderctl: demo/chat: verifying 40.0 MB of 40.0 MB, 500.0 MB/s",
+        "loaderctl: demo/chat: loading",
+    ]
+
+
 def test_load_of_a_model_that_is_there_says_so(ctl: Ctl) -> None:
     ctl("load", "demo/chat")
 

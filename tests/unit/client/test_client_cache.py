@@ -171,3 +171,13 @@ def test_a_refreshed_resolution_may_be_stale(daemon: FakeDaemon, client: Client)
     assert (known.stale, asked.stale) == (False, True)
     with pytest.raises(errors.HubUnreachableError):
         client.cache.resolve("demo/remote", refresh=True)
+
+
+def test_a_load_that_hashes_its_files_first_tells_how_far_it_is(
+    daemon: FakeDaemon, client: Client
+) -> None:
+    daemon.cache.unhashed = {"demo/chat"}
+
+    told = [progress.verification for progress in client.start_load("demo/chat")]
+
+    assert [each and each.verified_files for each in told] == [None, 1, 2, 3, None, None]

@@ -9,6 +9,7 @@ from typing import TypeAlias, overload
 
 from loaderd.client.types.download import DownloadProgress
 from loaderd.client.types.enums import Dtype, ModelSource, ModelState
+from loaderd.client.types.verification import VerifyProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,9 @@ class LoadProgress:
     """RESOLVING, DOWNLOADING or LOADING."""
     download: DownloadProgress | None
     """Set while DOWNLOADING."""
+    verification: VerifyProgress | None
+    """Set while LOADING compares files with their hashes, which it does once for files that
+    changed or that other programs brought."""
     elapsed: timedelta
     """Since the load began."""
 
