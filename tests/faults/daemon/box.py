@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from loaderd.client import Client
+from loaderd.client import Client, Snapshot, errors
 from tests.daemon import SpawnedDaemon
 from tests.faults.daemon.disk import Disk
 from tests.hub import Access, Hub, HubRepo, HubRequest
@@ -32,12 +32,17 @@ _numbers = count()
 
 @dataclass(frozen=True)
 class Box:
-    """One daemon with a hub, a client and a disk."""
+    """One daemon with a hub, a client and a disk.
+
+    Attributes:
+        offline: A client of another daemon on the same cache that never asks the hub, if any.
+    """
 
     hub: Hub
     daemon: SpawnedDaemon
     client: Client
     disk: Disk
+    offline: Client | None = None
 
     @staticmethod
     @contextmanager
@@ -64,6 +69,20 @@ class Box:
             Client(daemon.address) as client,
         ):
             yield Box(hub, daemon, client, Disk(folder, daemon.cache_dir))
+
+    def has(self, repo_id: str) -> bool:
+        """Whether a daemon takes what the cache has of a repository for a model."""
+        not_whole = (
+            errors.OfflineNotCachedError,
+            errors.SnapshotIncompleteError,
+            errors.SnapshotCorruptError,
+        )
+        try:
+            # The one that is offline says so at once, the other one plans a download.
+            found = (self.offline or self.client).cache.resolve(repo_id)
+        except not_whole:
+            return False
+        return isinstance(found, Snapshot)
 
     def publish(
         self,

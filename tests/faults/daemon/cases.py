@@ -53,7 +53,7 @@ class Case:
         where: Glob over the paths of the requests that meet the fault.
         fault: The fault.
         outcome: What a download ends in.
-        asked: How often the daemon asks before it gives up.
+        asked: How often the daemon asks before it gives up; None: as often as redirects may lead.
         keeps: Whether bytes came that the retry goes on from.
         impatient: Whether it takes a daemon that gives up after a second without progress.
     """
@@ -61,7 +61,7 @@ class Case:
     where: str
     fault: Fault
     outcome: Outcome
-    asked: int = 1
+    asked: int | None = 1
     keeps: bool = False
     impatient: bool = False
 
@@ -78,9 +78,9 @@ _BY_CODE = {
 def _refused(status: int, code: str, place: str) -> Outcome:
     if code in _BY_CODE:
         return _BY_CODE[code]
-    if status != 404:
-        return UNAUTHORIZED
-    return MISSING if place == "file" else NOT_FOUND
+    if place == "file" and (status == 404 or code == "EntryNotFound"):
+        return MISSING
+    return NOT_FOUND if status == 404 else UNAUTHORIZED
 
 
 def _refusals() -> dict[str, Case]:
@@ -202,8 +202,17 @@ HOSTILE = {
     "negative size": Case(TREE, _entry(size=-1), CORRUPT),
     "listing that is no list": Case(TREE, faults.rewrite(lambda tree: {"error": "x"}), UNREACHABLE),
     "redirect to http elsewhere": Case(FILE, _redirect("http://192.0.2.1/model"), UNREACHABLE),
-    "redirect to a file": Case(FILE, _redirect("file:///etc/passwd"), UNREACHABLE),
-    "redirect to itself": Case(FILE, _redirect(f"../../{WEIGHTS}"), UNREACHABLE),
+    "redirect to a file of the box": Case(
+        FILE, _redirect("file:///etc/passwd"), UNREACHABLE, asked=ATTEMPTS
+    ),
+    "redirect to itself": Case(FILE, _redirect(WEIGHTS), UNREACHABLE, asked=None),
+    "file of another commit": Case(
+        FILE, faults.alter_headers(x_repo_commit="0" * 40), CORRUPT_WEIGHTS
+    ),
+    "file with another hash": Case(
+        FILE, faults.alter_headers(x_linked_etag=f'"{"0" * 64}"'), CORRUPT_WEIGHTS
+    ),
+    "file with another size": Case(FILE, faults.alter_headers(x_linked_size="7"), CORRUPT_WEIGHTS),
 }
 
 CASES = {**_refusals(), **_busy(), **SILENT, **_cut(), **WRONG, **HOSTILE}

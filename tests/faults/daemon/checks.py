@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loaderd.client import DownloadPlan, errors
+from loaderd.client import errors
 from tests.faults.daemon.box import Box
 from tests.faults.daemon.cases import Outcome
 
@@ -38,7 +38,7 @@ def nothing_half_done(box: Box, repo_id: str, surroundings: set[Path]) -> None:
     """
     assert box.daemon.download_children() == []
     assert not [s for s in box.client.cache.snapshots() if s.repo_id == repo_id and s.complete]
-    assert isinstance(box.client.cache.resolve(repo_id), DownloadPlan)
+    assert not box.has(repo_id)
     assert box.disk.refs(repo_id) == {}
     box.disk.check_contents(repo_id)
     assert box.disk.surroundings(repo_id) == surroundings

@@ -21,7 +21,7 @@ def test_a_lasting_fault(box: Box, impatient_box: Box, case: Case) -> None:
 
     fails(box, repo_id, case.outcome)
     met = [each for each in box.hub.requests[asked:] if fnmatchcase(each.path, case.where)]
-    assert len(met) == case.asked
+    assert case.asked in (len(met), None)
 
     box.hub.heal()
     nothing_half_done(box, repo_id, surroundings)

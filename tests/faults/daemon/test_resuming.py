@@ -9,7 +9,8 @@ import pytest
 
 from loaderd.client import DownloadProgress
 from tests.faults.daemon.box import NEEDED, WEIGHTS, Box, contents
-from tests.faults.daemon.cases import FILE
+from tests.faults.daemon.cases import CORRUPT_WEIGHTS, FILE
+from tests.faults.daemon.checks import fails
 from tests.hub import faults
 from tests.hub.faults import Fault
 
@@ -55,29 +56,28 @@ def test_a_file_that_only_lacked_its_name_is_not_fetched(box: Box, repo_id: str)
     assert box.fetches(repo_id, WEIGHTS) == []
 
 
-# What is there, and how often the file is asked for.
-SPOILT: dict[str, tuple[bytes, int]] = {
-    "half of another file": (b"\0" * HALF, 2),
-    "another file of this size": (b"\0" * len(WHOLE), 1),
-    "a longer file": (WHOLE + b"\0", 1),
+# What is there, how often the file is asked for, and what was in vain.
+SPOILT: dict[str, tuple[bytes, int, int]] = {
+    "half of another file": (b"\0" * HALF, 2, len(WHOLE)),
+    "another file of this size": (b"\0" * len(WHOLE), 1, len(WHOLE)),
+    "a longer file": (WHOLE + b"\0", 1, 0),
 }
 
 
-@pytest.mark.parametrize(("content", "asked"), SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize(("content", "asked", "refetched"), SPOILT.values(), ids=SPOILT)
 def test_what_is_not_the_files_content_is_fetched_again(
-    box: Box, repo_id: str, content: bytes, asked: int
+    box: Box, repo_id: str, content: bytes, asked: int, refetched: int
 ) -> None:
     leave(box, repo_id, content)
     last = download(box, repo_id)
     fetches = box.fetches(repo_id, WEIGHTS)
     assert len(fetches) == asked
     assert fetches[-1].range is None
-    assert last.refetched_bytes > 0
+    assert (last.resumed_bytes, last.refetched_bytes) == (0, refetched)
 
 
 ANSWERS: dict[str, Fault] = {
     "the whole file": faults.status(200, body=WHOLE),
-    "another range": faults.alter_headers(content_range=f"bytes 0-9/{len(WHOLE)}"),
     "416": faults.status(416, {"Content-Range": f"bytes */{len(WHOLE)}"}),
     "no range": faults.alter_headers(content_range=None),
 }
@@ -88,3 +88,14 @@ def test_a_hub_that_does_not_go_on_in_mid_file(box: Box, repo_id: str, answer: F
     leave(box, repo_id, WHOLE[:HALF])
     box.hub.inject(answer, path=FILE, times=1)
     download(box, repo_id)
+
+
+def test_a_hub_that_goes_on_elsewhere_is_refused(box: Box, repo_id: str) -> None:
+    partial = leave(box, repo_id, WHOLE[:HALF])
+    box.hub.inject(faults.alter_headers(content_range=f"bytes 0-9/{len(WHOLE)}"), path=FILE)
+    fails(box, repo_id, CORRUPT_WEIGHTS)
+    assert partial.read_bytes() == WHOLE[:HALF]
+
+    box.hub.heal()
+    download(box, repo_id)
+    assert box.fetches(repo_id, WEIGHTS)[-1].range == f"bytes={HALF}-"

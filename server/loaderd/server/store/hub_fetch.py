@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 
 from loaderd.server.errors import SnapshotCorruptError, SnapshotIncompleteError
 from loaderd.server.store.blobs import SnapshotFiles
@@ -13,6 +14,9 @@ from loaderd.server.store.hub_errors import is_disk_full
 from loaderd.server.store.hub_guard import Exchange, HubBusyError, guard
 from loaderd.server.store.partial_blob import PartialBlob
 from loaderd.server.store.plan import PlannedFile
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 _TOO_LONG = "a longer content"
 
@@ -110,7 +114,7 @@ class FileFetch:
             self._partial.delete()
 
     def _fetch(self) -> None:
-        from huggingface_hub.errors import RemoteEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError
 
         file, files = self.file, self._files
         model = files.repo.repo_id
@@ -126,8 +130,10 @@ class FileFetch:
                 self.resumed_bytes = partial.received
                 self._complete(partial)
                 partial.publish(files.blob(file))
-        except RemoteEntryNotFoundError:
-            raise SnapshotIncompleteError(model, file.path) from None
+        except HfHubHTTPError as error:
+            if _lacks_file(error):
+                raise SnapshotIncompleteError(model, file.path) from None
+            raise
         except OSError as error:
             if is_disk_full(error):
                 self.drop_partial()
@@ -197,6 +203,16 @@ class FileFetch:
         self.refetched_bytes += partial.received
         self.resumed_bytes = 0
         partial.start_over()
+
+
+def _lacks_file(error: HfHubHTTPError) -> bool:
+    """Whether the hub has not got a file that it listed, which it need not say in so many words."""
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    if isinstance(error, RemoteEntryNotFoundError):
+        return True
+    response = error.response
+    return response.status_code == HTTPStatus.NOT_FOUND and "x-error-code" not in response.headers
 
 
 class _BrokenOffError(Exception):
