@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +31,7 @@ from tests.faults.store.support import (
     plan,
     settings,
 )
-from tests.hub import Access, Hub, HubRepo, faults
+from tests.hub import Access, Hub, HubRepo, Response, faults
 from tests.unit.store.caches import SHARDED_MODEL, SMALL_MODEL
 
 
@@ -45,6 +48,7 @@ async def test_a_cold_download_brings_what_loading_needs_and_nothing_else(
     assert (snapshot.commit, snapshot.size_bytes, snapshot.stale) == (head.sha, total, False)
     assert contents(snapshot.path) == {name: MODEL[name] for name in NEEDED}
     assert gets(hub) == sorted(NEEDED)
+    assert {request.method for request in hub.requests} == {"GET"}
     assert (cache / "models--org--model/refs/main").read_text() == head.sha
     assert partial_files(cache) == []
     last = seen[-1]
@@ -52,6 +56,16 @@ async def test_a_cold_download_brings_what_loading_needs_and_nothing_else(
     assert (last.completed_files, last.total_files) == (4, 4)
     assert last.bytes_per_second > 0
     assert all(p.total_bytes == total and p.downloaded_bytes <= total for p in seen)
+
+
+async def test_a_hub_that_packs_text_is_understood(store: ModelStore, hub: Hub) -> None:
+    def packed(response: Response, _stopped: threading.Event) -> Response:
+        kept = {k: v for k, v in response.headers.items() if k != "Content-Length"}
+        headers = {**kept, "Content-Encoding": "gzip", "Connection": "close"}
+        return replace(response, headers=headers, body=[gzip.compress(b"".join(response.body))])
+
+    hub.inject(packed, path="*/resolve/*.json")
+    assert contents((await download(store)).path) == {name: MODEL[name] for name in NEEDED}
 
 
 async def test_progress_comes_while_bytes_do(store: ModelStore, hub: Hub) -> None:

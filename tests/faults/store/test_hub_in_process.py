@@ -12,8 +12,9 @@ from huggingface_hub.utils._http import default_client_factory, set_client_facto
 
 from loaderd.server.errors import DiskFullError, HubRateLimitedError, HubUnreachableError
 from loaderd.server.store import hub as hub_functions
-from loaderd.server.store import hub_download
+from loaderd.server.store import hub_download, rate
 from loaderd.server.store.hub_access import HubAccess
+from loaderd.server.store.plan import DownloadProgress
 from tests.faults.store.support import (
     INFO,
     MODEL,
@@ -84,6 +85,19 @@ def test_without_a_token_none_is_sent_whatever_the_environment_holds(
     plan = hub_functions.plan(NAME, cache, access(hub))
     hub_functions.download(plan, cache, access(hub))
     assert {request.token for request in hub.requests} == {None}
+
+
+def test_the_rate_falls_to_nothing_while_nothing_comes(
+    hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rate, "WINDOW_SECONDS", 0.4)
+    hub.inject(faults.hang(after_bytes=1_000_000, seconds=2), path=WEIGHTS)
+    plan = hub_functions.plan(NAME, cache, access(hub))
+    seen: list[DownloadProgress] = []
+    hub_functions.download(plan, cache, access(hub), seen.append)
+    midway = [p.bytes_per_second for p in seen if 1_000_000 <= p.downloaded_bytes < 2_000_000]
+    assert midway[0] > 0
+    assert midway[-1] == 0
 
 
 def test_a_plan_is_good_for_a_later_download_too(hub: Hub, cache: Path) -> None:

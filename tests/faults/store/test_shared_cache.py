@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from huggingface_hub import scan_cache_dir, snapshot_download
 
 from loaderd.server.store.store import CachedSnapshot, DownloadProgress, ModelStore
@@ -23,7 +24,7 @@ from tests.faults.store.support import (
     litter,
     partial_files,
 )
-from tests.hub import Hub, faults
+from tests.hub import Hub, HubRepo, faults
 
 _PLAIN = """
 import json, sys
@@ -74,6 +75,26 @@ async def test_what_we_download_the_library_takes_as_its_own(
     assert (cache / "CACHEDIR.TAG").is_file()
     link = (ours.path / "config.json").readlink()
     assert link.parts[:-1] == ("..", "..", "blobs")
+
+
+async def test_what_we_leave_unfinished_does_not_trouble_the_library(
+    store: ModelStore, hub: Hub, repo: HubRepo, cache: Path
+) -> None:
+    ours = await download(store)
+    repo.commit({"model.safetensors": MODEL["model.safetensors"][:-1] + b"\0"})
+    hub.inject(faults.hang(after_bytes=1_000_000), path=WEIGHTS)
+    task = asyncio.create_task(download(store))
+    async with asyncio.timeout(30):
+        while not partial_files(cache):
+            await asyncio.sleep(0.02)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(partial_files(cache)) == 1
+    scanned = scan_cache_dir(cache)
+    assert scanned.warnings == []
+    commits = {revision.commit_hash for each in scanned.repos for revision in each.revisions}
+    assert ours.commit in commits
 
 
 async def test_what_the_library_downloads_needs_nothing_more(

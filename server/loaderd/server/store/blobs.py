@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from loaderd.server.errors import SnapshotCorruptError
 from loaderd.server.store.cache import RepoFolder
 from loaderd.server.store.digests import digest_of_file
+from loaderd.server.store.locks import is_locked, try_lock
 from loaderd.server.store.plan import PlannedFile
 from loaderd.server.store.weights import check_weights
 
@@ -125,7 +124,7 @@ def unlocked_partials(repo: RepoFolder) -> list[Path]:
     A partial file belongs to whoever holds the lock of its blob. Where the file system has no
     such locks there are none.
     """
-    return [path for path, unlocked in _partials(repo) if unlocked]
+    return [path for path, lock in _partials(repo) if not is_locked(lock)]
 
 
 def sweep(repo: RepoFolder, *, min_age: float = 0.0) -> int:
@@ -136,41 +135,23 @@ def sweep(repo: RepoFolder, *, min_age: float = 0.0) -> int:
         min_age: Leave files alone that were written to less than so many seconds ago.
     """
     freed = 0
-    for path, unlocked in _partials(repo):
+    for path, lock in _partials(repo):
         modified, size = _stat(path)
         own = path.name.count(".") == 1
-        if unlocked and not own and time.time() - modified >= min_age:
-            path.unlink(missing_ok=True)
-            freed += size
+        if own or time.time() - modified < min_age:
+            continue
+        with try_lock(lock) as held:
+            if held:
+                path.unlink(missing_ok=True)
+                freed += size
     return freed
 
 
-def _partials(repo: RepoFolder) -> Iterator[tuple[Path, bool]]:
-    """The unfinished files, and whether nobody holds their lock; if so it is held meanwhile."""
+def _partials(repo: RepoFolder) -> Iterator[tuple[Path, Path]]:
+    """The unfinished files, each with the lock that its writer holds."""
     for path in sorted(repo.blobs.glob("*.incomplete")):
         if match := _INCOMPLETE.fullmatch(path.name):
-            with _unlocked(repo.locks / f"{match[1]}.lock") as unlocked:
-                yield path, unlocked
-
-
-@contextmanager
-def _unlocked(lock: Path) -> Iterator[bool]:
-    """Whether nobody holds a lock of the hub library; if so it is held meanwhile."""
-    try:
-        handle = lock.open("r+b")
-    except FileNotFoundError:
-        yield True
-        return
-    except PermissionError:  # another user's download
-        yield False
-        return
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
+            yield path, repo.locks / f"{match[1]}.lock"
 
 
 def _stat(path: Path) -> tuple[float, int]:

@@ -36,8 +36,9 @@ class PartialBlob:
         return self
 
     def __exit__(self, *_: object) -> None:
+        empty = not os.fstat(self._handle).st_size
         os.close(self._handle)
-        if not self.received:
+        if empty:
             self.delete()
 
     def take_over(self, on_bytes: Callable[[int], None]) -> None:
