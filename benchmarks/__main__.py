@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
+from benchmarks.downloading import measure_downloading
 from benchmarks.listing import measure_listing
 from benchmarks.loading import measure_loading
 from benchmarks.responsiveness import measure_responsiveness
@@ -22,7 +23,7 @@ def main() -> None:
     """Runs all benchmarks."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL, help=f"model folder ({MODEL.name})")
-    parser.add_argument("--rounds", type=int, default=5, help="repetitions of each load (5)")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions of loads, downloads (5)")
     options = parser.parse_args()
     model = options.model.absolute()
     console = Console()
@@ -36,6 +37,7 @@ def main() -> None:
             console.print(measure_loading(daemon, model, options.rounds))
             console.print(measure_responsiveness(daemon, model))
     console.print(measure_listing())
+    console.print(measure_downloading(options.rounds))
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def measure_downloading(rounds: int) -> Table:
     )
     for name, seconds in (
         ("loaderd, every file hashed", daemon),
-        ("snapshot_download, the call alone", call),
-        ("snapshot_download, with start and import", process),
+        ("snapshot_download, the call", call),
+        ("snapshot_download, a new process", process),
     ):
         table.add_row(
             name, f"{seconds:.2f}", f"{size / seconds / 1e6:.0f}", f"{seconds / daemon:.2f}"
