@@ -669,7 +669,9 @@ class Snapshot(_message.Message):
 
     @_builtins.property
     def in_use_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Who uses it: ids of loaded models, and "download"."""
+        """Who uses it: ids of loaded models; "download" while its repository is being
+        downloaded, which may share its files; "verification".
+        """
 
     def __init__(
         self,

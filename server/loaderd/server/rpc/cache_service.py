@@ -81,12 +81,15 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
         """Streams progress and problems, then the report."""
         self._registry.check_open()
         name = _hub_name(request.model)
+        verified = None
         async with aclosing(self._store.verify(name, repair=request.repair)) as updates:
             async for update in updates:
                 if isinstance(update, Verified):
-                    yield await self._report(update)
+                    verified = update
                 else:
                     yield convert.verify_update(update)
+        if verified is not None:  # described now that the verification itself uses it no more
+            yield await self._report(verified)
 
     async def DeleteSnapshots(
         self, request: cache_pb2.DeleteSnapshotsRequest, context: Context
