@@ -272,6 +272,19 @@ async def test_files_may_come_from_another_server_but_the_token_does_not_go_ther
     assert {request.token for request in hub.requests} == {"hf_secret"}
 
 
+@pytest.mark.parametrize(
+    "lie", [{"X-Linked-Size": "7"}, {"X-Repo-Commit": "0" * 40}, {"X-Linked-Etag": '"' + "0" * 64}]
+)
+async def test_a_redirect_that_contradicts_the_listing_is_not_followed(
+    store: ModelStore, hub: Hub, other: Hub, lie: dict[str, str]
+) -> None:
+    path = f"/org/model/resolve/{(await plan(store)).commit}/model.safetensors"
+    hub.inject(faults.status(302, {"Location": other.url + path, **lie}), path=WEIGHTS)
+    with pytest.raises(SnapshotCorruptError):
+        await download(store)
+    assert other.requests == []
+
+
 async def test_another_server_that_denies_a_file_does_not_make_the_model_gated(
     store: ModelStore, hub: Hub, other: Hub
 ) -> None:
