@@ -88,7 +88,7 @@ def _refusals() -> dict[str, Case]:
     rows = {}
     for status, code, place in itertools.product((401, 403, 404), codes, PLACES):
         headers = {"X-Error-Code": code} if code else {}
-        rows[f"{status} {code or 'bare'} on {place}"] = Case(
+        rows[f"{code or 'bare'} {status} on {place}"] = Case(
             PLACES[place], faults.status(status, headers), _refused(status, code, place)
         )
     return rows

@@ -89,6 +89,16 @@ def test_headers_that_say_nothing_or_lie_do_no_harm(box: Box, repo_id: str, faul
     assert box.disk.surroundings(repo_id) == surroundings
 
 
+def test_a_file_takes_one_request(box: Box, repo_id: str) -> None:
+    """No HEAD that could hang, or say something else than the body's own headers."""
+    asked = len(box.hub.requests)
+    box.client.cache.download(repo_id)
+    made = [(each.method, each.path.rpartition("/")[2]) for each in box.hub.requests[asked:]]
+    files = [(method, name) for method, name in made if name in MODEL]
+    assert sorted(files) == [("GET", name) for name in sorted(NEEDED)]
+    assert len(made) == len(files) + 2  # info and tree
+
+
 # --- other servers -------------------------------------------------------------------------------
 
 
