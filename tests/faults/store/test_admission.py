@@ -35,6 +35,10 @@ async def downloads(hub: Hub, cache: Path) -> AsyncIterator[Downloads]:
     assert children() == []
 
 
+async def admit_all(_plan: DownloadPlan) -> None:
+    pass
+
+
 async def test_a_download_begins_when_it_is_admitted(
     downloads: Downloads, store: ModelStore, hub: Hub, cache: Path
 ) -> None:
@@ -75,10 +79,12 @@ async def test_a_file_that_is_distrusted_is_fetched_again_and_nothing_else(
     weights = snapshot.path / "model.safetensors"
     damaged = MODEL["model.safetensors"][:-1] + b"\0"
     weights.resolve().write_bytes(damaged)
-    await downloads.download(NAME, lambda _: None)
+    await downloads.download(NAME, lambda _: None, admit=admit_all)
     assert weights.read_bytes() == damaged  # size and header are right
     before = gets(hub)
-    await downloads.download(NAME, lambda _: None, distrusted=["model.safetensors"])
+    await downloads.download(
+        NAME, lambda _: None, admit=admit_all, distrusted=["model.safetensors"]
+    )
     assert gets(hub) == sorted([*before, "model.safetensors"])
     assert contents(snapshot.path) == {name: MODEL[name] for name in NEEDED}
 
@@ -88,6 +94,6 @@ async def test_a_file_that_is_distrusted_without_reason_stays(
 ) -> None:
     snapshot = await download(store)
     before = gets(hub)
-    await downloads.download(NAME, lambda _: None, distrusted=NEEDED)
+    await downloads.download(NAME, lambda _: None, admit=admit_all, distrusted=NEEDED)
     assert gets(hub) == before
     assert contents(snapshot.path) == {name: MODEL[name] for name in NEEDED}

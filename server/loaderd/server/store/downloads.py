@@ -45,10 +45,6 @@ _NOT_INHERITED = ("HF_", "HUGGING", "LOADERD_", "TRANSFORMERS_")
 _log = logging.getLogger(__name__)
 
 
-async def _admit_all(_plan: DownloadPlan) -> None:
-    pass
-
-
 class Downloads:
     """Runs each request to the hub in a child process of its own.
 
@@ -76,7 +72,7 @@ class Downloads:
         name: HubName,
         publish: Callable[[DownloadProgress], None],
         *,
-        admit: Callable[[DownloadPlan], Awaitable[None]] = _admit_all,
+        admit: Callable[[DownloadPlan], Awaitable[None]],
         distrusted: Collection[str] = (),
         allow_pickle: bool = False,
     ) -> str:
