@@ -46,13 +46,13 @@ class Download:
         self._plan = plan
         self._repo = RepoFolder(cache_dir, plan.repo_id)
         self._files = SnapshotFiles(self._repo, plan.commit)
-        self._distrusted = distrusted
         self._fetches = [
             FileFetch(
                 self._files,
                 plan.commit,
                 file,
                 access,
+                distrusted=file.path in distrusted,
                 moved=self._moved,
                 wait=self._wait,
                 check=self._check,
@@ -72,7 +72,7 @@ class Download:
         try:
             known = self._repo.read_tree(plan.commit) or {}
             in_parallel(partial(self._check_entry, file, known) for file in plan.files)
-            in_parallel(partial(self._look, fetch) for fetch in self._fetches)
+            in_parallel(fetch.look for fetch in self._fetches)
             self._check_disk()
             tag(self._repo.cache_dir)
             if plan.tree:
@@ -115,9 +115,6 @@ class Download:
             raise SnapshotCorruptError(
                 self._plan.repo_id, file.path, entry.digest, "another file of the same commit"
             )
-
-    def _look(self, fetch: FileFetch) -> None:
-        fetch.look(distrusted=fetch.file.path in self._distrusted)
 
     def _check_disk(self) -> None:
         full = self._disk_full()

@@ -32,6 +32,7 @@ class FileFetch:
         commit: Its commit.
         file: The file.
         access: The hub.
+        distrusted: Whether its content is bad although size and header are right.
         moved: Called whenever something happened; what it raises ends the fetch.
         wait: Waits for so many seconds, or raises.
         check: Called while nothing happens; what it raises ends the fetch.
@@ -51,6 +52,7 @@ class FileFetch:
         file: PlannedFile,
         access: HubAccess,
         *,
+        distrusted: bool,
         moved: Callable[[int], None],
         wait: Callable[[float], None],
         check: Callable[[], None],
@@ -63,26 +65,26 @@ class FileFetch:
         self._files = files
         self._commit = commit
         self._access = access
+        self._distrusted = distrusted
         self._moved = moved
         self._wait = wait
         self._check = check
         self._partial: PartialBlob | None = None
 
-    def look(self, *, distrusted: bool) -> None:
-        """Looks whether the cache has the content; takes away what is wrong with it.
-
-        Args:
-            distrusted: Whether size and header are not enough to believe so.
-        """
-        self.has_content = not distrusted and self._files.is_whole(self.file)
+    def look(self) -> None:
+        """Looks whether the cache has the content; takes away what is wrong with it."""
+        self.has_content = not self._distrusted and self._files.is_whole(self.file)
         if not self.has_content:
             self.has_content = self._files.discard(self.file, self._moved)
+        self._distrusted = False  # what is there from now on is good
 
     @property
     def bytes_present(self) -> int:
         """How much of it is on disk, whoever brought that."""
         if self.has_content:
             return self.file.size_bytes
+        if self._distrusted:
+            return 0
         waits = self.active and self._partial is None
         return self._files.bytes_present(self.file, of_others=waits)
 
