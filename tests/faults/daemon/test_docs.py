@@ -1,4 +1,4 @@
-"""docs/faults.md says what the tests show: its rows name tests that there are, each case has one."""
+"""docs/faults.md says what the tests show: rows name tests that there are, each case has one."""
 
 from __future__ import annotations
 

@@ -11,16 +11,17 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from loaderd.server.errors import HubUnreachableError, SnapshotCorruptError
 from loaderd.server.store.cache import TreeEntry
 from loaderd.server.store.digests import digest_of_bytes, is_digest
 from loaderd.server.store.hub_access import HubAccess
-from loaderd.server.store.hub_guard import MAX_ANSWER_BYTES, READ_TIMEOUT, HubBusyError
+from loaderd.server.store.hub_guard import MAX_ANSWER_BYTES, HubBusyError
 from loaderd.server.store.names import HubName, is_commit
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import HfApi
+    import httpx2
 
 MAX_FILES = 100_000
 
@@ -38,12 +39,10 @@ def list_files(name: HubName, access: HubAccess) -> tuple[str, dict[str, TreeEnt
         HubUnreachableError: The answer is no hub's.
         HubBusyError, httpx2.HTTPError: What the library raises.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    api = HfApi(endpoint=access.endpoint, token=access.library_token)
     try:
-        commit = name.commit or _ask_commit(api, name, access)
+        commit = name.commit or _ask_commit(name, access)
         files = islice(_ask_tree(name.repo_id, commit, access), MAX_FILES)
         return commit, dict(_checked(file, name.repo_id) for file in files)
     except HfHubHTTPError:  # some of them are ValueErrors too
@@ -88,14 +87,11 @@ def fetch_file(repo_id: str, commit: str, path: str, entry: TreeEntry, access: H
     return data
 
 
-def _ask_commit(api: HfApi, name: HubName, access: HubAccess) -> str:
-    import httpx2
-
-    def ask() -> str | None:
-        return api.model_info(name.repo_id, revision=name.revision, timeout=READ_TIMEOUT).sha
-
-    commit = access.retry.call(ask, on=(HubBusyError, httpx2.TransportError))
-    if commit is None or not is_commit(commit):
+def _ask_commit(name: HubName, access: HubAccess) -> str:
+    revision = quote(name.revision, safe="")
+    answer = _get(f"{access.endpoint}/api/models/{name.repo_id}/revision/{revision}", access)
+    commit = answer.json().get("sha")
+    if not (isinstance(commit, str) and is_commit(commit)):
         raise SnapshotCorruptError(
             name.repo_id, f"refs/{name.revision}", "a commit of 40 hex digits", "something else"
         )
@@ -103,20 +99,26 @@ def _ask_commit(api: HfApi, name: HubName, access: HubAccess) -> str:
 
 
 def _ask_tree(repo_id: str, commit: str, access: HubAccess) -> Iterator[dict[str, Any]]:
-    """A commit's files, page by page. The library's own listing asks as often as it likes."""
+    """A commit's files, page by page."""
+    tree = f"{access.endpoint}/api/models/{repo_id}/tree/{commit}"
+    url: str | None = f"{tree}?recursive=true&expand=false"
+    while url is not None:
+        page = _get(url, access)
+        yield from (entry for entry in page.json() if entry["type"] == "file")
+        url = page.links.get("next", {}).get("url")
+
+
+def _get(url: str, access: HubAccess) -> httpx2.Response:
+    """An answer of the hub's API. The library's own functions ask as often as they like."""
     import httpx2
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
     headers = build_hf_headers(token=access.library_token)
-    tree = f"{access.endpoint}/api/models/{repo_id}/tree/{commit}"
-    url: str | None = f"{tree}?recursive=true&expand=false"
-    while url is not None:
-        ask = partial(get_session().get, url, headers=headers)
-        page = access.retry.call(ask, on=(HubBusyError, httpx2.TransportError))
-        hf_raise_for_status(page)
-        yield from (entry for entry in page.json() if entry["type"] == "file")
-        url = page.links.get("next", {}).get("url")
+    ask = partial(get_session().get, url, headers=headers)
+    answer = access.retry.call(ask, on=(HubBusyError, httpx2.TransportError))
+    hf_raise_for_status(answer)
+    return answer
 
 
 def _checked(file: Mapping[str, Any], model: str) -> tuple[str, TreeEntry]:
