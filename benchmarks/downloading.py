@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,7 @@ def measure_downloading(rounds: int) -> Table:
 
 
 def _alternate(folder: Path, url: str, rounds: int) -> tuple[list[_Plain], list[float], int]:
+    """Both sides, each first in every other round: who comes second finds the disk still busy."""
     plain, ours = [], []
     variables = {"HF_ENDPOINT": url, "LOADERD_LOG_LEVEL": "warning"}
     (folder / "daemon").mkdir()
@@ -75,15 +76,25 @@ def _alternate(folder: Path, url: str, rounds: int) -> tuple[list[_Plain], list[
         Client(daemon.address) as client,
         _Peak(daemon) as peak,
     ):
+        sides: list[Callable[[], None]] = [
+            lambda: plain.append(_plainly(folder / "plain", url)),
+            lambda: ours.append(_by_daemon(client, daemon)),
+        ]
         for _ in range(rounds):
-            plain.append(_plainly(folder / "plain", url))
-            started = time.perf_counter()
-            snapshot = client.cache.download(REPO)
-            ours.append(time.perf_counter() - started)
-            if snapshot.size_bytes < SHARDS * SHARD_BYTES:
-                raise RuntimeError("the daemon did not bring everything")
-            shutil.rmtree(daemon.cache_dir)
+            for side in sides:
+                side()
+            sides.reverse()
     return plain, ours, peak.growth
+
+
+def _by_daemon(client: Client, daemon: SpawnedDaemon) -> float:
+    started = time.perf_counter()
+    snapshot = client.cache.download(REPO)
+    seconds = time.perf_counter() - started
+    if snapshot.size_bytes < SHARDS * SHARD_BYTES:
+        raise RuntimeError("the daemon did not bring everything")
+    shutil.rmtree(daemon.cache_dir)
+    return seconds
 
 
 def _plainly(home: Path, url: str) -> _Plain:
