@@ -55,7 +55,7 @@ class Case:
         outcome: What a download ends in.
         asked: How often the daemon asks before it gives up; None: as often as redirects may lead.
         keeps: Whether bytes came that the retry goes on from.
-        impatient: Whether it takes a daemon that gives up after a second without progress.
+        impatient: Whether it takes a daemon that gives up soon without progress.
     """
 
     where: str

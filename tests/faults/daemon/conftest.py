@@ -30,8 +30,8 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
 
 @pytest.fixture(scope="module")
 def impatient_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    """The same with a daemon that waits a second and a half for a silent hub."""
-    with _shared_box(tmp_path_factory.mktemp("impatient"), "--stall-timeout", "1.5") as box:
+    """The same with a daemon that waits two and a half seconds for a silent hub."""
+    with _shared_box(tmp_path_factory.mktemp("impatient"), "--stall-timeout", "2.5") as box:
         yield box
 
 

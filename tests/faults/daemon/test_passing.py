@@ -57,7 +57,7 @@ def test_a_body_that_breaks_off_goes_on_where_it_was(
 def test_a_slow_trickle_is_no_silence(impatient_box: Box) -> None:
     """It takes longer than the daemon waits for a hub without progress."""
     repo_id = impatient_box.publish()
-    impatient_box.hub.inject(faults.throttle(WEIGHTS_BYTES / 2.5), path=FILE)
+    impatient_box.hub.inject(faults.throttle(WEIGHTS_BYTES / 3.5), path=FILE)
     assert contents(impatient_box.client.cache.download(repo_id).path) == NEEDED
 
 
