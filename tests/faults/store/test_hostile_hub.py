@@ -74,6 +74,11 @@ def _lfs(**changes: Any) -> Callable[[list[dict[str, Any]]], Any]:
     return change
 
 
+def _large_files(count: int) -> list[dict[str, Any]]:
+    file = {"type": "file", "size": 1 << 60, "oid": "a" * 40}
+    return [{**file, "path": f"{number}.md"} for number in range(count)]
+
+
 CORRUPT: dict[str, tuple[Fault, str]] = {
     "commit": (rewrite(_sha), INFO),
     "no commit": (rewrite(_no_sha), INFO),
@@ -82,10 +87,15 @@ CORRUPT: dict[str, tuple[Fault, str]] = {
     "backslash": (rewrite(_entry(path="..\\evil.json")), TREE),
     "inner path": (rewrite(_entry(path="a/../../evil.json")), TREE),
     "long name": (rewrite(_entry(path="a" * 300 + ".json")), TREE),
+    "long name of few characters": (rewrite(_entry(path="\U0001f600" * 75 + ".json")), TREE),
+    "long path": (rewrite(_entry(path="a/" * 600 + "a.json")), TREE),
+    "half a character": (rewrite(_entry(path="\ud800.md")), TREE),
     "control": (rewrite(_entry(path="a\nb.json")), TREE),
     "blob": (rewrite(_entry(oid=EVIL)), TREE),
     "sha256": (rewrite(_lfs(oid=EVIL)), TREE),
     "negative size": (rewrite(_entry(size=-1)), TREE),
+    "endless size": (rewrite(_entry(path="a.md", size=1 << 70)), TREE),
+    "endless sizes": (rewrite(lambda tree: [*tree, *_large_files(8)]), TREE),
     "other etag": (faults.alter_headers(x_linked_etag=f'"{"0" * 64}"'), WEIGHTS),
     "header commit": (faults.alter_headers(x_repo_commit=EVIL), WEIGHTS),
     "other commit": (faults.alter_headers(x_repo_commit="0" * 40), WEIGHTS),

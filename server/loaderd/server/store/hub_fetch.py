@@ -183,7 +183,6 @@ class FileFetch:
             endpoint=self._access.endpoint,
         )
         headers = build_hf_headers(token=self._access.library_token)
-        headers["Accept-Encoding"] = "identity"
         if start:
             headers["Range"] = f"bytes={start}-"
         with get_session().stream("GET", url, headers=headers) as response:

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from loaderd.server.errors import HubUnreachableError, SnapshotCorruptError
+from loaderd.server.errors import HubUnreachableError, ModelUnsupportedError, SnapshotCorruptError
 from loaderd.server.store.cache import TreeEntry
 from loaderd.server.store.digests import digest_of_bytes, is_digest
 from loaderd.server.store.hub_access import HubAccess
@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 MAX_FILES = 100_000
 
-# Parts between slashes, without control characters, each short enough for a file name.
-_PATH = re.compile(r"[^/\\\x00-\x1f\x7f]{1,80}(/[^/\\\x00-\x1f\x7f]{1,80})*")
+# Backslashes, control characters and halves of characters.
+_NO_PATH = re.compile(r"[\\\x00-\x1f\x7f\ud800-\udfff]")
+_LONGEST_PART = 255  # bytes, as file systems have it
+_LONGEST_PATH = 1024
+_MOST_BYTES = 1 << 63
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +38,8 @@ def list_files(name: HubName, access: HubAccess) -> tuple[str, dict[str, TreeEnt
     """The commit that a name is now, and its files by their path.
 
     Raises:
-        SnapshotCorruptError: The answer holds names or hashes that no hub gives.
+        SnapshotCorruptError: The answer holds names, sizes or hashes that no hub gives.
+        ModelUnsupportedError: The repository has too many files.
         HubUnreachableError: The answer is no hub's.
         HubBusyError, httpx2.HTTPError: What the library raises.
     """
@@ -43,13 +47,18 @@ def list_files(name: HubName, access: HubAccess) -> tuple[str, dict[str, TreeEnt
 
     try:
         commit = name.commit or _ask_commit(name, access)
-        files = islice(_ask_tree(name.repo_id, commit, access), MAX_FILES)
-        return commit, dict(_checked(file, name.repo_id) for file in files)
+        files = islice(_ask_tree(name.repo_id, commit, access), MAX_FILES + 1)
+        tree = dict(_checked(file, name.repo_id) for file in files)
     except HfHubHTTPError:  # some of them are ValueErrors too
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         _log.warning("%s answers what no hub answers: %r", access.endpoint, error)
         raise HubUnreachableError(str(name)) from error
+    if len(tree) > MAX_FILES:
+        raise ModelUnsupportedError(name.repo_id, f"it has more than {MAX_FILES} files")
+    if sum(entry.size for entry in tree.values()) >= _MOST_BYTES:
+        raise SnapshotCorruptError(name.repo_id, "(listing)", "sizes of files", "larger ones")
+    return commit, tree
 
 
 def fetch_file(repo_id: str, commit: str, path: str, entry: TreeEntry, access: HubAccess) -> bytes:
@@ -125,7 +134,7 @@ def _checked(file: Mapping[str, Any], model: str) -> tuple[str, TreeEntry]:
     """Checks what the hub says of a file before anything is named after it."""
     path, blob_id, lfs = file["path"], file["oid"], file.get("lfs")
     size, sha256 = (file["size"], None) if lfs is None else (lfs["size"], lfs["oid"])
-    if not _PATH.fullmatch(path) or any(part in ("", ".", "..") for part in path.split("/")):
+    if not _is_inside(path):
         raise SnapshotCorruptError(
             model, "(listing)", "paths inside the repository", "another path"
         )
@@ -134,3 +143,13 @@ def _checked(file: Mapping[str, Any], model: str) -> tuple[str, TreeEntry]:
     if not is_digest(blob_id) or not (sha256 is None or is_digest(sha256)):
         raise SnapshotCorruptError(model, path, "a hash in the listing", "none")
     return path, TreeEntry(size, blob_id, sha256)
+
+
+def _is_inside(path: str) -> bool:
+    """Whether a path is one of a repository's, and short enough for a disk."""
+    if _NO_PATH.search(path) or len(path.encode()) > _LONGEST_PATH:
+        return False
+    parts = path.split("/")
+    return all(
+        0 < len(part.encode()) <= _LONGEST_PART and part not in {".", ".."} for part in parts
+    )
