@@ -65,8 +65,9 @@ class Flight(Generic[P, R]):
 
     async def abort(self, error: Exception) -> None:
         """Stops the work for all waiters, who get `error`; waits until it has stopped."""
-        self._abort_error = error
-        self.task.cancel()
+        if self._abort_error is None:
+            self._abort_error = error
+            self.task.cancel()
         await asyncio.wait([self.task])
 
     def _publish(self, value: P) -> None:
@@ -98,6 +99,19 @@ class SingleFlight(Generic[K, P, R]):
     def flights(self) -> Mapping[K, Flight[P, R]]:
         """The flights under way by key."""
         return MappingProxyType(self._flights)
+
+    async def abort(self, key: K, error: Exception) -> Flight[P, R] | None:
+        """Stops a key's flight for all its waiters, who get `error`.
+
+        Returns:
+            The flight, which has stopped; None: there was none. Who joins the key from now on
+            starts anew.
+        """
+        flight = self._flights.get(key)
+        if flight is not None:
+            self._land(key, flight)
+            await flight.abort(error)
+        return flight
 
     @asynccontextmanager
     async def join(

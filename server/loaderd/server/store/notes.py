@@ -41,15 +41,15 @@ def note_fetched(cache_dir: Path, plan: DownloadPlan, distrusted: Collection[str
     note_hashed(repo, stamps)
 
 
-def note_hashed(repo: RepoFolder, stamps: Mapping[str, str]) -> None:
-    """Remembers contents that were hashed and are right; see `records.note_hashed`."""
-    if stamps:
-        _if_writable(repo, lambda: records.note_hashed(repo, stamps))
+def note_hashed(repo: RepoFolder, stamps: Mapping[str, str], wrong: Collection[str] = ()) -> None:
+    """Remembers contents that were hashed; see `records.note_hashed`."""
+    if stamps or wrong:
+        _if_writable(repo, lambda: records.note_hashed(repo, stamps, wrong))
 
 
 def _if_writable(repo: RepoFolder, note: Callable[[], None]) -> None:
     """A cache may be read-only: then nothing is remembered, which costs time and no more."""
     try:
         note()
-    except CacheNotWritableError as error:
+    except (CacheNotWritableError, OSError) as error:
         _log.info("nothing is noted of %s: %s", repo.repo_id, error)

@@ -8,6 +8,8 @@ from enum import StrEnum
 
 from loaderd.server.store.cache import TreeEntry
 
+_LONGEST_TOLD = 365 * 86400.0
+
 
 @dataclass(frozen=True)
 class PlannedFile:
@@ -56,7 +58,9 @@ class DownloadPlan:
         revision: The branch, tag or commit that was asked for.
         commit: What the hub says it is now: 40 hex digits.
         files: Every file that loading needs.
-        skipped: The other files of the repository, the largest first.
+        skipped: Other files of the repository, the largest first.
+        skipped_count: How many there are of those in all.
+        skipped_bytes: Bytes of all of those.
         tree: The hub's whole listing of the commit, to keep beside the snapshot.
     """
 
@@ -65,6 +69,8 @@ class DownloadPlan:
     commit: str
     files: tuple[PlannedFile, ...]
     skipped: tuple[SkippedFile, ...] = ()
+    skipped_count: int = 0
+    skipped_bytes: int = 0
     tree: Mapping[str, TreeEntry] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -114,10 +120,11 @@ class DownloadProgress:
 
     @property
     def remaining_s(self) -> float | None:
-        """Seconds left at that rate; None while they cannot be told."""
+        """Seconds left at that rate; None while they cannot be told, or would be years."""
         if not self.total_bytes or not self.bytes_per_second:
             return None
-        return max(0, self.total_bytes - self.downloaded_bytes) / self.bytes_per_second
+        seconds = max(0, self.total_bytes - self.downloaded_bytes) / self.bytes_per_second
+        return seconds if seconds < _LONGEST_TOLD else None
 
 
 @dataclass(frozen=True)

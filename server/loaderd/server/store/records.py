@@ -17,10 +17,12 @@ from typing import Any
 from loaderd.server.store.cache import RepoFolder, replace_text, writing
 from loaderd.server.store.locks import locked
 from loaderd.server.store.names import is_commit
+from loaderd.server.store.reading import read_small
 
 FORMAT_VERSION = 1
 
 _LOCK = "loaderd"
+_LONGEST = 16 << 20
 
 
 def note_used(repo: RepoFolder, commit: str, when: datetime) -> None:
@@ -64,17 +66,23 @@ def last_complete(repo: RepoFolder, revision: str) -> str | None:
     return _read(repo).complete.get(revision)
 
 
-def note_hashed(repo: RepoFolder, stamps: Mapping[str, str]) -> None:
-    """Remembers contents that were hashed and are right.
+def note_hashed(repo: RepoFolder, stamps: Mapping[str, str], wrong: Collection[str] = ()) -> None:
+    """Remembers contents that were hashed.
 
     Args:
         repo: The repository.
-        stamps: `digests.stamp_of` each file before it was hashed, by its digest.
+        stamps: `digests.stamp_of` each file that is right, before it was hashed, by its digest.
+        wrong: Digests of files that turned out to be something else.
 
     Raises:
         CacheNotWritableError: The cache cannot be written to.
     """
-    _change(repo, lambda old: replace(old, hashed={**old.hashed, **stamps}))
+
+    def note(old: _Records) -> _Records:
+        left = {digest: stamp for digest, stamp in old.hashed.items() if digest not in wrong}
+        return replace(old, hashed={**left, **stamps})
+
+    _change(repo, note)
 
 
 def hashed(repo: RepoFolder) -> dict[str, str]:
@@ -93,7 +101,11 @@ def forget(repo: RepoFolder, commits: Collection[str]) -> None:
         used = {commit: when for commit, when in records.used.items() if commit not in commits}
         complete = {name: each for name, each in records.complete.items() if each not in commits}
         # Where links do not work contents are not in `blobs`: those are hashed once more.
-        left = {digest: each for digest, each in records.hashed.items() if repo.has_blob(digest)}
+        left = {
+            digest: stamp
+            for digest, stamp in records.hashed.items()
+            if (repo.blobs / digest).is_file()
+        }
         return _Records(used, complete, left)
 
     _change(repo, drop)
@@ -135,14 +147,16 @@ def _encode(records: _Records) -> str:
 def _read(repo: RepoFolder) -> _Records:
     """What is remembered; nothing when the file is damaged: it only ever helps."""
     try:
-        data = json.loads(path_of(repo).read_bytes())
+        data = json.loads(read_small(path_of(repo), _LONGEST))
         if data["format_version"] != FORMAT_VERSION:
             return _Records()
         used = {commit: _time(text) for commit, text in _by_name(data["used"])}
         complete = {name: _commit(commit) for name, commit in _by_name(data["complete"])}
         hashed = {digest: str(stamp) for digest, stamp in _by_name(data.get("hashed", {}))}
         return _Records(used, complete, hashed)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, LookupError, ValueError, TypeError, AttributeError):
+        return _Records()
+    except (OverflowError, RecursionError):  # a date past the last, brackets without end
         return _Records()
 
 

@@ -252,7 +252,8 @@ class _ModelFiles:
     def needed(self) -> list[str]:
         """Every file that loading needs."""
         present = _names(self.folder)
-        names = present if self.tree is None else self.tree.keys()
+        # What is in the folder counts even if no listing has it: loading would take it.
+        names = present if self.tree is None else present | self.tree.keys()
         weights = find_weights(names, self.model, allow_pickle=self.allow_pickle)
         shards: Collection[str] = ()
         if is_index(weights):

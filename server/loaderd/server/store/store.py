@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, suppress
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +21,7 @@ from loaderd.server.errors import (
 )
 from loaderd.server.single_flight import Flight, Publish, SingleFlight
 from loaderd.server.store import records
-from loaderd.server.store.blobs import sweep, unlocked_partials
+from loaderd.server.store.blobs import SnapshotFiles, sweep
 from loaderd.server.store.cache import RepoFolder
 from loaderd.server.store.deletion import Deletion, PrunePolicy, remove_trash
 from loaderd.server.store.downloads import Downloads
@@ -83,6 +83,7 @@ class ModelStore:
         self._downloads = Downloads(settings.cache_dir, access, settings.stall_timeout)
         self._keeper = Keeper(settings.cache_dir, settings.max_bytes, settings.allow_pickle)
         self._flights: SingleFlight[HubName, DownloadState, CachedSnapshot] = SingleFlight()
+        self._plans: SingleFlight[HubName, None, DownloadPlan] = SingleFlight()
         self._verifications = Verifications(self._fetch, offline=settings.offline)
 
     async def start(self) -> None:
@@ -135,7 +136,7 @@ class ModelStore:
         if self.settings.offline:
             return await self._last_good(name, found)
         try:
-            plan = await self._downloads.plan(name, allow_pickle=self.allows_pickle(name))
+            plan = await self._plan(name)
         except (HubUnreachableError, HubRateLimitedError) as error:
             return await self._last_good(name, found, error)
         current = await self.resolve(HubName(name.repo_id, plan.commit))
@@ -166,12 +167,13 @@ class ModelStore:
             How many waited; and the bytes of unfinished files, from which the next one goes on.
         """
         flight = self._flights.flights.get(name)
-        waiters = 0
-        if flight is not None:
-            waiters = flight.waiters
-            await flight.abort(DownloadCancelledError(str(name)))
-        repo = self._repo(name)
-        return waiters, await asyncio.to_thread(_size_of_unfinished, repo)
+        if flight is None:
+            return 0, 0
+        waiters = flight.waiters
+        await self._flights.abort(name, DownloadCancelledError(str(name)))
+        plan = None if flight.latest is None else flight.latest.plan
+        kept = 0 if plan is None else await asyncio.to_thread(self._kept_bytes, plan)
+        return waiters, kept
 
     async def hold(self, files: CachedSnapshot, holder: str) -> Pin:
         """Keeps a snapshot from being deleted until the pin is released; notes its use.
@@ -276,6 +278,15 @@ class ModelStore:
         await self._downloads.close()
         await self._keeper.close()
 
+    async def _plan(self, name: HubName) -> DownloadPlan:
+        """Asks the hub what a download would fetch; who asks meanwhile shares the answer."""
+
+        async def plan(_publish: Publish[None]) -> DownloadPlan:
+            return await self._downloads.plan(name, allow_pickle=self.allows_pickle(name))
+
+        async with self._plans.join(name, plan) as flight:
+            return await flight.result()
+
     async def _download(self, name: HubName, publish: Publish[DownloadState]) -> CachedSnapshot:
         if name.commit or self.settings.offline:
             found = await self.resolve(name)
@@ -343,6 +354,11 @@ class ModelStore:
     def _repo(self, name: HubName) -> RepoFolder:
         return RepoFolder(self.settings.cache_dir, name.repo_id)
 
+    def _kept_bytes(self, plan: DownloadPlan) -> int:
+        """What is left of the files that a download did not finish."""
+        files = SnapshotFiles(RepoFolder(self.settings.cache_dir, plan.repo_id), plan.commit)
+        return sum({file.digest: files.partial_bytes(file) for file in plan.files}.values())
+
     def _sweep(self) -> int:
         remove_trash(self.settings.cache_dir)
         repos = RepoFolder.all(self.settings.cache_dir)
@@ -351,11 +367,3 @@ class ModelStore:
 
 def _problem(found: Resolution) -> LoaderdError | None:
     return found.problem if isinstance(found, NotCached) else None
-
-
-def _size_of_unfinished(repo: RepoFolder) -> int:
-    sizes = 0
-    for path in unlocked_partials(repo):
-        with suppress(FileNotFoundError):
-            sizes += path.stat().st_size
-    return sizes

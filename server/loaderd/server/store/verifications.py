@@ -6,8 +6,9 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass, replace
 from functools import partial
 
 from loaderd.server.errors import (
@@ -16,14 +17,16 @@ from loaderd.server.errors import (
     LoaderdError,
     SnapshotCorruptError,
     SnapshotIncompleteError,
+    SnapshotNotFoundError,
 )
-from loaderd.server.single_flight import Publish, SingleFlight
+from loaderd.server.single_flight import Flight, Publish, SingleFlight
 from loaderd.server.store import records
 from loaderd.server.store.cache import RepoFolder
 from loaderd.server.store.names import HubName
 from loaderd.server.store.notes import note_hashed
 from loaderd.server.store.plan import DownloadProgress, DownloadState
 from loaderd.server.store.resolve import needed_files
+from loaderd.server.store.selection import has_weights
 from loaderd.server.store.verify import (
     FileProblem,
     ProblemKind,
@@ -34,6 +37,10 @@ from loaderd.server.store.verify import (
 
 Fetch = Callable[[HubName, frozenset[str], Publish[DownloadState]], Awaitable[str]]
 """Brings a commit into the cache; the content of the given paths is known to be bad."""
+
+# Readings of loads, which do not wait for one another, and of verifications.
+_MOST_READINGS = 64
+_MOST_AT_ONCE = 2
 
 _log = logging.getLogger(__name__)
 
@@ -70,32 +77,39 @@ class Verifications:
     def __init__(self, fetch: Fetch, *, offline: bool) -> None:
         self._fetch = fetch
         self._offline = offline
-        self._repairs: SingleFlight[HubName, DownloadState, str] = SingleFlight()
+        self._repairs: SingleFlight[tuple[HubName, frozenset[str]], DownloadState, str] = (
+            SingleFlight()
+        )
+        # Of its own: files are found and listed in the loop's executor, which must not wait.
+        self._executor = ThreadPoolExecutor(_MOST_READINGS, "verification")
+        self._turns = asyncio.Semaphore(_MOST_AT_ONCE)
 
     async def verify(
         self, repo: RepoFolder, commit: str, *, allow_pickle: bool, repair: bool
     ) -> AsyncGenerator[VerifyUpdate, None]:
         """Reads a whole snapshot; see `ModelStore.verify`."""
+        problems: dict[str, FileProblem] = {}
         read = partial(Verification, repo, commit, allow_pickle=allow_pickle)
-        report = None
-        async with aclosing(_run(repo, read())) as updates:
-            async for update in updates:
-                if isinstance(update, VerifyReport):
-                    report = update
-                else:
-                    yield update
-        if report is None:
-            raise RuntimeError("a verification ended without a report")
-        repaired = False
-        if repair and report.problems:
-            damaged = frozenset(problem.path for problem in report.problems)
-            name = HubName(repo.repo_id, commit)
-            async with self._repairs.join(name, partial(self._fetch, name, damaged)) as flight:
-                async for state in flight.progress():
-                    yield state.progress
-                await flight.result()
-            repaired = not (await _report(repo, read(paths=damaged))).problems
-        yield Verified(repo.repo_id, commit, report, repaired)
+        async with self._turns:
+            report = VerifyReport((), 0, 0, ())
+            async with aclosing(self._run(repo, read())) as updates:
+                async for update in updates:
+                    if isinstance(update, VerifyReport):
+                        report = update
+                    else:
+                        yield update
+            first = last = report
+            # A mended index may name further files.
+            while repair and (new := _paths(last).difference(problems)):
+                problems |= {problem.path: problem for problem in last.problems}
+                async with self._mending(repo, commit, new) as flight:
+                    async for state in flight.progress():
+                        yield state.progress
+                    await flight.result()
+                last = await self._report(repo, read(known=await _hashed(repo)))
+            problems |= {problem.path: problem for problem in last.problems}
+        found = replace(first, problems=tuple(problems[path] for path in sorted(problems)))
+        yield Verified(repo.repo_id, commit, found, bool(problems) and not last.problems)
 
     async def prove(
         self,
@@ -113,67 +127,114 @@ class Verifications:
         Raises:
             SnapshotCorruptError, SnapshotIncompleteError: It is damaged, and the hub does not
                 answer, must not be asked, or has no better.
+            SnapshotNotFoundError: It was deleted meanwhile.
             LoaderdError: The repair failed.
         """
-        known = await asyncio.to_thread(records.hashed, repo)
-        needed = await asyncio.to_thread(needed_files, repo, commit, allow_pickle=allow_pickle)
-        read = partial(Verification, repo, commit, allow_pickle=allow_pickle)
-        report = await _report(repo, read(paths=needed, known=known), publish)
-        if not report.problems:
-            return
-        damage = _error(repo, report.problems[0])
-        if self._offline:
-            raise damage
-        _log.warning("%s; fetching it again", damage)
-        damaged = frozenset(problem.path for problem in report.problems)
+        tried: frozenset[str] = frozenset()
+        while True:
+            report = await self._read_needed(repo, commit, allow_pickle, publish)
+            damaged = _paths(report)
+            if not damaged:
+                return
+            damage = _error(repo, report.problems[0])
+            if self._offline or damaged <= tried:
+                raise damage
+            _log.warning("%s", damage)
+            tried |= damaged
+            try:
+                async with self._mending(repo, commit, damaged) as flight:
+                    await flight.result()
+            except (HubUnreachableError, HubRateLimitedError) as error:
+                raise damage from error
+
+    def _mending(
+        self, repo: RepoFolder, commit: str, damaged: frozenset[str]
+    ) -> AbstractAsyncContextManager[Flight[DownloadState, str]]:
         name = HubName(repo.repo_id, commit)
+        return self._repairs.join((name, damaged), partial(self._fetch, name, damaged))
+
+    async def _read_needed(
+        self,
+        repo: RepoFolder,
+        commit: str,
+        allow_pickle: bool,
+        publish: Publish[VerifyProgress],
+    ) -> VerifyReport:
+        """Reads what loading needs and nobody has hashed since it was last written."""
         try:
-            async with self._repairs.join(name, partial(self._fetch, name, damaged)) as flight:
-                await flight.result()
-        except (HubUnreachableError, HubRateLimitedError) as error:
-            raise damage from error
-        for problem in (await _report(repo, read(paths=damaged))).problems:
-            raise _error(repo, problem)
-
-
-async def _run(
-    repo: RepoFolder, verification: Verification
-) -> AsyncGenerator[VerifyProgress | FileProblem | VerifyReport, None]:
-    """Runs a verification in a thread, and remembers what was right; closing this stops it."""
-    loop = asyncio.get_running_loop()
-    updates: asyncio.Queue[VerifyProgress | FileProblem | None] = asyncio.Queue()
-    stopped = threading.Event()
-
-    def tell(update: VerifyProgress | FileProblem) -> None:
-        loop.call_soon_threadsafe(updates.put_nowait, update)
-
-    def read() -> VerifyReport:
-        report = verification.run(tell, stopped)
-        note_hashed(repo, report.stamps)
+            needed = await asyncio.to_thread(needed_files, repo, commit, allow_pickle=allow_pickle)
+        except SnapshotIncompleteError as error:  # an index that is gone, or nonsense: to be mended
+            needed = [error.file]
+        except SnapshotCorruptError as error:
+            needed = [error.file]
+        except OSError:
+            raise SnapshotNotFoundError(f"{repo.repo_id}@{commit}") from None
+        known = await _hashed(repo)
+        reading = Verification(repo, commit, allow_pickle=allow_pickle, paths=needed, known=known)
+        report = await self._report(repo, reading, publish)
+        foreign = [path for path in report.unverifiable_files if has_weights([path])]
+        if foreign and await asyncio.to_thread(repo.read_tree, commit) is not None:
+            raise SnapshotCorruptError(
+                repo.repo_id, foreign[0], "a file of the commit", "one that its listing lacks"
+            )
         return report
 
-    work = asyncio.create_task(asyncio.to_thread(read))
-    work.add_done_callback(lambda _: updates.put_nowait(None))
-    try:
-        while (update := await updates.get()) is not None:
-            yield update
-        yield await work
-    finally:
-        stopped.set()
-        await asyncio.wait([work])
+    async def _run(
+        self, repo: RepoFolder, verification: Verification
+    ) -> AsyncGenerator[VerifyProgress | FileProblem | VerifyReport, None]:
+        """Runs a verification in a thread, and remembers what it found; closing this stops it."""
+        loop = asyncio.get_running_loop()
+        updates: asyncio.Queue[VerifyProgress | FileProblem | None] = asyncio.Queue()
+        stopped = threading.Event()
+
+        def tell(update: VerifyProgress | FileProblem) -> None:
+            loop.call_soon_threadsafe(updates.put_nowait, update)
+
+        def read() -> VerifyReport:
+            try:
+                report = verification.run(tell, stopped)
+            except PermissionError as error:
+                raise SnapshotCorruptError(
+                    repo.repo_id, str(error.filename), "a file that may be read", "no permission"
+                ) from error
+            note_hashed(repo, report.stamps, report.wrong)
+            return report
+
+        work = loop.run_in_executor(self._executor, read)
+        work.add_done_callback(lambda _: updates.put_nowait(None))
+        try:
+            while (update := await updates.get()) is not None:
+                yield update
+            yield await work
+        finally:
+            stopped.set()
+            await asyncio.wait([work])
+            if not work.cancelled():
+                work.exception()  # seen: when this is closed early nobody waits for it
+
+    async def _report(
+        self,
+        repo: RepoFolder,
+        verification: Verification,
+        publish: Publish[VerifyProgress] = lambda _: None,
+    ) -> VerifyReport:
+        """Runs a verification for its report; tells how far it is if there is anything to read."""
+        async with aclosing(self._run(repo, verification)) as updates:
+            async for update in updates:
+                match update:
+                    case VerifyReport():
+                        return update
+                    case VerifyProgress(total_files=files) if files:
+                        publish(update)
+        raise RuntimeError("a verification ended without a report")
 
 
-async def _report(
-    repo: RepoFolder, verification: Verification, publish: Publish[VerifyProgress] = lambda _: None
-) -> VerifyReport:
-    async with aclosing(_run(repo, verification)) as updates:
-        async for update in updates:
-            match update:
-                case VerifyReport():
-                    return update
-                case VerifyProgress(total_files=files) if files:
-                    publish(update)
-    raise RuntimeError("a verification ended without a report")
+async def _hashed(repo: RepoFolder) -> dict[str, str]:
+    return await asyncio.to_thread(records.hashed, repo)
+
+
+def _paths(report: VerifyReport) -> frozenset[str]:
+    return frozenset(problem.path for problem in report.problems)
 
 
 def _error(repo: RepoFolder, problem: FileProblem) -> LoaderdError:

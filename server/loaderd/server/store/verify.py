@@ -87,6 +87,7 @@ class VerifyReport:
         verified_bytes: Bytes of those.
         unverifiable_files: Files without a known hash: others put them there.
         stamps: Of the files that were read and are right, by their digest; see `records`.
+        wrong: The digests that files should have and do not.
     """
 
     problems: tuple[FileProblem, ...]
@@ -94,6 +95,7 @@ class VerifyReport:
     verified_bytes: int
     unverifiable_files: tuple[str, ...]
     stamps: Mapping[str, str] = field(default_factory=dict, compare=False)
+    wrong: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 OnUpdate = Callable[[VerifyProgress | FileProblem], None]
@@ -164,9 +166,10 @@ class Verification:
                     self._report(found, on_update)
                 case None:
                     self._unverifiable.append(_printable(path))
+        known = [file for file in files if self._known.get(file.digest) == file.stamp]
         unread = [file for file in files if self._known.get(file.digest) != file.stamp]
         right = self._read(unread, on_update, stopped)
-        good = [file for file in files if file not in unread] + right
+        good = known + right
         if problem := self._loading_problem():
             self._report(problem, on_update)
         return VerifyReport(
@@ -175,6 +178,7 @@ class Verification:
             verified_bytes=sum(file.size for file in good),
             unverifiable_files=tuple(self._unverifiable),
             stamps={file.digest: file.stamp for file in right if _stamp(file.real) == file.stamp},
+            wrong=frozenset(file.digest for file in set(unread).difference(right)),
         )
 
     @cached_property

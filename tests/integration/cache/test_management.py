@@ -1,54 +1,21 @@
-"""The cache through the daemon: several versions, pins, deletion, pruning, the limit, repair."""
+"""The cache through the daemon: pins, deletion, pruning, the limit, cancelled downloads."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from loaderd.client import Client, DownloadPlan, DownloadProgress, FileProblem, Snapshot, errors
+from loaderd.client import Client, DownloadPlan, DownloadProgress, Snapshot, errors
 from tests.daemon import SpawnedDaemon
-from tests.hub import Hub, HubRepo, faults, files_below
-from tests.hub.tiny_models import build_tiny_model
-from tests.unit.store.caches import SMALL_MODEL, safetensors
+from tests.hub import Hub, faults
+from tests.integration.cache.small import WEIGHTS_BYTES, small_repo
 from tests.waiting import until
 
 Spawn = Callable[..., SpawnedDaemon]
-
-WEIGHTS_BYTES = 2_000_000
-
-
-def small_repo(repo_id: str, fill: bytes) -> HubRepo:
-    """A repository that downloads, of about `WEIGHTS_BYTES`."""
-    repo = HubRepo(repo_id)
-    repo.commit({**SMALL_MODEL, "model.safetensors": safetensors(WEIGHTS_BYTES, fill)})
-    return repo
-
-
-@pytest.fixture
-def hub(tiny_model: Path, tmp_path: Path) -> Iterator[Hub]:
-    """`org/tiny` in two versions of which `next` is newer, and three small ones."""
-    other = build_tiny_model(tmp_path / "models" / "tiny", seed=1)
-    tiny = HubRepo("org/tiny")
-    tiny.commit(files_below(tiny_model))
-    tiny.commit(files_below(other), branch="next")
-    small = [small_repo(f"org/{name}", name.encode()) for name in "abc"]
-    with Hub(tiny, *small) as hub:
-        yield hub
-
-
-@pytest.fixture
-def daemon(hub: Hub, spawn: Spawn) -> SpawnedDaemon:
-    return spawn("--standby", "0", HF_ENDPOINT=hub.url)
-
-
-@pytest.fixture
-def client(daemon: SpawnedDaemon) -> Iterator[Client]:
-    with Client(daemon.address) as client:
-        yield client
 
 
 def disk_bytes(daemon: SpawnedDaemon) -> int:
@@ -228,51 +195,6 @@ def test_orphans_are_counted_and_pruned(hub: Hub, daemon: SpawnedDaemon, client:
     assert client.cache.snapshots().orphan_bytes == 0
 
 
-def test_verification_names_each_bad_file_and_repairs_just_those(
-    hub: Hub, daemon: SpawnedDaemon, client: Client
-) -> None:
-    folder = Path(client.cache.download("org/a").path)
-    assert client.cache.verify("org/a").ok
-    weights = (folder / "model.safetensors").resolve()
-    content = weights.read_bytes()
-    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    (folder / "tokenizer.json").resolve().unlink()
-
-    problems: list[FileProblem] = []
-
-    def look(update: object) -> None:
-        if isinstance(update, FileProblem):
-            problems.append(update)
-
-    report = client.cache.verify("org/a", on_progress=look)
-    assert not report.ok
-    found = {(each.path, each.kind.name) for each in report.problems}
-    assert found == {("model.safetensors", "CONTENT"), ("tokenizer.json", "MISSING")}
-    assert {(each.path, each.kind.name) for each in problems} == found
-
-    hub.stop()
-    with pytest.raises(errors.HubUnreachableError):
-        client.cache.verify("org/a", repair=True)
-    assert weights.exists(), "what is there stays until there is better"
-    hub.start()
-    before = len(hub.requests)
-    report = client.cache.verify("org/a", repair=True)
-    assert (report.ok, report.repaired) == (True, True)
-    assert {each.path for each in report.problems} == {"model.safetensors", "tokenizer.json"}
-    fetched = [each.path for each in hub.requests[before:] if "/resolve/" in each.path]
-    assert sorted(path.rpartition("/")[2] for path in fetched) == [
-        "model.safetensors",
-        "tokenizer.json",
-    ]
-    assert weights.read_bytes() == content
-    assert client.cache.verify("org/a").ok
-
-    with pytest.raises(errors.SnapshotNotFoundError):
-        client.cache.verify("org/none")
-    with pytest.raises(errors.InvalidNameError):
-        client.cache.verify(str(folder))
-
-
 def test_resolving_anew_sees_what_the_hub_has_now(hub: Hub, client: Client) -> None:
     client.cache.download("org/a")
     current = client.cache.resolve("org/a", refresh=True)
@@ -315,49 +237,14 @@ def test_the_last_good_version_is_served_when_another_programs_update_failed(
     assert model.generate("The sky", max_new_tokens=2, ignore_eos=True).text
 
 
-def flip_a_bit(path: Path) -> None:
-    """Alters the file's content and neither its size nor its header."""
-    with path.open("r+b") as file:
-        file.seek(-1, 2)
-        last = file.read(1)
-        file.seek(-1, 2)
-        file.write(bytes([last[0] ^ 1]))
-
-
-def test_a_load_never_takes_altered_weights(
-    hub: Hub, daemon: SpawnedDaemon, client: Client
-) -> None:
-    folder = Path(client.cache.download("org/tiny").path)
-    weights = (folder / "model.safetensors").resolve()
-    content = weights.read_bytes()
-    client.load("org/tiny").unload()
-
-    flip_a_bit(weights)
-    hub.stop()
-    with pytest.raises(errors.SnapshotCorruptError) as caught:
-        client.load("org/tiny")
-    assert caught.value.file == "model.safetensors"
-    (failed,) = client.models()
-    assert failed.info.failure is not None
-    assert failed.info.failure.reason == "SNAPSHOT_CORRUPT"
-
-    hub.start()
-    before = len(hub.requests)
-    model = client.load("org/tiny")
-    assert model.generate("The sky", max_new_tokens=2, ignore_eos=True).text
-    assert weights.read_bytes() == content
-    fetched = [each.path for each in hub.requests[before:] if "/resolve/" in each.path]
-    assert [path.rpartition("/")[2] for path in fetched] == ["model.safetensors"]
-
-
-def test_what_another_program_brought_is_hashed_before_its_first_load(
-    hub: Hub, daemon: SpawnedDaemon, client: Client
-) -> None:
-    client.cache.download("org/tiny")
-    repo = daemon.cache_dir / "models--org--tiny"
-    (repo / ".loaderd.json").unlink()  # as if the daemon had not been there
-    (weights,) = (path for path in repo.glob("blobs/*") if len(path.name) == 64)
-    content = weights.read_bytes()
-    flip_a_bit(weights)
-    assert client.load("org/tiny").info.state.name == "READY"
-    assert weights.read_bytes() == content
+def test_a_cancelled_download_can_be_started_again_at_once(hub: Hub, client: Client) -> None:
+    hub.inject(faults.hang(after_bytes=WEIGHTS_BYTES // 2), path="*/model.safetensors")
+    operation = client.cache.start_download("org/a")
+    for progress in operation:
+        if progress.downloaded_bytes > WEIGHTS_BYTES // 3:
+            break
+    hub.heal()
+    assert client.cache.cancel_download("org/a").waiters == 1
+    assert client.cache.download("org/a").complete
+    with pytest.raises(errors.DownloadCancelledError):
+        operation.result()
