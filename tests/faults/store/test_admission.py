@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from loaderd.server.errors import CacheLimitError
+from loaderd.server.store import downloads as downloads_module
 from loaderd.server.store.downloads import Downloads
 from loaderd.server.store.hub_access import HubAccess
 from loaderd.server.store.plan import DownloadPlan
 from loaderd.server.store.store import CachedSnapshot, ModelStore, NotCached
 from tests.faults.store.support import (
+    INFO,
     MODEL,
     NAME,
     NEEDED,
@@ -24,7 +28,8 @@ from tests.faults.store.support import (
     found,
     gets,
 )
-from tests.hub import Hub
+from tests.hub import Hub, faults
+from tests.waiting import until_in_loop
 
 
 @pytest.fixture
@@ -97,3 +102,58 @@ async def test_a_file_that_is_distrusted_without_reason_stays(
     await downloads.download(NAME, lambda _: None, admit=admit_all, distrusted=NEEDED)
     assert gets(hub) == before
     assert contents(snapshot.path) == {name: MODEL[name] for name in NEEDED}
+
+
+async def test_no_more_than_some_ask_the_hub_at_once_and_the_others_wait(
+    hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads_module, "MAX_CHILDREN", 2)
+    downloads = Downloads(cache, HubAccess(hub.url, retry=QUICK), stall_timeout=20.0)
+    hub.inject(faults.hang(seconds=0.5), path=INFO)
+    plans = asyncio.gather(*(downloads.plan(NAME) for _ in range(5)))
+    most = 0
+    while not plans.done():
+        most = max(most, len(children()))
+        await asyncio.sleep(0.05)
+    assert len({plan.commit for plan in await plans}) == 1
+    assert most == 2
+    await downloads.close()
+
+
+async def test_plans_do_not_wait_for_downloads(
+    hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads_module, "MAX_CHILDREN", 1)
+    downloads = Downloads(cache, HubAccess(hub.url, retry=QUICK), stall_timeout=20.0)
+
+    async def admit(plan: DownloadPlan) -> None:
+        assert await downloads.plan(NAME) == plan
+
+    await downloads.download(NAME, lambda _: None, admit=admit)
+    await downloads.close()
+
+
+async def test_a_download_that_is_cancelled_twice_leaves_nothing(
+    downloads: Downloads, hub: Hub
+) -> None:
+    begun = asyncio.Event()
+
+    async def admit(_plan: DownloadPlan) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(downloads.download(NAME, lambda _: None, admit=admit))
+    async with asyncio.timeout(30):
+        await begun.wait()
+    while not task.done():
+        task.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    del task
+    await until_in_loop(lambda: children() == [] and not _processes())
+
+
+def _processes() -> list[Process]:
+    gc.collect()
+    return [each for each in gc.get_objects() if type(each) is Process]

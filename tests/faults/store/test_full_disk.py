@@ -135,3 +135,12 @@ async def test_a_disk_that_fills_up_meanwhile_stops_the_download(hub: Hub, disk:
     ballast.unlink()
     assert isinstance(await download(store), CachedSnapshot)
     await store.close()
+
+
+async def test_a_disk_without_room_for_the_cache_itself_is_said(hub: Hub, disk: Path) -> None:
+    remount(disk, "nr_inodes=1")
+    store = ModelStore(settings(hub, disk / "hub"))
+    with pytest.raises(CacheNotWritableError) as caught:
+        await download(store)
+    assert caught.value.problem == "No space left on device"
+    await store.close()

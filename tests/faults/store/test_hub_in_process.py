@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import httpx2
@@ -10,11 +11,17 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._http import default_client_factory, set_client_factory
 
-from loaderd.server.errors import DiskFullError, HubRateLimitedError, HubUnreachableError
+from loaderd.server.errors import (
+    CacheNotWritableError,
+    DiskFullError,
+    HubRateLimitedError,
+    HubUnreachableError,
+)
 from loaderd.server.store import hub as hub_functions
 from loaderd.server.store import hub_download, rate
+from loaderd.server.store.blobs import SnapshotFiles
 from loaderd.server.store.hub_access import HubAccess
-from loaderd.server.store.plan import DownloadProgress
+from loaderd.server.store.plan import DownloadProgress, PlannedFile
 from tests.faults.store.support import (
     INFO,
     MODEL,
@@ -117,3 +124,24 @@ def test_a_full_disk_is_refused_wherever_it_is(
         hub_functions.download(plan, cache, access(hub))
     assert caught.value.needed_bytes == plan.missing_bytes + (1 << 60)
     assert partial_files(cache) == found(cache, "*") == []
+
+
+def test_a_plan_names_the_largest_of_the_files_that_are_left_out_and_counts_all(
+    hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_functions, "MAX_SKIPPED", 1)
+    plan = hub_functions.plan(NAME, cache, access(hub))
+    sizes = {name: len(MODEL[name]) for name in MODEL.keys() - NEEDED}
+    assert [file.path for file in plan.skipped] == [max(sizes, key=lambda name: sizes[name])]
+    assert (plan.skipped_count, plan.skipped_bytes) == (len(sizes), sum(sizes.values()))
+
+
+def test_a_cache_that_a_plan_may_not_read_is_said(
+    hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(files: SnapshotFiles, file: PlannedFile) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(SnapshotFiles, "partial_bytes", refuse)  # the tests may run as root
+    with pytest.raises(CacheNotWritableError):
+        hub_functions.plan(NAME, cache, access(hub))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from huggingface_hub import get_cached_repo_tree, snapshot_download
 from huggingface_hub.file_download import repo_folder_name
 
-from loaderd.server.store.cache import RepoFolder, TreeEntry
+from loaderd.server.errors import CacheNotWritableError
+from loaderd.server.store.cache import RepoFolder, TreeEntry, writing
 from tests.unit.store.caches import COMMIT, OTHER_COMMIT, SMALL_MODEL, entry, made_up_repo
 
 _VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
@@ -111,3 +114,24 @@ def test_a_branch_takes_the_place_of_one_that_was(tmp_path: Path) -> None:
     for revision in ("dev", "dev/x", "dev"):
         repo.write_ref(revision, COMMIT)
         assert repo.commit_of(revision) == COMMIT
+
+
+def _no_locks(_path: Path) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize(
+    ("attempt", "problem"),
+    [
+        (Path.mkdir, "File exists"),
+        (lambda path: (path / "blobs").mkdir(), "Not a directory"),
+        (lambda path: path.parent.write_bytes(b""), "Is a directory"),
+        (_no_locks, "No locks available"),
+    ],
+)
+def test_a_cache_that_is_no_place_for_files_is_told(
+    tmp_path: Path, attempt: Callable[[Path], None], problem: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheNotWritableError, match=problem), writing(tmp_path):
+        attempt(tmp_path / "file")

@@ -37,6 +37,8 @@ MESSAGES: list[Message] = [
         "a" * 40,
         (PlannedFile("a.json", 3, "b" * 40, cached=True, partial_bytes=2),),
         (SkippedFile("b.bin", 9, SkipReason.PICKLE),),
+        skipped_count=3,
+        skipped_bytes=11,
     ),
     DownloadProgress(1, 2, 3, 4, 5.5, (FileProgress("a.json", 1, 3),), 6, 7),
     Done("a" * 40),

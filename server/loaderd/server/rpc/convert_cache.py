@@ -16,8 +16,6 @@ from loaderd.server.store.verifications import Verified
 from loaderd.server.store.verify import FileProblem, VerifyProgress
 from loaderd.v1 import cache_pb2
 
-MAX_SKIPPED = 1000
-
 Holders = Callable[[SnapshotInfo], Sequence[str]]
 """Who uses a snapshot."""
 
@@ -74,10 +72,10 @@ def download_plan(plan: DownloadPlan) -> cache_pb2.DownloadPlan:
                 size_bytes=file.size_bytes,
                 reason=cache_pb2.SkipReason.Value(f"SKIP_REASON_{file.reason.name}"),
             )
-            for file in plan.skipped[:MAX_SKIPPED]
+            for file in plan.skipped
         ],
-        skipped_count=len(plan.skipped),
-        skipped_bytes=sum(file.size_bytes for file in plan.skipped),
+        skipped_count=plan.skipped_count,
+        skipped_bytes=plan.skipped_bytes,
     )
 
 

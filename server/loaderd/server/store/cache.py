@@ -23,12 +23,17 @@ from loaderd.server.store.names import HubName, is_commit
 
 TREE_FORMAT_VERSION = 1
 
+NOT_WRITABLE = frozenset({
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOLCK,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+})  # fmt: skip
+"""Modes, owners, disks without room or locks; files where folders should be, and the reverse."""
+
 _FOLDER_PREFIX = "models--"
 _SHARED_MARKER = ".huggingface-shared-blobs"
 _COMMIT_BEGIN = re.compile(r"[0-9a-f]{7,39}")
 # `<digest>`, or `<digest>.<8 hex>.incomplete`, of which older releases leave the 8 hex out.
 _BLOB = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})((\.[0-9a-f]{8})?\.incomplete)?")
-_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 _TEMPORARY = re.compile(r".*\.[0-9a-f]{8}\.tmp")
 
 
@@ -220,7 +225,7 @@ def writing(cache_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NOT_WRITABLE:
+        if error.errno not in NOT_WRITABLE:
             raise
         place = Path(error.filename or cache_dir)
         if place.is_relative_to(cache_dir):

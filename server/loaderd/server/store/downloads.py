@@ -36,6 +36,9 @@ from loaderd.server.store.hub_messages import (
 from loaderd.server.store.names import HubName
 from loaderd.server.store.plan import DownloadPlan, DownloadProgress
 
+MAX_CHILDREN = 8
+"""How many requests of a kind run at once; the others wait for their turn."""
+
 _START_TIMEOUT = 60.0
 _LONGEST_LINE = 64 << 20
 _COMMAND = (sys.executable, "-P", "-m", "loaderd.server.store.hub_child")
@@ -60,6 +63,12 @@ class Downloads:
         longest = min(access.retry.longest_wait, stall_timeout / 2)
         self._access = replace(access, retry=replace(access.retry, longest_wait=longest))
         self._children: set[Process] = set()
+        self._burials: set[asyncio.Task[None]] = set()
+        # Plans do not wait for downloads, which may take hours.
+        self._turns: dict[Operation, asyncio.Semaphore] = {
+            "plan": asyncio.Semaphore(MAX_CHILDREN),
+            "download": asyncio.Semaphore(MAX_CHILDREN),
+        }
         self._closed = False
 
     async def plan(self, name: HubName, *, allow_pickle: bool = False) -> DownloadPlan:
@@ -165,26 +174,40 @@ class Downloads:
 
     @asynccontextmanager
     async def _child(self, request: Request) -> AsyncIterator[Process]:
-        """A child with a request; on leaving it is dead."""
-        child = await asyncio.create_subprocess_exec(
-            *_COMMAND,
-            stdin=PIPE,
-            stdout=PIPE,
-            limit=_LONGEST_LINE,
-            env=_environment(request),
-            start_new_session=True,  # Ctrl-C is for the daemon, which ends its children itself
-        )
-        self._children.add(child)
-        try:
+        """A child with a request, when it is its turn; on leaving it is killed."""
+        async with self._turns[request.operation]:
             if self._closed:
                 raise DrainingError
-            # stdin stays open: its end tells the child that the daemon is gone.
-            _stdin(child).write(request.to_line())
-            yield child
-        finally:
-            _kill(child)
+            child = await asyncio.create_subprocess_exec(
+                *_COMMAND,
+                stdin=PIPE,
+                stdout=PIPE,
+                limit=_LONGEST_LINE,
+                env=_environment(request),
+                start_new_session=True,  # Ctrl-C is for the daemon, which ends its children itself
+            )
+            self._children.add(child)
+            try:
+                if self._closed:
+                    raise DrainingError
+                # stdin stays open: its end tells the child that the daemon is gone.
+                _stdin(child).write(request.to_line())
+                yield child
+            finally:
+                _kill(child)
+                await self._bury(child)
+
+    async def _bury(self, child: Process) -> None:
+        """Waits until a killed child is gone, whose end does not depend on who waits for it."""
+
+        async def bury() -> None:
             await child.communicate()
             self._children.discard(child)
+
+        burial = asyncio.create_task(bury())
+        self._burials.add(burial)
+        burial.add_done_callback(self._burials.discard)
+        await asyncio.shield(burial)
 
     def _request(
         self,

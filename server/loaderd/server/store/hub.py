@@ -29,6 +29,9 @@ from loaderd.server.store.weights import read_shards
 # A listing has 1000 files a page; the largest repositories have some ten thousands.
 MAX_ANSWERS = 200
 
+MAX_SKIPPED = 1000
+"""How many of the files that are left out a plan names."""
+
 
 def plan(
     name: HubName,
@@ -55,6 +58,7 @@ def plan(
         ModelUnsupportedError: The repository has no weights that can be loaded.
         HubUnreachableError, HubRateLimitedError: The hub does not answer.
         SnapshotCorruptError: The hub's answer names things that no hub names.
+        CacheNotWritableError: The cache cannot even be read.
     """
     model = name.repo_id
     repo = RepoFolder(cache_dir, model)
@@ -69,15 +73,24 @@ def plan(
             shards = read_shards(
                 _index(repo, commit, weights, tree[weights], access), weights, model
             )
-    needed = select(tree, {weights, *shards})
-    if not tree.keys() >= set(needed):
-        problem = f"its {weights} names a file that its repository lacks"
-        raise ModelUnsupportedError(model, problem)
-    files = SnapshotFiles(repo, commit)
-    wanted = sorted({*needed, *tree.keys() & set(also)})
-    planned = tuple(_planned(path, tree[path], files) for path in wanted)
+        needed = select(tree, {weights, *shards})
+        if not tree.keys() >= set(needed):
+            problem = f"its {weights} names a file that its repository lacks"
+            raise ModelUnsupportedError(model, problem)
+        files = SnapshotFiles(repo, commit)
+        wanted = sorted({*needed, *tree.keys() & set(also)})
+        planned = tuple(_planned(path, tree[path], files) for path in wanted)
     skipped = left_out(tree, set(wanted))
-    return DownloadPlan(model, name.revision, commit, planned, skipped, tree)
+    return DownloadPlan(
+        model,
+        name.revision,
+        commit,
+        planned,
+        skipped[:MAX_SKIPPED],
+        skipped_count=len(skipped),
+        skipped_bytes=sum(file.size_bytes for file in skipped),
+        tree=tree,
+    )
 
 
 def download(

@@ -20,6 +20,7 @@ from loaderd.server.errors import (
     OfflineNotCachedError,
     RevisionNotFoundError,
 )
+from loaderd.server.store.cache import NOT_WRITABLE
 from loaderd.server.store.hub_guard import HubBusyError
 from loaderd.server.store.names import HubName
 
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
     import httpx2
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-# Modes, owners and read-only disks; then files where folders should be, and the other way round.
-_NOT_WRITABLE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-)  # fmt: skip
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -79,7 +76,7 @@ def _meaning(error: BaseException, name: HubName) -> LoaderdError | None:
             meaning = OfflineNotCachedError(str(name))
         case HubBusyError() | httpx2.HTTPError() | hub.FileMetadataError():
             meaning = HubUnreachableError(str(name))
-        case OSError() if error.errno in _NOT_WRITABLE:
+        case OSError() if error.errno in NOT_WRITABLE:
             meaning = CacheNotWritableError(os.strerror(error.errno))
     return meaning
 

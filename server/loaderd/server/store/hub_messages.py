@@ -99,6 +99,8 @@ def encode(message: Message) -> bytes:
                 "commit": message.commit,
                 "files": [asdict(file) for file in message.files],
                 "skipped": [asdict(file) for file in message.skipped],
+                "skipped_count": message.skipped_count,
+                "skipped_bytes": message.skipped_bytes,
             }
         case _:
             content = asdict(message)
