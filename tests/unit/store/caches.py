@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loaderd.server.store.cache import RepoFolder, TreeEntry
+from loaderd.server.store.scan import CacheContents, CacheScanner
 
 COMMIT = "a" * 40
 OTHER_COMMIT = "b" * 40
@@ -96,6 +97,11 @@ def entry(name: str, content: bytes) -> TreeEntry:
 
 def made_up_repo(cache_dir: Path, repo_id: str = "org/model") -> MadeUpRepo:
     return MadeUpRepo(RepoFolder(cache_dir, repo_id))
+
+
+def scan(cache_dir: Path) -> CacheContents:
+    """The listing of a cache that nobody looked at before."""
+    return CacheScanner(cache_dir).scan()
 
 
 def move_to_shared_store(blob: Path, cache_dir: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import tempfile
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loaderd.server.errors import CacheNotWritableError
+from loaderd.server.store import deletion as deletion_module
 from loaderd.server.store import records
 from loaderd.server.store.deletion import (
+    Busy,
     Deletion,
+    Holders,
     PrunePolicy,
-    execute,
     plan_deletion,
     plan_prune,
     remove_trash,
 )
-from loaderd.server.store.scan import CacheContents, SnapshotInfo, scan
+from loaderd.server.store.scan import CacheContents, SnapshotInfo
 from tests.unit.store.caches import (
     COMMIT,
     OTHER_COMMIT,
@@ -34,6 +35,7 @@ from tests.unit.store.caches import (
     made_up_repo,
     move_to_shared_store,
     safetensors,
+    scan,
 )
 
 UPDATED = {**SMALL_MODEL, "config.json": b'{"model_type": "mistral"}'}
@@ -55,27 +57,37 @@ def cache(repo: MadeUpRepo) -> Path:
     return repo.folder.cache_dir
 
 
-def nobody(snapshot: SnapshotInfo) -> bool:
+def nobody(snapshot: SnapshotInfo) -> tuple[str, ...]:
+    return ()
+
+
+def used(*commits: str) -> Holders:
+    """The holders when these commits are used, by a model."""
+    return lambda info: ("m:1",) if info.commit in commits else ()
+
+
+def idle(repo_id: str) -> bool:
     return False
 
 
-def used_by(*commits: str) -> Callable[[SnapshotInfo], bool]:
-    return lambda info: info.commit in commits
-
-
-def plan(cache: Path, *commits: str, in_use: Any = nobody) -> Deletion:
+def plan(cache: Path, *commits: str, holders: Holders = nobody, busy: Busy = idle) -> Deletion:
     contents = scan(cache)
-    return plan_deletion(contents, [i for i in contents.snapshots if i.commit in commits], in_use)
+    chosen = [info for info in contents.snapshots if info.commit in commits]
+    return plan_deletion(contents, chosen, holders, busy)
 
 
 def prune(
     cache: Path,
     policy: PrunePolicy,
-    in_use: Any = nobody,
+    holders: Holders = nobody,
     now: datetime = NOW,
-    busy: Callable[[str], bool] = lambda _: False,
+    busy: Busy = idle,
 ) -> Deletion:
-    return plan_prune(scan(cache), policy, in_use, now, busy)
+    return plan_prune(scan(cache), policy, holders, now, busy)
+
+
+def execute(deletion: Deletion, cache: Path) -> None:
+    deletion_module.execute(deletion, cache, idle)
 
 
 def commits(infos: tuple[SnapshotInfo, ...]) -> set[str]:
@@ -125,7 +137,7 @@ def test_a_repository_without_snapshots_vanishes_whole(repo: MadeUpRepo, cache: 
 
 
 def test_what_is_in_use_is_kept(cache: Path) -> None:
-    deletion = plan(cache, COMMIT, OTHER_COMMIT, in_use=used_by(OTHER_COMMIT))
+    deletion = plan(cache, COMMIT, OTHER_COMMIT, holders=used(OTHER_COMMIT))
     assert commits(deletion.snapshots) == {COMMIT}
     assert commits(deletion.kept) == {OTHER_COMMIT}
     execute(deletion, cache)
@@ -172,12 +184,12 @@ def test_a_deletion_that_was_cut_off_is_ended(
     repo: MadeUpRepo, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deletion = plan(cache, COMMIT)
-    monkeypatch.setattr("loaderd.server.store.deletion.try_lock", _crash)
+    monkeypatch.setattr("loaderd.server.store.deletion._linked", _crash)
     with pytest.raises(KeyboardInterrupt):
         execute(deletion, cache)
     monkeypatch.undo()
     assert commits(scan(cache).snapshots) == {OTHER_COMMIT}
-    remove_trash(cache)
+    remove_trash(repo.folder)
     assert scan(cache).orphans == ()
     assert scan(cache).snapshots[0].complete
     assert {path.name for path in repo.folder.path.iterdir()} == {
@@ -189,12 +201,12 @@ def test_what_came_back_since_is_not_trash(
     repo: MadeUpRepo, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deletion = plan(cache, COMMIT)
-    monkeypatch.setattr("loaderd.server.store.deletion.try_lock", _crash)
+    monkeypatch.setattr("loaderd.server.store.deletion._linked", _crash)
     with pytest.raises(KeyboardInterrupt):
         execute(deletion, cache)
     monkeypatch.undo()
     repo.add(SMALL_MODEL, refs=("v1",))
-    remove_trash(cache)
+    remove_trash(repo.folder)
     back = next(info for info in scan(cache).snapshots if info.commit == COMMIT)
     assert (back.complete, back.refs) == (True, ("v1",))
 
@@ -241,7 +253,7 @@ def test_prune_by_reference_and_by_age(repo: MadeUpRepo, cache: Path) -> None:
     policy = PrunePolicy(unused_for=timedelta(days=30))
     old = prune(cache, policy, now=recent + timedelta(days=1))
     assert commits(old.snapshots) == {COMMIT, "c" * 40}
-    kept = prune(cache, policy, used_by(COMMIT), recent + timedelta(days=1))
+    kept = prune(cache, policy, used(COMMIT), recent + timedelta(days=1))
     assert (commits(kept.snapshots), commits(kept.kept)) == ({"c" * 40}, {COMMIT})
 
 
@@ -254,12 +266,12 @@ def test_prune_to_a_size_takes_orphans_first(repo: MadeUpRepo, cache: Path) -> N
 
 
 def test_prune_to_a_size_that_is_out_of_reach_names_who_is_in_use(cache: Path) -> None:
-    deletion = prune(cache, PrunePolicy(max_bytes=0), used_by(COMMIT))
+    deletion = prune(cache, PrunePolicy(max_bytes=0), used(COMMIT))
     assert (commits(deletion.snapshots), commits(deletion.kept)) == ({OTHER_COMMIT}, {COMMIT})
     assert deletion.remaining_bytes == size(SMALL_MODEL)
 
 
-def _crash(lock: Path) -> None:
+def _crash(folder: Path) -> None:
     raise KeyboardInterrupt
 
 
@@ -280,6 +292,17 @@ SNAPSHOTS = st.lists(
     max_size=6,
 )
 ORPHANS = st.lists(st.sampled_from(["1", "2", "3"]), unique=True)
+
+
+def users_of(paths: set[Path]) -> Holders:
+    return lambda info: ("m:1",) if info.path in paths else ()
+
+
+def left_after(contents: CacheContents, chosen: list[SnapshotInfo]) -> int:
+    """What the cache takes when snapshots, and all that belongs to none, are gone."""
+    less = plan_deletion(contents, chosen, nobody, idle)
+    orphan_bytes = sum(orphan.size_bytes for orphan in less.orphans)
+    return contents.total_bytes - (less.freed_bytes - orphan_bytes)
 
 
 def build(cache: Path, snapshots: Any, orphans: list[str]) -> tuple[CacheContents, set[Path], Any]:
@@ -316,11 +339,11 @@ def test_what_is_planned_is_what_is_freed(snapshots: Any, orphans: list[str]) ->
         cache = Path(folder)
         contents, in_use, chosen = build(cache, snapshots, orphans)
         meant = [info for info in contents.snapshots if info.path in chosen]
-        deletion = plan_deletion(contents, meant, lambda info: info.path in in_use)
+        deletion = plan_deletion(contents, meant, users_of(in_use), idle)
         assert {info.path for info in deletion.snapshots} == chosen - in_use
         assert {info.path for info in deletion.kept} == chosen & in_use
         for info in meant:
-            alone = plan_deletion(contents, [info], nobody)
+            alone = plan_deletion(contents, [info], nobody, idle)
             left_behind = sum(orphan.size_bytes for orphan in alone.orphans)
             assert alone.freed_bytes - left_behind == info.unique_bytes
         check_executed(cache, deletion, contents)
@@ -332,24 +355,22 @@ def test_pruning_to_a_size(snapshots: Any, orphans: list[str], max_bytes: int) -
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
         contents, in_use, _ = build(cache, snapshots, orphans)
-
-        def is_in_use(info: SnapshotInfo) -> bool:
-            return info.path in in_use
-
         policy = PrunePolicy(max_bytes=max_bytes)
-        deletion = prune(cache, policy, is_in_use)
+        deletion = prune(cache, policy, users_of(in_use))
         gone = {info.path for info in deletion.snapshots}
         assert not gone & in_use
-        free = [info for info in contents.snapshots if not is_in_use(info)]
+        free = [info for info in contents.snapshots if info.path not in in_use]
         if deletion.remaining_bytes > max_bytes:
-            assert gone == {info.path for info in free}
             assert {info.path for info in deletion.kept} == in_use
+            assert deletion.holders.keys() == in_use
+            assert deletion.remaining_bytes == left_after(contents, free)
         else:
             assert deletion.kept == ()
+        for info in deletion.snapshots:  # none frees nothing
+            others = [each for each in deletion.snapshots if each != info]
+            assert left_after(contents, others) > deletion.remaining_bytes
         by_use = sorted(free, key=lambda info: info.last_used_at)
-        assert {info.path for info in by_use[: len(gone)]} == gone
         if gone:  # with one less it would not have been enough
-            less = plan_deletion(contents, by_use[: len(gone) - 1], is_in_use)
-            orphans_of_less = sum(orphan.size_bytes for orphan in less.orphans)
-            assert contents.total_bytes - less.freed_bytes + orphans_of_less > max_bytes
+            last = max(index for index, info in enumerate(by_use) if info.path in gone)
+            assert left_after(contents, by_use[:last]) > max_bytes
         check_executed(cache, deletion, contents)

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import scan_cache_dir
 
 from loaderd.server.store import records
-from loaderd.server.store.scan import CacheScanner, describe, scan
+from loaderd.server.store.scan import CacheScanner, describe
 from tests.unit.store.caches import (
     COMMIT,
     OTHER_COMMIT,
@@ -24,6 +24,7 @@ from tests.unit.store.caches import (
     made_up_repo,
     move_to_shared_store,
     safetensors,
+    scan,
     write_folder,
 )
 

@@ -11,7 +11,6 @@ import grpc
 from loaderd.server.errors import InvalidArgumentError, InvalidNameError
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc import convert_cache as convert
-from loaderd.server.store.deletion import Deletion
 from loaderd.server.store.keeper import Target
 from loaderd.server.store.names import HubName, LocalName, parse_name
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder
@@ -101,7 +100,7 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
             raise InvalidArgumentError("models", problem)
         targets = [_target(model) for model in request.models]
         deletion = await self._store.delete(targets, dry_run=request.dry_run)
-        return cache_pb2.DeleteSnapshotsResponse(deletion=self._deletion(deletion))
+        return cache_pb2.DeleteSnapshotsResponse(deletion=convert.deletion(deletion))
 
     async def PruneCache(
         self, request: cache_pb2.PruneCacheRequest, context: Context
@@ -110,7 +109,7 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
         self._registry.check_open()
         policy = convert.prune_policy(request)
         deletion = await self._store.prune(policy, dry_run=request.dry_run)
-        return cache_pb2.PruneCacheResponse(deletion=self._deletion(deletion))
+        return cache_pb2.PruneCacheResponse(deletion=convert.deletion(deletion))
 
     async def _snapshot(self, files: CachedSnapshot) -> cache_pb2.Snapshot:
         info = await self._store.describe(files.repo_id, files.commit)
@@ -121,9 +120,6 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
         snapshot = convert.snapshot(info, self._store.holders(info))
         report = convert.verify_report(verified, snapshot)
         return cache_pb2.VerifySnapshotResponse(report=report)
-
-    def _deletion(self, deletion: Deletion) -> cache_pb2.Deletion:
-        return convert.deletion(deletion, self._store.holders)
 
 
 def _hub_name(model: str) -> HubName:

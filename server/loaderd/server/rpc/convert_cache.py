@@ -192,12 +192,12 @@ def prune_policy(request: cache_pb2.PruneCacheRequest) -> PrunePolicy:
     return policy
 
 
-def deletion(plan: Deletion, holders: Holders) -> cache_pb2.Deletion:
+def deletion(plan: Deletion) -> cache_pb2.Deletion:
     """What is deleted, and what stays because somebody uses it."""
     return cache_pb2.Deletion(
         snapshots=[snapshot(info, ()) for info in plan.snapshots],
         freed_bytes=plan.freed_bytes,
         orphan_files=len(plan.orphans),
-        kept=[snapshot(info, holders(info)) for info in plan.kept],
+        kept=[snapshot(info, plan.holders[info.path]) for info in plan.kept],
         remaining_bytes=plan.remaining_bytes,
     )

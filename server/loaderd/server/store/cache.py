@@ -20,6 +20,7 @@ from pathlib import Path
 
 from loaderd.server.errors import CacheNotWritableError, InvalidNameError
 from loaderd.server.store.names import HubName, is_commit
+from loaderd.server.store.reading import read_small
 
 TREE_FORMAT_VERSION = 1
 
@@ -34,6 +35,9 @@ _SHARED_MARKER = ".huggingface-shared-blobs"
 _COMMIT_BEGIN = re.compile(r"[0-9a-f]{7,39}")
 # `<digest>`, or `<digest>.<8 hex>.incomplete`, of which older releases leave the 8 hex out.
 _BLOB = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})((\.[0-9a-f]{8})?\.incomplete)?")
+# A listing has about 200 bytes a file.
+_LONGEST_TREE = 64 << 20
+_LONGEST_REF = 4096
 _TEMPORARY = re.compile(r".*\.[0-9a-f]{8}\.tmp")
 
 
@@ -66,16 +70,23 @@ class RepoFolder:
 
     @staticmethod
     def all(cache_dir: Path) -> Iterator[RepoFolder]:
-        """The model repositories of a cache, in no order; none when there is no cache."""
+        """The model repositories of a cache, in no order; none when there is no cache.
+
+        Raises:
+            PermissionError: The cache is not ours to read.
+        """
         if not cache_dir.is_dir():
             return
-        for path in cache_dir.glob(f"{_FOLDER_PREFIX}*"):
+        for path in cache_dir.iterdir():
+            if not path.name.startswith(_FOLDER_PREFIX):
+                continue
             repo_id = path.name.removeprefix(_FOLDER_PREFIX).replace("--", "/")
             try:
                 HubName(repo_id)
-            except InvalidNameError:
-                continue  # not a folder that the hub library makes
-            if path.is_dir():
+                is_folder = path.is_dir()
+            except (InvalidNameError, PermissionError):
+                continue  # not a folder that the hub library makes, or a link to what is not ours
+            if is_folder:
                 yield RepoFolder(cache_dir, repo_id)
 
     @property
@@ -97,13 +108,18 @@ class RepoFolder:
         """What whoever writes, links or deletes a blob holds meanwhile."""
         return self.locks / f"{digest}.lock"
 
-    def has_blob(self, digest: str) -> bool:
-        """Whether there is a file of this name in `blobs`, whatever its content."""
-        return (self.blobs / digest).is_file()
+    def pin(self, commit: str) -> Path:
+        """What every process that uses a snapshot holds meanwhile."""
+        return self.locks / f"snapshot-{commit}.lock"
 
     def snapshot(self, commit: str) -> Path:
         """The folder with a commit's files: links into `blobs`."""
         return self.path / "snapshots" / commit
+
+    def has_snapshot(self, commit: str) -> bool:
+        """Whether a commit has a snapshot, whole or not. A link to a folder is none."""
+        path = self.snapshot(commit)
+        return path.is_dir() and not path.is_symlink()
 
     def commits(self) -> list[str]:
         """The commits that have a snapshot, whole or not."""
@@ -117,9 +133,12 @@ class RepoFolder:
         if is_commit(revision):
             return revision
         try:
-            commit = (self.path / "refs" / revision).read_text("ascii").strip()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError):
+            data = read_small(self.path / "refs" / revision, _LONGEST_REF)
+        except PermissionError:
+            raise
+        except OSError:  # there is none, or it is something else
             return None
+        commit = data.decode("ascii", "replace").strip()
         return commit if is_commit(commit) else None
 
     def cached_commit(self, revision: str) -> str | None:
@@ -138,13 +157,17 @@ class RepoFolder:
         """The names of branches and tags by their commit, sorted."""
         root = self.path / "refs"
         names: dict[str, list[str]] = {}
-        for path in sorted(root.rglob("*")) if root.is_dir() else ():
-            name = path.relative_to(root).as_posix()
-            if path.is_file() and not _TEMPORARY.fullmatch(name) and not is_commit(name):
-                commit = self.commit_of(name)
-                if commit is not None:
-                    names.setdefault(commit, []).append(name)
-        return names
+        unread = [root] if root.is_dir() else []
+        while unread:
+            for path in unread.pop().iterdir():
+                name = path.relative_to(root).as_posix()
+                if path.is_dir() and not path.is_symlink():
+                    unread.append(path)
+                elif name.isprintable() and not _TEMPORARY.fullmatch(name) and not is_commit(name):
+                    commit = self.commit_of(name)
+                    if commit is not None:
+                        names.setdefault(commit, []).append(name)
+        return {commit: sorted(each) for commit, each in names.items()}
 
     def write_ref(self, revision: str, commit: str) -> None:
         """Notes which commit a revision is now."""
@@ -166,11 +189,11 @@ class RepoFolder:
     def read_tree(self, commit: str) -> dict[str, TreeEntry] | None:
         """The hub's listing of a commit; None when the cache has none that is readable."""
         try:
-            data = json.loads(self.tree(commit).read_bytes())
+            data = json.loads(read_small(self.tree(commit), _LONGEST_TREE))
             if data["format_version"] != TREE_FORMAT_VERSION:
                 return None
             return {name: _tree_entry(entry) for name, entry in data["files"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
     def write_tree(self, commit: str, tree: Mapping[str, TreeEntry]) -> None:

@@ -6,6 +6,7 @@ for every listing. Whatever is dear to find out holds as long as the inventory s
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -89,6 +90,11 @@ class Folder:
     links: tuple[str, ...]
     others: Mapping[str, FileState | None]
 
+    @property
+    def leads_out(self) -> bool:
+        """Whether one of its links leads to a folder. Such links are not followed."""
+        return any(state and stat.S_ISDIR(state.mode) for state in self.others.values())
+
     def is_as(self, state: FileState) -> bool:
         """Whether nothing in it changed; `state` is what the folder itself is now."""
         return (
@@ -104,6 +110,8 @@ class Inventory:
 
     Attributes:
         snapshots: By commit.
+        whole: Whether that is all. It is not when one cannot be read, or has links to folders: then
+            it cannot be told which blobs nobody needs.
         blobs: By name; of links into the store that repositories share, what they lead to.
         shared: The blobs that are such links.
         refs: The files below `refs`, by path.
@@ -112,6 +120,7 @@ class Inventory:
     """
 
     snapshots: Mapping[str, Folder]
+    whole: bool
     blobs: States
     shared: frozenset[str]
     refs: States
@@ -166,11 +175,12 @@ class Stocktaker:
             OSError: The folder is not ours to read.
         """
         # The links before what they lead to: a download adds them in the other order.
-        snapshots = dict(self._snapshots(f"{self._root}/snapshots"))
+        snapshots, whole = self._snapshots(f"{self._root}/snapshots")
         self._folders = snapshots
         blobs, shared = _blobs(self._blobs)
         return Inventory(
             snapshots=snapshots,
+            whole=whole and not any(folder.leads_out for folder in snapshots.values()),
             blobs=blobs,
             shared=frozenset(shared),
             refs=dict(_below(f"{self._root}/refs")),
@@ -178,18 +188,26 @@ class Stocktaker:
             record=_state(self._record, _without_use),
         )
 
-    def _snapshots(self, root: str) -> Iterator[tuple[str, Folder]]:
+    def _snapshots(self, root: str) -> tuple[dict[str, Folder], bool]:
+        """The snapshots by commit, and whether all of them could be read."""
+        snapshots, whole = {}, True
         for commit, state in _entries(root).items():
             known = self._folders.get(commit)
-            if known is None and not (is_commit(commit) and stat.S_ISDIR(state.mode)):
+            if known is None and not is_commit(commit):
                 continue
             try:
+                if not stat.S_ISDIR(state.mode):
+                    raise NotADirectoryError(errno.ENOTDIR, "is a link, or no folder")
                 if known is None or not known.is_as(state):
                     known = self._read(f"{root}/{commit}", state)
-            except OSError as error:  # deleted meanwhile, or not ours to read
+            except FileNotFoundError:  # deleted meanwhile
+                continue
+            except OSError as error:
                 _log.warning("snapshot %s of %s is left out: %s", commit, self._repo_id, error)
+                whole = False
             else:
-                yield commit, known
+                snapshots[commit] = known
+        return snapshots, whole
 
     def _read(self, path: str, state: FileState) -> Folder:
         inner: dict[str, FileState] = {}
@@ -231,10 +249,13 @@ def _blobs(path: str) -> tuple[dict[str, FileState], list[str]]:
 
 
 def _below(path: str) -> Iterator[tuple[str, FileState]]:
-    for name, state in _entries(path).items():
-        yield f"{path}/{name}", state
-        if stat.S_ISDIR(state.mode):
-            yield from _below(f"{path}/{name}")
+    unread = [path]
+    while unread:
+        folder = unread.pop()
+        for name, state in _entries(folder).items():
+            yield f"{folder}/{name}", state
+            if stat.S_ISDIR(state.mode):
+                unread.append(f"{folder}/{name}")
 
 
 def _entries(path: str) -> dict[str, FileState]:

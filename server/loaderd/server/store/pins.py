@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import BinaryIO
 
 
 class Pins:
@@ -11,15 +12,26 @@ class Pins:
     def __init__(self) -> None:
         self._holders: dict[tuple[str, str], Counter[str]] = {}
 
-    def hold(self, repo_id: str, commit: str, holder: str) -> Pin:
-        """Pins a snapshot until the pin is released."""
+    def hold(self, repo_id: str, commit: str, holder: str, lock: BinaryIO | None = None) -> Pin:
+        """Pins a snapshot until the pin is released.
+
+        Args:
+            repo_id: Its repository.
+            commit: Its commit.
+            holder: Who uses it.
+            lock: What tells other processes so; closed with the pin.
+        """
         holders = self._holders.setdefault((repo_id, commit), Counter())
         holders[holder] += 1
-        return Pin(self, repo_id, commit, holder)
+        return Pin(self, repo_id, commit, holder, lock)
 
     def holders(self, repo_id: str, commit: str) -> tuple[str, ...]:
         """Who holds a snapshot, sorted."""
         return tuple(sorted(self._holders.get((repo_id, commit), ())))
+
+    def all(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        """The holders of every snapshot that has one, by repository and commit."""
+        return {snapshot: self.holders(*snapshot) for snapshot in self._holders}
 
     def release(self, pin: Pin) -> None:
         """Takes a pin back; see `Pin.release`."""
@@ -34,11 +46,14 @@ class Pins:
 class Pin:
     """One holder's claim on one snapshot; made by `Pins.hold`."""
 
-    def __init__(self, pins: Pins, repo_id: str, commit: str, holder: str) -> None:
+    def __init__(
+        self, pins: Pins, repo_id: str, commit: str, holder: str, lock: BinaryIO | None
+    ) -> None:
         self.repo_id = repo_id
         self.commit = commit
         self.holder = holder
         self._pins = pins
+        self._lock = lock
         self._released = False
 
     def release(self) -> None:
@@ -46,3 +61,5 @@ class Pin:
         if not self._released:
             self._released = True
             self._pins.release(self)
+            if self._lock is not None:
+                self._lock.close()

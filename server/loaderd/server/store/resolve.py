@@ -216,7 +216,7 @@ def _resolve_cached(
     repo = RepoFolder(cache_dir, name.repo_id)
     try:
         commit = repo.commit_of(name.revision)
-        if commit is None or not repo.snapshot(commit).is_dir():
+        if commit is None or not repo.has_snapshot(commit):
             return NotCached(name)
         size = check_snapshot(repo, commit, allow_pickle=allow_pickle)
     except (SnapshotIncompleteError, SnapshotCorruptError, ModelUnsupportedError) as problem:

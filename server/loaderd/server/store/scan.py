@@ -23,6 +23,8 @@ from loaderd.server.store.cache import RepoFolder, digest_of_blob
 from loaderd.server.store.inventory import FileState, Inventory, Stocktaker
 from loaderd.server.store.resolve import check_snapshot
 
+_LAST_SECOND = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
+
 _log = logging.getLogger(__name__)
 
 AllowPickle = Callable[[str], bool]
@@ -125,8 +127,8 @@ class CacheScanner:
                 each = known.get(repo.repo_id) or _KnownRepo(repo, self._allow_pickle)
                 try:
                     listing, settled = each.list()
-                except OSError as error:  # not ours to read
-                    _log.warning("%s is left out: %s", repo.repo_id, error)
+                except Exception as error:  # others put it there: it must not hide the rest
+                    _log.warning("%s is left out: %r", repo.repo_id, error)
                     continue
                 listings.append(listing)
                 if settled:
@@ -134,11 +136,6 @@ class CacheScanner:
             if [*map(id, listings)] != [*map(id, self._last[0])]:
                 self._last = (listings, _contents(listings))
             return self._last[1]
-
-
-def scan(cache_dir: Path) -> CacheContents:
-    """Lists a cache; one that does not exist is empty."""
-    return CacheScanner(cache_dir).scan()
 
 
 def describe(
@@ -220,7 +217,7 @@ class _Describer:
         files = self._inventory.files(commit)
         path = self._repo.snapshot(commit)
         dates = files or [folder.state]
-        used = datetime.fromtimestamp(max(file.accessed for file in dates), UTC)
+        used = _date(max(file.accessed for file in dates))
         blobs = {name: _freed(self._inventory, name) for name in folder.links}
         own = {
             path: state.size
@@ -239,7 +236,7 @@ class _Describer:
             unique_bytes=unique + sum(own.values()),
             file_count=len(files),
             complete=complete,
-            modified_at=datetime.fromtimestamp(max(file.modified for file in dates), UTC),
+            modified_at=_date(max(file.modified for file in dates)),
             last_used_at=max(used, self._used.get(commit, used)),
             path=path,
             contents={f"{self._repo.blobs}/{name}": size for name, size in blobs.items()} | own,
@@ -266,6 +263,8 @@ def _contents(listings: Iterable[_Listing]) -> CacheContents:
 
 
 def _orphans(repo: RepoFolder, inventory: Inventory) -> Iterable[Orphan]:
+    if not inventory.whole:
+        return
     linked = {name for folder in inventory.snapshots.values() for name in folder.links}
     for name in sorted(inventory.blobs.keys() - linked):
         digest = digest_of_blob(name)
@@ -275,11 +274,19 @@ def _orphans(repo: RepoFolder, inventory: Inventory) -> Iterable[Orphan]:
 
 
 def _freed(inventory: Inventory, name: str) -> int:
-    """What the disk gets back when a blob goes: nothing if the content has other names."""
+    """What the disk gets back when a blob goes: nothing if the content has other names.
+
+    Nor when it stays, because nobody knows who else needs it.
+    """
     state = inventory.blobs.get(name)
-    if state is None or state.links > 1 or name in inventory.shared:
+    if state is None or state.links > 1 or name in inventory.shared or not inventory.whole:
         return 0
     return state.size
+
+
+def _date(seconds: float) -> datetime:
+    """A file's date; anybody may set it to one that no calendar has."""
+    return datetime.fromtimestamp(min(max(seconds, 0), _LAST_SECOND), UTC)
 
 
 def _sizes(files: Iterable[FileState]) -> dict[tuple[int, int], int]:

@@ -89,7 +89,7 @@ class ModelStore:
     async def start(self) -> None:
         """Deletes what was left behind by downloads and deletions that were killed."""
         cache_dir = self.settings.cache_dir
-        if cache_dir.exists() and not os.access(cache_dir, os.W_OK):
+        if os.access(cache_dir, os.F_OK) and not os.access(cache_dir, os.W_OK):
             _log.warning("the cache %s cannot be written to; every download will fail", cache_dir)
             return
         freed = await asyncio.to_thread(self._sweep)
@@ -360,9 +360,20 @@ class ModelStore:
         return sum({file.digest: files.partial_bytes(file) for file in plan.files}.values())
 
     def _sweep(self) -> int:
-        remove_trash(self.settings.cache_dir)
-        repos = RepoFolder.all(self.settings.cache_dir)
-        return sum(sweep(repo, min_age=ORPHAN_AGE_SECONDS) for repo in repos)
+        """Sweeps what it can: a cache that is not in order must not keep a daemon from starting."""
+        freed = 0
+        try:
+            repos = list(RepoFolder.all(self.settings.cache_dir))
+        except OSError as error:
+            _log.warning("the cache cannot be read; every download will fail: %s", error)
+            return 0
+        for repo in repos:
+            try:
+                remove_trash(repo)
+                freed += sweep(repo, min_age=ORPHAN_AGE_SECONDS)
+            except (LoaderdError, OSError) as error:
+                _log.warning("left-overs of %s stay: %s", repo.repo_id, error)
+        return freed
 
 
 def _problem(found: Resolution) -> LoaderdError | None:
