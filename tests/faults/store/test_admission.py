@@ -55,9 +55,9 @@ async def test_a_download_begins_when_it_is_admitted(
         assert gets(hub) == []
         assert found(cache, "*") == []
 
-    commit = await downloads.download(NAME, lambda _: None, admit=admit)
+    done = await downloads.download(NAME, lambda _: None, admit=admit)
     (plan,) = plans
-    assert plan.commit == commit
+    assert plan.commit == done.commit
     assert {file.path for file in plan.files} == NEEDED
     assert {file.path for file in plan.skipped} == MODEL.keys() - NEEDED
     assert isinstance(await store.resolve(NAME), CachedSnapshot)

@@ -44,7 +44,7 @@ def test_a_download_in_process_shows_no_bars(
     hub: Hub, cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     plan = hub_functions.plan(NAME, cache, access(hub))
-    snapshot = hub_functions.download(plan, cache, access(hub))
+    snapshot = hub_functions.download(plan, cache, access(hub)).path
     assert contents(snapshot) == {name: MODEL[name] for name in NEEDED}
     assert capfd.readouterr() == ("", "")
 
@@ -112,7 +112,7 @@ def test_a_plan_is_good_for_a_later_download_too(hub: Hub, cache: Path) -> None:
     hub.inject(faults.status(429), path=INFO)
     with pytest.raises(HubRateLimitedError):
         hub_functions.plan(NAME, cache, access(hub))
-    assert hub_functions.download(plan, cache, access(hub)).name == plan.commit
+    assert hub_functions.download(plan, cache, access(hub)).path.name == plan.commit
 
 
 def test_a_full_disk_is_refused_wherever_it_is(

@@ -41,7 +41,7 @@ MESSAGES: list[Message] = [
         skipped_bytes=11,
     ),
     DownloadProgress(1, 2, 3, 4, 5.5, (FileProgress("a.json", 1, 3),), 6, 7),
-    Done("a" * 40),
+    Done("a" * 40, {"b" * 40: "1-2-3"}),
     Defect("Traceback:\n  line\n"),
 ]
 

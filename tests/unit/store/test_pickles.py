@@ -162,7 +162,7 @@ def test_a_plan_with_leave(
         "tf_model.h5": SkipReason.OTHER_FORMAT,
         "model.fp16.safetensors": SkipReason.OTHER_COPY,
     }
-    snapshot = hub_functions.download(plan, tmp_path, access)
+    snapshot = hub_functions.download(plan, tmp_path, access).path
     assert {path.name: path.read_bytes() for path in snapshot.iterdir()} == files
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loaderd.server.errors import SnapshotCorruptError
 from loaderd.server.store.cache import RepoFolder
-from loaderd.server.store.digests import digest_of_file
+from loaderd.server.store.digests import digest_of_file, stamp_of
 from loaderd.server.store.locks import is_locked, try_lock
 from loaderd.server.store.plan import PlannedFile
 from loaderd.server.store.weights import check_weights
@@ -42,30 +42,37 @@ class SnapshotFiles:
             return False
         return self.repo.holds(Path(os.path.realpath(path))) and self._is_sound(path, file)
 
-    def discard(self, file: PlannedFile, on_bytes: Callable[[int], None]) -> bool:
+    def has_any(self, file: PlannedFile) -> bool:
+        """Whether the cache has anything in the file's places, be it wrong."""
+        return any(map(os.path.lexists, self._paths(file)))
+
+    def discard(self, file: PlannedFile, on_bytes: Callable[[int], None]) -> str | None:
         """Takes away what is wrong with the file, so that it is fetched or linked again.
 
         A blob whose content is what its name says stays. So does one in the store that
-        repositories share; only the way to it goes.
+        repositories share; only the way to it goes. The caller holds the blob's lock.
 
         Args:
             file: The file.
             on_bytes: Told of every piece that was read.
 
         Returns:
-            Whether the content is there.
+            The blob's stamp if it stays.
         """
         pointer, blob = self._paths(file)
         pointer.unlink(missing_ok=True)
-        if self.has_blob(file.digest, on_bytes):
-            return True
-        blob.unlink(missing_ok=True)
-        return False
+        stamp = self.prove(file, on_bytes)
+        if stamp is None:
+            blob.unlink(missing_ok=True)
+        return stamp
 
-    def has_blob(self, digest: str, on_bytes: Callable[[int], None]) -> bool:
-        """Whether the cache has a content; hashes it."""
-        blob = self.repo.blobs / digest
-        return blob.is_file() and digest_of_file(blob, digest, on_bytes) == digest
+    def prove(self, file: PlannedFile, on_bytes: Callable[[int], None]) -> str | None:
+        """The stamp of the file's blob if its content is right; hashes it."""
+        blob = self.blob(file)
+        if not blob.is_file():
+            return None
+        stamp = stamp_of(blob)
+        return stamp if digest_of_file(blob, file.digest, on_bytes) == file.digest else None
 
     def pointer(self, file: PlannedFile) -> Path:
         """Where the snapshot has the file: a link to its blob, where links are supported."""
@@ -78,10 +85,6 @@ class SnapshotFiles:
     def partial(self, file: PlannedFile) -> Path:
         """Where what came of the file is until then."""
         return self.repo.blobs / f"{file.digest}.incomplete"
-
-    def lock(self, file: PlannedFile) -> Path:
-        """What every download of the file's content locks, the hub library's too."""
-        return self.repo.locks / f"{file.digest}.lock"
 
     def partial_bytes(self, file: PlannedFile) -> int:
         """How much of the file the next download need not fetch; at most its size."""

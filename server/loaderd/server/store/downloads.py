@@ -84,8 +84,8 @@ class Downloads:
         admit: Callable[[DownloadPlan], Awaitable[None]],
         distrusted: Collection[str] = (),
         allow_pickle: bool = False,
-    ) -> str:
-        """Asks the hub what a name is now, and brings it into the cache; returns the commit.
+    ) -> Done:
+        """Asks the hub what a name is now, and brings it into the cache.
 
         Cancelling this kills the child. What came of a file is kept for the next download.
 
@@ -108,7 +108,7 @@ class Downloads:
             answer = await self._answer(child, name, self._stall_timeout, publish)
             if not isinstance(answer, Done):
                 raise TypeError(f"the child answered a download with {answer!r}")
-            return answer.commit
+            return answer
 
     async def close(self) -> None:
         """Kills all children; later requests are refused."""

@@ -22,7 +22,7 @@ from loaderd.server.store.hub_download import Download, OnProgress
 from loaderd.server.store.hub_guard import Exchange, guard
 from loaderd.server.store.hub_listing import fetch_file, list_files
 from loaderd.server.store.names import HubName
-from loaderd.server.store.plan import DownloadPlan, PlannedFile
+from loaderd.server.store.plan import Downloaded, DownloadPlan, PlannedFile
 from loaderd.server.store.selection import CONFIG, find_weights, is_index, left_out, select
 from loaderd.server.store.weights import read_shards
 
@@ -101,8 +101,8 @@ def download(
     *,
     on_moved: Callable[[], None] = lambda: None,
     distrusted: Collection[str] = (),
-) -> Path:
-    """Brings a plan's files into the cache; returns the snapshot's folder.
+) -> Downloaded:
+    """Brings a plan's files into the cache.
 
     What the cache has already stays if its size and header are right; what is damaged is
     fetched again. After a failure what came stays too, and the next download goes on from it.

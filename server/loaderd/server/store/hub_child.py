@@ -74,7 +74,7 @@ def _run(request: Request, output: BinaryIO) -> Message:
         return plan
     _send(output, plan)
     _wait_for_go()
-    hub.download(
+    downloaded = hub.download(
         plan,
         cache_dir,
         access,
@@ -82,7 +82,7 @@ def _run(request: Request, output: BinaryIO) -> Message:
         on_moved=alive,
         distrusted=request.distrusted,
     )
-    return Done(plan.commit)
+    return Done(plan.commit, downloaded.stamps)
 
 
 def _wait_for_go() -> None:

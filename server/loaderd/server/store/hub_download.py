@@ -12,11 +12,18 @@ from pathlib import Path
 from loaderd.server.errors import DiskFullError, SnapshotCorruptError
 from loaderd.server.store.blobs import SnapshotFiles
 from loaderd.server.store.cache import RepoFolder, TreeEntry
+from loaderd.server.store.digests import digest_of_file
 from loaderd.server.store.hub_access import HubAccess
 from loaderd.server.store.hub_cache import tag
 from loaderd.server.store.hub_errors import is_disk_full
 from loaderd.server.store.hub_fetch import FileFetch
-from loaderd.server.store.plan import DownloadPlan, DownloadProgress, FileProgress, PlannedFile
+from loaderd.server.store.plan import (
+    Downloaded,
+    DownloadPlan,
+    DownloadProgress,
+    FileProgress,
+    PlannedFile,
+)
 from loaderd.server.store.rate import Rate
 from loaderd.server.store.selection import has_weights
 
@@ -63,7 +70,7 @@ class Download:
         self._movements = 0
         self._rate = Rate()
 
-    def run(self, on_progress: OnProgress, on_moved: Callable[[], None]) -> Path:
+    def run(self, on_progress: OnProgress, on_moved: Callable[[], None]) -> Downloaded:
         """See `hub.download`."""
         plan = self._plan
         report = self._reporter(on_progress, on_moved)
@@ -89,7 +96,8 @@ class Download:
             raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        return self._repo.snapshot(plan.commit)
+        stamps = {f.file.digest: f.stamp for f in self._fetches if f.stamp is not None}
+        return Downloaded(self._repo.snapshot(plan.commit), stamps)
 
     def _in_parallel(
         self,
@@ -111,7 +119,8 @@ class Download:
         entry = known.get(file.path)
         if entry is None or (entry.digest, entry.size) == (file.digest, file.size_bytes):
             return
-        if self._files.has_blob(entry.digest, self._moved):
+        path = self._files.pointer(file)
+        if path.is_file() and digest_of_file(path, entry.digest, self._moved) == entry.digest:
             raise SnapshotCorruptError(
                 self._plan.repo_id, file.path, entry.digest, "another file of the same commit"
             )

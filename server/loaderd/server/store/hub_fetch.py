@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from loaderd.server.errors import SnapshotCorruptError, SnapshotIncompleteError
 from loaderd.server.store.blobs import SnapshotFiles
+from loaderd.server.store.digests import stamp_of
 from loaderd.server.store.hub_access import HubAccess
 from loaderd.server.store.hub_cache import blob_lock, link
 from loaderd.server.store.hub_errors import is_disk_full
@@ -41,6 +43,7 @@ class FileFetch:
         file: The file.
         active: Whether it is being fetched now.
         has_content: Whether the cache has its content, so that at most a link is missing.
+        stamp: The stamp of its blob when that was hashed and is right, else None.
         resumed_bytes: What an earlier download left of it and was not fetched again.
         refetched_bytes: What had come of it and is fetched again.
     """
@@ -60,6 +63,7 @@ class FileFetch:
         self.file = file
         self.active = False
         self.has_content = False
+        self.stamp: str | None = None
         self.resumed_bytes = 0
         self.refetched_bytes = 0
         self._files = files
@@ -74,8 +78,10 @@ class FileFetch:
     def look(self) -> None:
         """Looks whether the cache has the content; takes away what is wrong with it."""
         self.has_content = not self._distrusted and self._files.is_whole(self.file)
-        if not self.has_content:
-            self.has_content = self._files.discard(self.file, self._moved)
+        if not self.has_content and self._files.has_any(self.file):
+            with self._lock():
+                self.stamp = self._files.discard(self.file, self._moved)
+            self.has_content = self.stamp is not None
         self._distrusted = False  # what is there from now on is good
 
     @property
@@ -96,24 +102,33 @@ class FileFetch:
             SnapshotIncompleteError: The hub listed the file and does not have it.
             HubBusyError, httpx2.HTTPError, OSError: As they are.
         """
-        fetched = False
-        if not self.has_content:
-            self.active = True
-            try:
-                with blob_lock(self._files.lock(self.file), self._check):
-                    # Another download may have brought it meanwhile.
-                    if not self._files.has_blob(self.file.digest, self._moved):
-                        self._fetch()
-                        fetched = True
-            finally:
-                self.active = False
-            self.has_content = True
-        link(self._files.pointer(self.file), self._files.blob(self.file), new=fetched)
+        pointer, blob = self._files.pointer(self.file), self._files.blob(self.file)
+        if self.has_content and pointer.exists():
+            return
+        self.active = not self.has_content
+        try:
+            with self._lock():
+                # Others may have brought it meanwhile, or taken it away.
+                if not (self.has_content and blob.is_file()):
+                    self.stamp = self._files.prove(self.file, self._moved)
+                    self.has_content = self.stamp is not None
+                fetched = not self.has_content
+                if fetched:
+                    self.active = True
+                    self._fetch()
+                    self.stamp = stamp_of(blob)
+                    self.has_content = True
+                link(pointer, blob, new=fetched)
+        finally:
+            self.active = False
 
     def drop_partial(self) -> None:
         """Frees the disk of what is coming; for when the download has failed."""
         if self._partial is not None:
             self._partial.delete()
+
+    def _lock(self) -> AbstractContextManager[None]:
+        return blob_lock(self._files.repo.lock(self.file.digest), self._check)
 
     def _fetch(self) -> None:
         from huggingface_hub.errors import HfHubHTTPError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -72,9 +73,15 @@ class Alive:
 
 @dataclass(frozen=True)
 class Done:
-    """The snapshot of this commit is whole."""
+    """The snapshot of a commit is there.
+
+    Attributes:
+        commit: The commit.
+        stamps: See `plan.Downloaded`.
+    """
 
     commit: str
+    stamps: Mapping[str, str]
 
 
 @dataclass(frozen=True)

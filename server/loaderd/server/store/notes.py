@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from loaderd.server.errors import CacheNotWritableError
 from loaderd.server.store import records
 from loaderd.server.store.cache import RepoFolder
-from loaderd.server.store.digests import stamp_of
-from loaderd.server.store.plan import DownloadPlan
 from loaderd.server.store.resolve import CachedSnapshot
 
 _log = logging.getLogger(__name__)
@@ -28,17 +25,6 @@ def note_use(cache_dir: Path, files: CachedSnapshot) -> None:
             records.note_complete(repo, files.revision, files.commit)
 
     _if_writable(repo, note)
-
-
-def note_fetched(cache_dir: Path, plan: DownloadPlan, distrusted: Collection[str]) -> None:
-    """Remembers which contents a download hashed: those that it fetched."""
-    repo = RepoFolder(cache_dir, plan.repo_id)
-    stamps = {}
-    for file in plan.files:
-        if not file.cached or file.path in distrusted:
-            with suppress(FileNotFoundError):  # where links do not work it is not there
-                stamps[file.digest] = stamp_of(repo.blobs / file.digest)
-    note_hashed(repo, stamps)
 
 
 def note_hashed(repo: RepoFolder, stamps: Mapping[str, str], wrong: Collection[str] = ()) -> None:

@@ -16,7 +16,7 @@ class PartialBlob:
 
     A context manager; on leaving it the file stays for the next download unless it is empty.
     Whoever writes holds the blob's lock. Where the file system's locks do not work, two may
-    write at once; every byte has its place, so that they write the same.
+    write at once; who sees that another wrote reads in the end what is there.
 
     Args:
         path: The file.
@@ -31,6 +31,8 @@ class PartialBlob:
         self._digest = digest
         self._hash = new_digest(digest, size)
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._left_as = self._state()
+        self._disturbed = False
 
     def __enter__(self) -> PartialBlob:
         return self
@@ -59,22 +61,26 @@ class PartialBlob:
         Raises:
             OSError: The disk is full, or broken.
         """
+        self._look()
         written = 0
         while written < len(data):
             rest = memoryview(data)[written:]
             written += os.pwrite(self._handle, rest, self.received + written)
+        self._left_as = self._state()
         self._add(data)
 
     def start_over(self) -> None:
         """Forgets what came."""
         os.ftruncate(self._handle, 0)
+        self._left_as, self._disturbed = self._state(), False
         self._hash = new_digest(self._digest, self._size)
         self.received = 0
 
     @property
     def found(self) -> str:
         """What the bytes that came hash to."""
-        return self._hash.hexdigest()
+        self._look()
+        return self._read() if self._disturbed else self._hash.hexdigest()
 
     def publish(self, blob: Path) -> None:
         """Gives it its name, whole and right."""
@@ -87,3 +93,19 @@ class PartialBlob:
     def _add(self, data: bytes) -> None:
         self._hash.update(data)
         self.received += len(data)
+
+    def _look(self) -> None:
+        """Notices when somebody else wrote since this one did."""
+        self._disturbed |= self._state() != self._left_as
+
+    def _state(self) -> tuple[int, int]:
+        stat = os.fstat(self._handle)
+        return stat.st_size, stat.st_mtime_ns
+
+    def _read(self) -> str:
+        """What the file hashes to."""
+        found, start = new_digest(self._digest, self._size), 0
+        while data := os.pread(self._handle, _CHUNK_BYTES, start):
+            found.update(data)
+            start += len(data)
+        return found.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 from loaderd.server.store.cache import TreeEntry
 
@@ -125,6 +126,20 @@ class DownloadProgress:
             return None
         seconds = max(0, self.total_bytes - self.downloaded_bytes) / self.bytes_per_second
         return seconds if seconds < _LONGEST_TOLD else None
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """A snapshot that is there.
+
+    Attributes:
+        path: Its folder.
+        stamps: Of the contents that the download hashed, by their digest; see `digests.stamp_of`.
+            What the cache had before is not among them unless there was a doubt.
+    """
+
+    path: Path
+    stamps: Mapping[str, str]
 
 
 @dataclass(frozen=True)

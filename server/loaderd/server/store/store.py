@@ -29,7 +29,7 @@ from loaderd.server.store.hub_access import HubAccess
 from loaderd.server.store.keeper import Keeper, Target
 from loaderd.server.store.listing import CacheListing, Download
 from loaderd.server.store.names import HubName, LocalName
-from loaderd.server.store.notes import note_fetched, note_use
+from loaderd.server.store.notes import note_hashed, note_use
 from loaderd.server.store.pins import Pin
 from loaderd.server.store.plan import DownloadPlan, DownloadProgress, DownloadState
 from loaderd.server.store.resolve import (
@@ -322,16 +322,15 @@ class ModelStore:
                 arrival.moved(progress)
                 publish(DownloadState(plan, progress))
 
-            commit = await self._downloads.download(
+            done = await self._downloads.download(
                 name,
                 report,
                 admit=admit,
                 distrusted=distrusted,
                 allow_pickle=self.allows_pickle(name),
             )
-        if plan is not None:
-            await asyncio.to_thread(note_fetched, self.settings.cache_dir, plan, distrusted)
-        return commit
+        await asyncio.to_thread(note_hashed, self._repo(name), done.stamps)
+        return done.commit
 
     async def _last_good(
         self, name: HubName, found: Resolution, error: LoaderdError | None = None

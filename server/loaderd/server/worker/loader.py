@@ -99,7 +99,7 @@ class ModelLoader:
             token=self._token or huggingface_hub.get_token(),
         )
         plan = hub.plan(name, self.cache_dir, access, allow_pickle=self._allow_pickle)
-        return hub.download(plan, self.cache_dir, access)
+        return hub.download(plan, self.cache_dir, access).path
 
     @contextmanager
     def _domain_errors(self, doing: str) -> Iterator[None]:
