@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,16 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from huggingface_hub import scan_cache_dir
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from loaderd.server.errors import CacheNotWritableError
-from loaderd.server.store import deletion as deletion_module
 from loaderd.server.store import records
 from loaderd.server.store.deletion import (
-    Busy,
-    Deletion,
-    Holders,
     PrunePolicy,
     plan_deletion,
     plan_prune,
     remove_trash,
 )
-from loaderd.server.store.scan import CacheContents, SnapshotInfo
+from loaderd.server.store.scan import Orphan
 from tests.unit.store.caches import (
     COMMIT,
     OTHER_COMMIT,
@@ -34,12 +29,21 @@ from tests.unit.store.caches import (
     MadeUpRepo,
     made_up_repo,
     move_to_shared_store,
-    safetensors,
     scan,
+)
+from tests.unit.store.deletions import (
+    NOW,
+    commits,
+    execute,
+    idle,
+    nobody,
+    on_disk,
+    plan,
+    prune,
+    used,
 )
 
 UPDATED = {**SMALL_MODEL, "config.json": b'{"model_type": "mistral"}'}
-NOW = datetime(2030, 1, 1, tzinfo=UTC)
 PARTIAL = f"{'1' * 64}.incomplete"
 
 
@@ -57,51 +61,8 @@ def cache(repo: MadeUpRepo) -> Path:
     return repo.folder.cache_dir
 
 
-def nobody(snapshot: SnapshotInfo) -> tuple[str, ...]:
-    return ()
-
-
-def used(*commits: str) -> Holders:
-    """The holders when these commits are used, by a model."""
-    return lambda info: ("m:1",) if info.commit in commits else ()
-
-
-def idle(repo_id: str) -> bool:
-    return False
-
-
-def plan(cache: Path, *commits: str, holders: Holders = nobody, busy: Busy = idle) -> Deletion:
-    contents = scan(cache)
-    chosen = [info for info in contents.snapshots if info.commit in commits]
-    return plan_deletion(contents, chosen, holders, busy)
-
-
-def prune(
-    cache: Path,
-    policy: PrunePolicy,
-    holders: Holders = nobody,
-    now: datetime = NOW,
-    busy: Busy = idle,
-) -> Deletion:
-    return plan_prune(scan(cache), policy, holders, now, busy)
-
-
-def execute(deletion: Deletion, cache: Path) -> None:
-    deletion_module.execute(deletion, cache, idle)
-
-
-def commits(infos: tuple[SnapshotInfo, ...]) -> set[str]:
-    return {info.commit for info in infos}
-
-
 def size(files: dict[str, bytes]) -> int:
     return sum(map(len, files.values()))
-
-
-def on_disk(cache: Path) -> int:
-    """Bytes of all contents in the repositories and in the store that they share."""
-    blobs = [*cache.glob("models--*/blobs/*"), *cache.glob("blobs/*/*")]
-    return sum(path.lstat().st_size for path in blobs if not path.is_symlink())
 
 
 def test_only_what_no_other_snapshot_shares_is_freed(repo: MadeUpRepo, cache: Path) -> None:
@@ -271,106 +232,67 @@ def test_prune_to_a_size_that_is_out_of_reach_names_who_is_in_use(cache: Path) -
     assert deletion.remaining_bytes == size(SMALL_MODEL)
 
 
+def test_a_disk_without_room_for_a_lock_gets_room(
+    repo: MadeUpRepo, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deletion = plan(cache, COMMIT, OTHER_COMMIT)
+    make = Path.mkdir
+
+    def refuse(path: Path, *arguments: Any, **more: Any) -> None:
+        if ".locks" in path.parts and list(repo.folder.path.glob("*/*/config.json")):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        if ".locks" in path.parts and list(repo.folder.path.glob("trash-*")):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        make(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    execute(deletion, cache)
+    assert not repo.folder.path.exists()
+
+
+def test_what_frees_nothing_is_not_taken_for_its_size(repo: MadeUpRepo, cache: Path) -> None:
+    repo.add(SMALL_MODEL, commit="c" * 40, refs=())
+    deletion = prune(cache, PrunePolicy(max_bytes=0), used(OTHER_COMMIT))
+    # Each of the two has a file that goes only with both.
+    assert commits(deletion.snapshots) == {COMMIT, "c" * 40}
+    assert deletion.freed_bytes == len(SMALL_MODEL["config.json"])
+    deletion = prune(cache, PrunePolicy(max_bytes=0), used(OTHER_COMMIT, COMMIT))
+    assert (commits(deletion.snapshots), deletion.freed_bytes) == (set(), 0)
+    assert commits(deletion.kept) == {COMMIT, OTHER_COMMIT}
+
+
+def test_a_repository_that_is_downloaded_keeps_its_left_overs(
+    repo: MadeUpRepo, cache: Path
+) -> None:
+    (repo.folder.blobs / PARTIAL).write_bytes(b"1234567")
+    deletion = plan(cache, COMMIT, OTHER_COMMIT, busy=lambda repo_id: repo_id == "org/model")
+    assert deletion.orphans == ()
+    execute(deletion, cache, busy=lambda repo_id: repo_id == "org/model")
+    assert [path.name for path in repo.folder.blobs.iterdir()] == [PARTIAL]
+
+
+class Counted(tuple[Orphan, ...]):
+    """Orphans that are counted whenever they are looked at."""
+
+    looks = 0
+
+    def __iter__(self) -> Iterator[Orphan]:
+        for orphan in super().__iter__():
+            Counted.looks += 1
+            yield orphan
+
+
+def test_many_repositories_with_left_overs_are_looked_through_few_times(cache: Path) -> None:
+    for number in range(30):
+        repo = made_up_repo(cache, f"org/r{number}")
+        repo.add(SMALL_MODEL)
+        (repo.folder.blobs / PARTIAL).write_bytes(b"1234567")
+    contents = scan(cache)
+    counted = replace(contents, orphans=Counted(contents.orphans))
+    plan_prune(counted, PrunePolicy(max_bytes=0), nobody, NOW, idle)
+    plan_deletion(counted, contents.snapshots, nobody, idle)
+    assert Counted.looks <= 10 * len(contents.orphans)
+
+
 def _crash(folder: Path) -> None:
     raise KeyboardInterrupt
-
-
-FILES = {
-    "config.json": st.sampled_from([b'{"a": 1}', b'{"bb": 22}', b'{"ccc": 333}']),
-    "tokenizer.json": st.sampled_from([b"{}", b"[1]"]),
-    "model.safetensors": st.sampled_from([safetensors(n) for n in (8, 80, 800)]),
-}
-SNAPSHOTS = st.lists(
-    st.tuples(
-        st.sampled_from(["org/a", "org/b"]),
-        st.fixed_dictionaries(FILES),
-        st.integers(0, 4),  # when it was used
-        st.booleans(),  # whether it is in use
-        st.booleans(),  # whether it is chosen
-    ),
-    min_size=1,
-    max_size=6,
-)
-ORPHANS = st.lists(st.sampled_from(["1", "2", "3"]), unique=True)
-
-
-def users_of(paths: set[Path]) -> Holders:
-    return lambda info: ("m:1",) if info.path in paths else ()
-
-
-def left_after(contents: CacheContents, chosen: list[SnapshotInfo]) -> int:
-    """What the cache takes when snapshots, and all that belongs to none, are gone."""
-    less = plan_deletion(contents, chosen, nobody, idle)
-    orphan_bytes = sum(orphan.size_bytes for orphan in less.orphans)
-    return contents.total_bytes - (less.freed_bytes - orphan_bytes)
-
-
-def build(cache: Path, snapshots: Any, orphans: list[str]) -> tuple[CacheContents, set[Path], Any]:
-    """A cache, the snapshots in use, and those that are chosen."""
-    in_use, chosen = set(), set()
-    for number, (repo_id, files, used, busy, is_chosen) in enumerate(snapshots):
-        repo = made_up_repo(cache, repo_id)
-        path = repo.add(files, commit=f"{number:040x}")
-        records.note_used(repo.folder, path.name, NOW + timedelta(days=used, seconds=number))
-        in_use |= {path} if busy else set()
-        chosen |= {path} if is_chosen else set()
-    for digit in orphans:
-        blobs = made_up_repo(cache, snapshots[0][0]).folder.blobs
-        (blobs / (digit * 64)).write_bytes(digit.encode() * int(digit))
-    return scan(cache), in_use, chosen
-
-
-def check_executed(cache: Path, deletion: Deletion, contents: CacheContents) -> None:
-    before = on_disk(cache)
-    assert contents.total_bytes + contents.orphan_bytes == before
-    execute(deletion, cache)
-    after = scan(cache)
-    assert before - on_disk(cache) == deletion.freed_bytes
-    assert after.total_bytes + after.orphan_bytes == deletion.remaining_bytes == on_disk(cache)
-    gone = {info.path for info in deletion.snapshots}
-    assert {i.path for i in after.snapshots} == {i.path for i in contents.snapshots} - gone
-    assert all(info.complete for info in after.snapshots)
-
-
-@settings(max_examples=30, deadline=None)
-@given(snapshots=SNAPSHOTS, orphans=ORPHANS)
-def test_what_is_planned_is_what_is_freed(snapshots: Any, orphans: list[str]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        cache = Path(folder)
-        contents, in_use, chosen = build(cache, snapshots, orphans)
-        meant = [info for info in contents.snapshots if info.path in chosen]
-        deletion = plan_deletion(contents, meant, users_of(in_use), idle)
-        assert {info.path for info in deletion.snapshots} == chosen - in_use
-        assert {info.path for info in deletion.kept} == chosen & in_use
-        for info in meant:
-            alone = plan_deletion(contents, [info], nobody, idle)
-            left_behind = sum(orphan.size_bytes for orphan in alone.orphans)
-            assert alone.freed_bytes - left_behind == info.unique_bytes
-        check_executed(cache, deletion, contents)
-
-
-@settings(max_examples=30, deadline=None)
-@given(snapshots=SNAPSHOTS, orphans=ORPHANS, max_bytes=st.integers(0, 3000))
-def test_pruning_to_a_size(snapshots: Any, orphans: list[str], max_bytes: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        cache = Path(folder)
-        contents, in_use, _ = build(cache, snapshots, orphans)
-        policy = PrunePolicy(max_bytes=max_bytes)
-        deletion = prune(cache, policy, users_of(in_use))
-        gone = {info.path for info in deletion.snapshots}
-        assert not gone & in_use
-        free = [info for info in contents.snapshots if info.path not in in_use]
-        if deletion.remaining_bytes > max_bytes:
-            assert {info.path for info in deletion.kept} == in_use
-            assert deletion.holders.keys() == in_use
-            assert deletion.remaining_bytes == left_after(contents, free)
-        else:
-            assert deletion.kept == ()
-        for info in deletion.snapshots:  # none frees nothing
-            others = [each for each in deletion.snapshots if each != info]
-            assert left_after(contents, others) > deletion.remaining_bytes
-        by_use = sorted(free, key=lambda info: info.last_used_at)
-        if gone:  # with one less it would not have been enough
-            last = max(index for index, info in enumerate(by_use) if info.path in gone)
-            assert left_after(contents, by_use[:last]) > max_bytes
-        check_executed(cache, deletion, contents)

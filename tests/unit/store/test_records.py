@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from huggingface_hub import scan_cache_dir
 
 from loaderd.server.errors import CacheNotWritableError
@@ -97,6 +98,17 @@ def test_writers_at_the_same_time_lose_nothing(repo: RepoFolder) -> None:
     for writer in writers:
         writer.join()
     assert records.last_used(repo).keys() == set(commits)
+
+
+def test_a_lock_that_nobody_lets_go_of_is_not_waited_for_for_ever(
+    repo: RepoFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loaderd.server.store.locks.LONGEST_WAIT", 0.1)
+    repo.locks.mkdir(parents=True)
+    with FileLock(repo.lock("loaderd")), pytest.raises(TimeoutError, match=r"loaderd\.lock"):
+        records.note_used(repo, COMMIT, NOON)
+    records.note_used(repo, COMMIT, NOON)
+    assert records.last_used(repo) == {COMMIT: NOON}
 
 
 def test_the_hub_library_does_not_mind_the_file(repo: RepoFolder) -> None:

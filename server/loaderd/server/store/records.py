@@ -2,7 +2,8 @@
 
 When a snapshot was used, which commit of a revision was whole, which contents were hashed. One
 small file in the repository's folder, which the library does not look at: `.loaderd.json`. Several
-daemons may share a cache: whoever changes the file holds its lock.
+daemons may share a cache: whoever changes the file holds its lock, and whoever does not get that
+raises TimeoutError.
 """
 
 from __future__ import annotations
