@@ -14,6 +14,7 @@ from loaderd.server.store import hub as hub_functions
 from loaderd.server.store import hub_download, hub_fetch
 from loaderd.server.store.cache import RepoFolder
 from loaderd.server.store.deletion import PrunePolicy
+from loaderd.server.store.downloads import Downloads
 from loaderd.server.store.hub_access import HubAccess
 from loaderd.server.store.hub_cache import link, tag
 from loaderd.server.store.keeper import Keeper
@@ -34,6 +35,10 @@ from tests.hub import Hub
 WEIGHTS = MODEL["model.safetensors"]
 DAMAGED = WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1])
 DIGEST = hashlib.sha256(WEIGHTS).hexdigest()
+
+
+async def admit_all(_plan: DownloadPlan) -> None:
+    pass
 
 
 def weights_blob(cache: Path) -> Path:
@@ -120,6 +125,33 @@ async def test_a_damaged_content_that_somebody_works_on_is_not_taken_away(
     assert await task == snapshot
     assert gets(hub) == before
     assert contents(snapshot) == {name: MODEL[name] for name in NEEDED}
+
+
+async def test_a_repair_that_another_daemon_makes_is_waited_for(
+    store: ModelStore, hub: Hub, cache: Path
+) -> None:
+    snapshot = await download(store)
+    before = gets(hub)
+    blob = weights_blob(cache)
+    blob.write_bytes(DAMAGED)
+    downloads = Downloads(cache, HubAccess(hub.url, retry=QUICK), stall_timeout=1.0)
+    task = asyncio.create_task(
+        downloads.download(NAME, lambda _: None, admit=admit_all, distrusted=["model.safetensors"])
+    )
+    with RepoFolder(cache, "org/model").lock(DIGEST).open("ab") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        partial = blob.with_name(f"{DIGEST}.incomplete")
+        with partial.open("wb") as file:
+            for start in range(0, len(WEIGHTS), len(WEIGHTS) // 20):
+                file.write(WEIGHTS[start : start + len(WEIGHTS) // 20])
+                file.flush()
+                await asyncio.sleep(0.2)
+        partial.rename(blob)
+    async with asyncio.timeout(30):
+        await task
+    assert gets(hub) == before
+    assert contents(snapshot.path) == {name: MODEL[name] for name in NEEDED}
+    await downloads.close()
 
 
 async def test_a_wrong_listing_in_the_cache_is_mended(store: ModelStore, cache: Path) -> None:

@@ -99,8 +99,8 @@ def _confine(request: Request) -> None:
         repo = RepoFolder(Path(request.cache_dir), request.repo_id)
         with domain_errors(HubName(request.repo_id, request.revision)):
             repo.cache_dir.mkdir(parents=True, exist_ok=True)
-        # The operator may have moved a repository, or its blobs, to another disk.
-        folders = [repo.cache_dir, *filter(Path.is_dir, (repo.path, repo.blobs))]
+            # The operator may have moved a repository, or its blobs, to another disk.
+            folders = [repo.cache_dir, *filter(Path.is_dir, (repo.path, repo.blobs))]
     confine_writing(folders)
 
 

@@ -90,7 +90,7 @@ class FileFetch:
         if self.has_content:
             return self.file.size_bytes
         if self._distrusted:
-            return 0
+            return self._files.partial_bytes(self.file)
         waits = self.active and self._partial is None
         return self._files.bytes_present(self.file, of_others=waits)
 
