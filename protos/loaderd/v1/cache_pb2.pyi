@@ -669,8 +669,10 @@ class Snapshot(_message.Message):
 
     @_builtins.property
     def in_use_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Who uses it: ids of loaded models; "download" while its repository is being
-        downloaded, which may share its files; "verification".
+        """Who uses it: ids of loaded models; "verification"; "download" during a
+        download that may share its files. Only in answers to deletions also
+        "another process": another daemon uses it, or another program downloads
+        its repository.
         """
 
     def __init__(
@@ -962,8 +964,8 @@ class PruneCacheRequest(_message.Message):
     unreferenced: _builtins.bool
     """Delete snapshots that no branch or tag points to in the cache."""
     max_bytes: _builtins.int
-    """Delete the least recently used snapshots until the cache is no larger.
-    Orphans go first.
+    """Delete the least recently used snapshots until the cache is no larger, but
+    none that frees nothing. Orphans go first.
     """
     dry_run: _builtins.bool
     """Say what would be deleted, and delete nothing."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from loaderd.server.store.blobs import sweep, unlocked_partials
+from loaderd.server.store.blobs import sweep
 from loaderd.server.store.cache import RepoFolder
 
 SHA256 = "0123456789abcdef" * 4
@@ -64,16 +64,5 @@ def test_what_is_young_stays_when_asked(repo: RepoFolder) -> None:
     assert (young.exists(), old.exists()) == (True, False)
 
 
-def test_the_unfinished_files_are_those_without_a_holder(repo: RepoFolder) -> None:
-    free = [partial(repo, f"{SHA1}.0a1b2c3d.incomplete"), partial(repo, f"{SHA1}.incomplete")]
-    held = partial(repo, f"{SHA256}.incomplete")
-    partial(repo, SHA256)
-    partial(repo, "notes.incomplete")
-    with FileLock(repo.locks / f"{SHA256}.lock"):
-        assert unlocked_partials(repo) == free
-    assert unlocked_partials(repo) == [*free, held]
-
-
 def test_no_repository_is_no_error(tmp_path: Path) -> None:
     assert sweep(RepoFolder(tmp_path, "org/none")) == 0
-    assert unlocked_partials(RepoFolder(tmp_path, "org/none")) == []

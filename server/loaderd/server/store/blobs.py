@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from loaderd.server.errors import SnapshotCorruptError
-from loaderd.server.store.cache import RepoFolder
+from loaderd.server.store.cache import RepoFolder, digest_of_blob
 from loaderd.server.store.digests import digest_of_file, stamp_of
-from loaderd.server.store.locks import is_locked, try_lock
+from loaderd.server.store.locks import try_lock
 from loaderd.server.store.plan import PlannedFile
 from loaderd.server.store.weights import check_weights
-
-# Ours is `<digest>.incomplete`, and a download goes on from it. The hub library puts 8 hex digits
-# in between, new ones each time, so that nobody can.
-_INCOMPLETE = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})(\.[0-9a-f]{8})?\.incomplete")
 
 
 class SnapshotFiles:
@@ -121,15 +116,6 @@ class SnapshotFiles:
         return True
 
 
-def unlocked_partials(repo: RepoFolder) -> list[Path]:
-    """The unfinished files that nobody writes to, ours and the hub library's, sorted.
-
-    A partial file belongs to whoever holds the lock of its blob. Where the file system has no
-    such locks there are none.
-    """
-    return [path for path, lock in _partials(repo) if not is_locked(lock)]
-
-
 def sweep(repo: RepoFolder, *, min_age: float = 0.0) -> int:
     """Deletes unfinished files that no download can go on from; returns their bytes.
 
@@ -138,23 +124,18 @@ def sweep(repo: RepoFolder, *, min_age: float = 0.0) -> int:
         min_age: Leave files alone that were written to less than so many seconds ago.
     """
     freed = 0
-    for path, lock in _partials(repo):
+    # Ours is `<digest>.incomplete`, and a download goes on from it. The hub library puts 8 hex
+    # digits in between, new ones each time, so that nobody can.
+    for path in sorted(repo.blobs.glob("*.*.incomplete")):
         modified, size = _stat(path)
-        own = path.name.count(".") == 1
-        if own or time.time() - modified < min_age:
+        digest = digest_of_blob(path.name)
+        if digest is None or time.time() - modified < min_age:
             continue
-        with try_lock(lock) as held:
+        with try_lock(repo.lock(digest)) as held:
             if held:
                 path.unlink(missing_ok=True)
                 freed += size
     return freed
-
-
-def _partials(repo: RepoFolder) -> Iterator[tuple[Path, Path]]:
-    """The unfinished files, each with the lock that its writer holds."""
-    for path in sorted(repo.blobs.glob("*.incomplete")):
-        if match := _INCOMPLETE.fullmatch(path.name):
-            yield path, repo.locks / f"{match[1]}.lock"
 
 
 def _stat(path: Path) -> tuple[float, int]:
