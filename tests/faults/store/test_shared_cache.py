@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import scan_cache_dir, snapshot_download
 
+from loaderd.server.errors import SnapshotInUseError
+from loaderd.server.store.deletion import PrunePolicy
+from loaderd.server.store.keeper import Target
 from loaderd.server.store.store import CachedSnapshot, DownloadProgress, ModelStore
 from tests.faults.store.support import (
     MODEL,
@@ -21,6 +24,7 @@ from tests.faults.store.support import (
     contents,
     download,
     gets,
+    listed,
     litter,
     partial_files,
 )
@@ -125,6 +129,25 @@ async def test_a_file_that_the_library_fetches_now_is_waited_for(
     steps = {f.downloaded_bytes for p in seen for f in p.files if f.path == "model.safetensors"}
     assert len(steps) > 2
     assert (seen[-1].resumed_bytes, seen[-1].refetched_bytes) == (0, 0)
+
+
+async def test_what_the_library_downloads_now_is_not_deleted(
+    store: ModelStore, hub: Hub, cache: Path
+) -> None:
+    hub.inject(faults.throttle(5e5), path=WEIGHTS)
+    plain = await plain_download(hub, cache)
+    async with asyncio.timeout(30):
+        while not (gets(hub, "model.safetensors") and litter(cache) and await listed(store)):
+            await asyncio.sleep(0.02)
+    with pytest.raises(SnapshotInUseError, match="another process"):
+        await store.delete([Target("org/model")], dry_run=False)
+    pruned = await store.prune(PrunePolicy(orphans=True, max_bytes=0), dry_run=False)
+    assert (pruned.snapshots, len(pruned.kept)) == ((), 1)
+    theirs = await result(plain)
+    assert {name: MODEL[name] for name in NEEDED}.items() <= contents(theirs).items()
+    assert isinstance(await store.resolve(NAME), CachedSnapshot)
+    await store.delete([Target("org/model")], dry_run=False)
+    assert not theirs.exists()
 
 
 async def test_a_file_that_the_library_leaves_halfway_is_brought(

@@ -39,7 +39,8 @@ class Snapshot:
     """Set by a download, and by `resolve` with `refresh`, when the hub did not answer or must not
     be asked, and this is what the cache had: it may be older than what the revision is now."""
     in_use_by: tuple[str, ...]
-    """Who uses it: ids of loaded models, "download" and "verification"."""
+    """Who uses it: ids of loaded models, "download" and "verification"; in plans of deletions also
+    "another process"."""
 
     @property
     def revision(self) -> str:
