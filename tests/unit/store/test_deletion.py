@@ -122,13 +122,16 @@ def test_contents_that_repositories_share_stay(repo: MadeUpRepo, cache: Path) ->
     assert not repo.folder.path.exists()
 
 
-def test_a_content_that_somebody_links_just_now_stays(repo: MadeUpRepo, cache: Path) -> None:
+def test_a_content_that_somebody_links_just_now_stays(
+    repo: MadeUpRepo, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     blob = repo.blob("config.json")
     deletion = plan(cache, COMMIT, OTHER_COMMIT)
     repo.folder.locks.mkdir(parents=True)
     with FileLock(repo.folder.locks / f"{blob.name}.lock"):
         execute(deletion, cache)
     assert [path.name for path in repo.folder.blobs.iterdir()] == [blob.name]
+    assert "1 contents of org/model stay, locked by others" in caplog.text
     assert scan(cache).snapshots == ()
     assert prune(cache, PrunePolicy(orphans=True)).freed_bytes == len(SMALL_MODEL["config.json"])
 

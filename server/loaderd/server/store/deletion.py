@@ -277,11 +277,14 @@ class _Remover:
         names = set(blobs)
         with suppress(OSError):  # what it needed alone is listed from now on as of no snapshot
             names.update(name for path in buried for name in _linked(path))
-        self._remove_blobs(names)
+        left = self._remove_blobs(names)
         for path in buried:
             _remove(path)
-        while self._remove_blobs(names):  # on a full disk there is room for their locks only now
-            pass
+        before = set[str]()
+        while left != before:  # on a full disk there is room for their locks only now
+            before, left = left, self._remove_blobs(left)
+        if left:
+            _log.warning("%d contents of %s stay, locked by others", len(left), self._repo.repo_id)
         if self._busy or not self._remove_if_empty():
             try:
                 records.forget(self._repo, gone)
@@ -299,13 +302,13 @@ class _Remover:
             self._repo.tree(commit).unlink(missing_ok=True)
             _remove(self._repo.path / ".no_exist" / commit)
 
-    def _remove_blobs(self, names: Collection[str]) -> int:
+    def _remove_blobs(self, names: Collection[str]) -> set[str]:
         """Removes files in `blobs` that no snapshot links to and that nobody writes or links.
 
         Returns:
-            How many it removed.
+            Those whose locks were not to be had.
         """
-        removed = 0
+        left = set()
         by_lock = defaultdict(list)
         for name in sorted(self._blobs() & set(names)):
             by_lock[self._repo.lock(digest_of_blob(name) or name)].append(name)
@@ -316,12 +319,14 @@ class _Remover:
                     linked = set(_linked(self._repo.path / "snapshots"))
                 except OSError as error:  # who knows what belongs to that
                     _log.warning("no content of %s is deleted: %s", self._repo.repo_id, error)
-                    return removed
-                for name in (name for lock in free for name in by_lock[lock]):
-                    if name not in linked:
-                        (self._repo.blobs / name).unlink(missing_ok=True)
-                        removed += 1
-        return removed
+                    return set()
+                for lock in batch:
+                    for name in set(by_lock[lock]) - linked:
+                        if lock in free:
+                            (self._repo.blobs / name).unlink(missing_ok=True)
+                        else:
+                            left.add(name)
+        return left
 
     def _remove_if_empty(self) -> bool:
         """Removes the repository if it has neither a snapshot nor a content any more."""

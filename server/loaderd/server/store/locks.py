@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-LONGEST_WAIT = 5.0
+LONGEST_WAIT = 2.0
 """Seconds; whoever holds a lock that is waited for does next to nothing meanwhile."""
 
 _POLL_SECONDS = 0.02
