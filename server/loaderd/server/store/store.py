@@ -22,7 +22,7 @@ from loaderd.server.errors import (
 from loaderd.server.single_flight import Flight, Publish, SingleFlight
 from loaderd.server.store import records
 from loaderd.server.store.blobs import SnapshotFiles, sweep
-from loaderd.server.store.cache import RepoFolder
+from loaderd.server.store.cache import RepoFolder, writing
 from loaderd.server.store.deletion import Deletion, PrunePolicy, remove_trash
 from loaderd.server.store.downloads import Downloads
 from loaderd.server.store.hub_access import HubAccess
@@ -234,10 +234,12 @@ class ModelStore:
 
         Raises:
             SnapshotNotFoundError: The cache has no snapshot of the name.
+            CacheNotWritableError: The cache is not ours to look into.
             LoaderdError: The repair failed; as `download`.
         """
         repo = self._repo(name)
-        commit = await asyncio.to_thread(repo.cached_commit, name.revision)
+        with writing(self.settings.cache_dir):  # reading needs as much of its owner's leave
+            commit = await asyncio.to_thread(repo.cached_commit, name.revision)
         if commit is None:
             raise SnapshotNotFoundError(str(name))
         pin = await self._keeper.hold(name.repo_id, commit, VERIFICATION)
