@@ -91,7 +91,12 @@ class ModelHost:
             prompt = hosted.tokenization.prompt(request)
             hosted.engine.submit(
                 typed_request(
-                    request, key=command.key, prompt=prompt, arrived=arrived, facts=hosted.facts
+                    request,
+                    key=command.key,
+                    prompt=prompt,
+                    arrived=arrived,
+                    facts=hosted.facts,
+                    bad_words=hosted.tokenization.bad_words(request),
                 )
             )
         except LoaderdError as error:
