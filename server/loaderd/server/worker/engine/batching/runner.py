@@ -1,0 +1,105 @@
+"""Forward passes of the model over tokens of many requests."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from loaderd.server.worker.engine.batching.attention import Chunk, StepAttention, attending
+from loaderd.server.worker.engine.batching.kv_cache import KvCache
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """What one request puts into a step.
+
+    Attributes:
+        slot: Of its keys and values.
+        begin: Position of its first token in this step.
+        token_ids: One when it decodes, else a piece of its prompt.
+        wants: How many of its last tokens are to have logits.
+    """
+
+    slot: int
+    begin: int
+    token_ids: Sequence[int]
+    wants: int
+
+
+class Runner:
+    """Runs a model that has this package's attention function.
+
+    All tokens of a step go through the model as one row; the attention function alone knows
+    where one request ends and the next one begins.
+
+    Args:
+        model: Set to `attention.NAME`.
+        cache: For keys and values.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: KvCache) -> None:
+        self._model = model
+        self._cache = cache
+        self._device = model.get_input_embeddings().weight.device
+        parameters = inspect.signature(model.forward).parameters
+        self._selects = "logits_to_keep" in parameters
+        self.windows: dict[int, int | None] = {}
+
+    def run(self, feeds: Sequence[Feed]) -> torch.Tensor | None:
+        """One forward pass.
+
+        Args:
+            feeds: At least one, each slot at most once.
+
+        Returns:
+            Logits in float32 [wanted tokens, vocabulary], in the order of the feeds; None if
+            none are wanted. They may share memory with nothing that later steps use.
+        """
+        # Neighbouring slots in one run, so that their attention is one call.
+        order = sorted(
+            range(len(feeds)), key=lambda i: (len(feeds[i].token_ids) > 1, feeds[i].slot)
+        )
+        ordered = [feeds[i] for i in order]
+        chunks = [Chunk(feed.slot, feed.begin, len(feed.token_ids)) for feed in ordered]
+        ends = [chunk.begin + chunk.count for chunk in chunks]
+        self._cache.reserve(max(chunk.slot for chunk in chunks) + 1, max(ends))
+        inputs = torch.tensor(
+            [
+                [token for feed in ordered for token in feed.token_ids],
+                [
+                    position
+                    for c, end in zip(chunks, ends, strict=True)
+                    for position in range(c.begin, end)
+                ],
+            ],
+            device=self._device,
+        )
+        step = StepAttention(self._cache, chunks)
+        wanted = _wanted(feeds, order)
+        every = wanted == list(range(inputs.shape[1]))
+        keep = None if every else torch.tensor(wanted, dtype=torch.long, device=self._device)
+        select = {"logits_to_keep": keep} if self._selects and keep is not None else {}
+        with torch.inference_mode(), attending(step):
+            logits = self._model(
+                input_ids=inputs[:1], position_ids=inputs[1:], use_cache=False, **select
+            ).logits[0]
+            self.windows = step.windows
+            if not wanted:
+                return None
+            if keep is not None and not self._selects:
+                logits = logits[keep.to(logits.device)]
+            return logits.float()
+
+
+def _wanted(feeds: Sequence[Feed], order: Sequence[int]) -> list[int]:
+    """Places of the tokens that want logits, in the order of the feeds."""
+    places: dict[int, range] = {}
+    token = 0
+    for i in order:
+        token += len(feeds[i].token_ids)
+        places[i] = range(token - feeds[i].wants, token)
+    return [place for i in range(len(feeds)) for place in places[i]]
