@@ -139,17 +139,6 @@ def test_the_same_seed_gives_the_same_tokens_and_another_one_others() -> None:
     assert first != generate(asked(temperature=5.0, seed=2))
 
 
-def test_each_completion_of_a_request_draws_for_itself() -> None:
-    sampler, request = BatchSampler(), asked(temperature=50.0, seed=2**64 - 1, n=3)
-    for index in range(3):
-        sampler.admit(index, request, index)
-    rows = [
-        [outcome.token_id for outcome in sampler.sample(logits.repeat(3, 1), range(3))]  # type: ignore[union-attr]
-        for logits in random_logits(1, 20, VOCABULARY)
-    ]
-    assert len({tuple(column) for column in zip(*rows, strict=True)}) == 3
-
-
 def penalized(prompt: list[int], output: list[int], **fields: Any) -> list[float]:
     """What becomes of logits that are all 0, after this output."""
     sampler = BatchSampler()

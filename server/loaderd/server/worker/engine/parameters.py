@@ -152,7 +152,8 @@ def typed_request(
         prompt_logprobs=_alternatives(given, "prompt_logprobs"),
         priority=request.priority,
         cache_salt=request.cache_salt,
-        bypass_prefix_cache=request.bypass_prefix_cache,
+        # Tokens of a cached prefix get no logits.
+        bypass_prefix_cache=request.bypass_prefix_cache or "prompt_logprobs" in given,
         arrived=arrived,
     )
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from loaderd.worker.v1 import worker_pb2
 
 Emit = Callable[[Sequence[worker_pb2.Output]], None]
-"""Takes what one engine step brought, at most one output a request; never blocks for long."""
+"""Takes what one engine step brought, for all requests; never blocks for long."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 from loaderd.server.errors import DeviceMemoryError, LoaderdError
 from loaderd.server.worker import devices
 from loaderd.server.worker.engine.completion import Completion, Tokenizer
-from loaderd.server.worker.engine.protocol import Emit, GenerationRequest
+from loaderd.server.worker.engine.protocol import Emit, GenerationRequest, SampledToken
 from loaderd.server.worker.failures import error_message, incident
 from loaderd.v1.generation_pb2 import (
     Finish,
@@ -231,7 +231,7 @@ class SequentialEngine:
         def take(input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
             if completion.finish is None:
                 clock.token()
-                self._show(job, completion.push(int(input_ids[0, -1])))
+                self._show(job, completion.push(SampledToken(int(input_ids[0, -1]))))
             if completion.finish is None and job.cancelled.is_set():
                 self._show(job, completion.close(FinishReason.FINISH_REASON_CANCELLED))
             if completion.finish is None and time.monotonic() >= deadline:

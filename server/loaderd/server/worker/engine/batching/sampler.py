@@ -16,8 +16,6 @@ from loaderd.server.worker.engine.batching.logits_processors import process
 from loaderd.server.worker.engine.protocol import GenerationRequest, SampledToken, Sampling
 from loaderd.server.worker.failures import incident
 
-_SEED_BITS = 64
-
 
 @dataclass(frozen=True, slots=True)
 class _Row:
@@ -49,19 +47,16 @@ class BatchSampler:
     def __init__(self) -> None:
         self._rows: dict[Hashable, _Row] = {}
 
-    def admit(self, key: Hashable, request: GenerationRequest, index: int = 0) -> None:
+    def admit(self, key: Hashable, request: GenerationRequest) -> None:
         """Takes up a completion.
 
         Args:
             key: A name for it that no other has.
-            request: Its request.
-            index: Which of the request's completions; each draws numbers of its own.
+            request: What it is a completion of; with a seed of its own, if there are several.
         """
-        # Integers seed Python's generator as a whole, and the same on every platform.
-        seed = request.sampling.seed | index << _SEED_BITS
         self._rows[key] = _Row(
             sampling=request.sampling,
-            next_number=random.Random(seed).random,  # noqa: S311 - not for secrets
+            next_number=random.Random(request.sampling.seed).random,  # noqa: S311 - no secret
             history=History(request) if History.needed_for(request) else None,
             top_logprobs=request.top_logprobs,
         )
