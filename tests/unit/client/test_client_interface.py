@@ -52,6 +52,8 @@ EXPORTS = {
     "GenerationTimings",
     "Message",
     "RenderedPrompt",
+    "TokenAlternative",
+    "TokenLogprob",
     "Tokenization",
     "Usage",
     # cache

@@ -27,7 +27,9 @@ from loaderd.client.types.generation import (
     GenerationTimings,
     Message,
     RenderedPrompt,
+    TokenAlternative,
     Tokenization,
+    TokenLogprob,
     Usage,
 )
 from loaderd.client.types.model import (
@@ -77,6 +79,8 @@ __all__ = [
     "ServerInfo",
     "Snapshot",
     "SnapshotList",
+    "TokenAlternative",
+    "TokenLogprob",
     "Tokenization",
     "UnloadResult",
     "Usage",
