@@ -255,6 +255,16 @@ def test_log_probabilities_of_a_prompt() -> None:
     assert {len(token.top) for token in told} == {2}
 
 
+def test_it_takes_what_a_model_puts_out_in_inference_mode() -> None:
+    sampler = BatchSampler()
+    sampler.admit(0, asked(temperature=0.5, top_p=0.5, logit_bias={3: 100.0}, logprobs=True))
+    with torch.inference_mode():
+        logits = random_logits(0, 1, VOCABULARY) * 2
+    (token,) = sampler.sample(logits, [0])
+    assert isinstance(token, SampledToken)
+    assert token.token_id == 3
+
+
 def test_a_retired_completion_is_forgotten() -> None:
     sampler = BatchSampler()
     sampler.admit(0, asked())

@@ -62,9 +62,10 @@ class BatchSampler:
         )
 
     def retire(self, key: Hashable) -> None:
-        """Forgets a completion."""
-        del self._rows[key]
+        """Forgets a completion; ignored if it is not known."""
+        self._rows.pop(key, None)
 
+    @torch.inference_mode()  # what comes out of it may not be changed in place outside of it
     def sample(self, logits: Tensor, keys: Sequence[Hashable]) -> list[SampledToken | LoaderdError]:
         """Chooses the next token of each row.
 
@@ -111,6 +112,7 @@ class BatchSampler:
         return token_ids
 
 
+@torch.inference_mode()
 def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[SampledToken]:
     """Log probabilities of tokens that were given.
 
