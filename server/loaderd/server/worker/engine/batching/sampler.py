@@ -65,7 +65,6 @@ class BatchSampler:
         """Forgets a completion; ignored if it is not known."""
         self._rows.pop(key, None)
 
-    @torch.inference_mode()  # what comes out of it may not be changed in place outside of it
     def sample(self, logits: Tensor, keys: Sequence[Hashable]) -> list[SampledToken | LoaderdError]:
         """Chooses the next token of each row.
 
@@ -79,11 +78,12 @@ class BatchSampler:
         """
         rows = [self._rows[key] for key in keys]
         told = [place for place, row in enumerate(rows) if row.top_logprobs is not None]
-        logprobs = logits[told].log_softmax(-1) if told else None
         changed = [(place, row.history) for place, row in enumerate(rows) if row.history]
-        if changed:
-            process(logits, changed)
-        token_ids = self._choose(logits, rows).tolist()
+        with torch.inference_mode():  # or its tensors could not be overwritten
+            logprobs = logits[told].log_softmax(-1) if told else None
+            if changed:
+                process(logits, changed)
+            token_ids = self._choose(logits, rows).tolist()
         outcomes: list[SampledToken | LoaderdError] = [
             SampledToken(token_id) if token_id >= 0 else _no_token(row, logits[place])
             for place, (row, token_id) in enumerate(zip(rows, token_ids, strict=True))
@@ -112,7 +112,6 @@ class BatchSampler:
         return token_ids
 
 
-@torch.inference_mode()
 def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[SampledToken]:
     """Log probabilities of tokens that were given.
 
