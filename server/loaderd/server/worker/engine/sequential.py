@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from google.protobuf.duration_pb2 import Duration
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from loaderd.server.errors import DeviceMemoryError, LoaderdError
 from loaderd.server.worker import devices
+from loaderd.server.worker.engine.clock import Clock
 from loaderd.server.worker.engine.completion import Completion, Tokenizer
 from loaderd.server.worker.engine.protocol import Emit, GenerationRequest, SampledToken
 from loaderd.server.worker.failures import error_message, incident
@@ -27,7 +27,6 @@ from loaderd.v1.generation_pb2 import (
     GenerationDelta,
     GenerationFinished,
     GenerationStarted,
-    GenerationTimings,
     Usage,
 )
 from loaderd.worker.v1.worker_pb2 import Output
@@ -52,34 +51,11 @@ _PLAIN_DECODING: dict[str, Any] = {
 
 
 @dataclass
-class _Clock:
-    """Monotonic times of one request, in seconds; None for what did not happen."""
-
-    arrived: float
-    turn: float | None = None
-    first: float | None = None
-    last: float | None = None
-
-    def token(self) -> None:
-        self.last = time.monotonic()
-        self.first = self.last if self.first is None else self.first
-
-    def timings(self) -> GenerationTimings:
-        turn = time.monotonic() if self.turn is None else self.turn
-        timings = GenerationTimings(queue=_duration(turn - self.arrived))
-        if self.first is not None and self.last is not None:
-            timings.prefill.CopyFrom(_duration(self.first - turn))
-            timings.decode.CopyFrom(_duration(self.last - self.first))
-            timings.time_to_first_token.CopyFrom(_duration(self.first - self.arrived))
-        return timings
-
-
-@dataclass
 class _Job:
     """A request that waits or runs."""
 
     request: GenerationRequest
-    clock: _Clock
+    clock: Clock
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -147,7 +123,7 @@ class SequentialEngine:
 
     def submit(self, request: GenerationRequest) -> None:
         """Queues a request."""
-        job = _Job(request, _Clock(request.arrived))
+        job = _Job(request, Clock(request.arrived))
         with self._changed:
             if not self._closed:
                 self._waiting.append(job)
@@ -306,9 +282,3 @@ def _arguments(request: GenerationRequest) -> dict[str, Any]:
             "typical_p": sampling.typical_p,
         }
     return arguments
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +16,7 @@ class KvCache:
     """Per layer two buffers [slots, heads, tokens, dimensions], on the device of that layer.
 
     A slot is one stretch of memory, so that a run of slots is a slice of the batch and not a
-    gather. On a CPU the buffers have their full size from the beginning: the system backs only
-    what is written. Elsewhere they grow by doubling, and `Footprint` tells what that takes.
+    gather. On a CPU the system backs only what is written.
 
     Beside the slots there are blocks of finished prompts, see `keep` and `take`.
 
@@ -51,11 +49,6 @@ class KvCache:
         if layer is None:
             layer = self._layers[index] = _Layer(self, key, value)
         return layer
-
-    def reserve(self, slots: int, tokens: int) -> None:
-        """Makes room for this many slots of this many tokens; on a CPU it is there already."""
-        for layer in self._layers.values():
-            layer.grow(slots, tokens)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copies a slot's first tokens into another slot."""
@@ -93,10 +86,7 @@ class _Layer:
     """One layer's buffers."""
 
     def __init__(self, cache: KvCache, key: torch.Tensor, value: torch.Tensor) -> None:
-        self._limits = cache.slots, cache.tokens
-        on_cpu = key.device.type == "cpu"
-        slots, tokens = self._limits if on_cpu else (1, min(BLOCK, cache.tokens))
-        self.keys, self.values = (_buffer(slots, tokens, new) for new in (key, value))
+        self.keys, self.values = (_buffer(cache.slots, cache.tokens, new) for new in (key, value))
         self._kept_keys, self._kept_values = (
             _buffer(cache.blocks, BLOCK, new) for new in (key, value)
         )
@@ -107,45 +97,6 @@ class _Layer:
 
     def pairs(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
         return (self.keys, self._kept_keys), (self.values, self._kept_values)
-
-    def grow(self, slots: int, tokens: int) -> None:
-        has_slots, has_tokens = self.keys.shape[0], self.keys.shape[2]
-        if slots <= has_slots and tokens <= has_tokens:
-            return
-        slots, tokens = Footprint.rectangle(max(slots, has_slots), max(tokens, has_tokens))
-        slots, tokens = min(slots, self._limits[0]), min(tokens, self._limits[1])
-        self.keys = _grown(self.keys, slots, tokens)
-        self.values = _grown(self.values, slots, tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Footprint:
-    """Which requests fit beside each other.
-
-    Attributes:
-        slots: Most slots.
-        tokens: Most tokens over all slots.
-        touched_only: Whether memory is taken by what is written, as on a CPU; else by the
-            smallest rectangle of powers of two around all slots.
-    """
-
-    slots: int
-    tokens: int
-    touched_only: bool
-
-    def fits(self, reserved: Sequence[int]) -> bool:
-        """Whether slots of these many tokens fit together."""
-        if len(reserved) > self.slots:
-            return False
-        if self.touched_only:
-            return sum(reserved) <= self.tokens
-        slots, tokens = self.rectangle(len(reserved), max(reserved, default=0))
-        return slots * tokens <= self.tokens
-
-    @staticmethod
-    def rectangle(slots: int, tokens: int) -> tuple[int, int]:
-        """The next powers of two."""
-        return 1 << max(slots - 1, 0).bit_length(), 1 << max(tokens - 1, 0).bit_length()
 
 
 def _buffer(slots: int, tokens: int, like: torch.Tensor) -> torch.Tensor:
@@ -159,10 +110,3 @@ def _buffer(slots: int, tokens: int, like: torch.Tensor) -> torch.Tensor:
         flags["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
     memory = mmap.mmap(-1, count * like.itemsize, **flags)
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)
-
-
-def _grown(buffer: torch.Tensor, slots: int, tokens: int) -> torch.Tensor:
-    heads, dimensions = buffer.shape[1], buffer.shape[3]
-    new = buffer.new_zeros(slots, heads, tokens, dimensions)
-    new[: buffer.shape[0], :, : buffer.shape[2]] = buffer
-    return new

@@ -49,15 +49,14 @@ class Runner:
         self._selects = "logits_to_keep" in parameters
         self.windows: dict[int, int | None] = {}
 
-    def run(self, feeds: Sequence[Feed]) -> torch.Tensor | None:
+    def run(self, feeds: Sequence[Feed]) -> torch.Tensor:
         """One forward pass.
 
         Args:
             feeds: At least one, each slot at most once.
 
         Returns:
-            Logits in float32 [wanted tokens, vocabulary], in the order of the feeds; None if
-            none are wanted. They may share memory with nothing that later steps use.
+            Logits in float32 [wanted tokens, vocabulary], in the order of the feeds.
         """
         # Neighbouring slots in one run, so that their attention is one call.
         order = sorted(
@@ -66,7 +65,6 @@ class Runner:
         ordered = [feeds[i] for i in order]
         chunks = [Chunk(feed.slot, feed.begin, len(feed.token_ids)) for feed in ordered]
         ends = [chunk.begin + chunk.count for chunk in chunks]
-        self._cache.reserve(max(chunk.slot for chunk in chunks) + 1, max(ends))
         inputs = torch.tensor(
             [
                 [token for feed in ordered for token in feed.token_ids],
@@ -80,19 +78,19 @@ class Runner:
         )
         step = StepAttention(self._cache, chunks)
         wanted = _wanted(feeds, order)
-        every = wanted == list(range(inputs.shape[1]))
-        keep = None if every else torch.tensor(wanted, dtype=torch.long, device=self._device)
+        # Models cannot compute logits of nothing.
+        some = wanted or [0]
+        every = some == list(range(inputs.shape[1]))
+        keep = None if every else torch.tensor(some, device=self._device)
         select = {"logits_to_keep": keep} if self._selects and keep is not None else {}
         with torch.inference_mode(), attending(step):
             logits = self._model(
                 input_ids=inputs[:1], position_ids=inputs[1:], use_cache=False, **select
             ).logits[0]
             self.windows = step.windows
-            if not wanted:
-                return None
             if keep is not None and not self._selects:
                 logits = logits[keep.to(logits.device)]
-            return logits.float()
+            return logits[: len(wanted)].float()
 
 
 def _wanted(feeds: Sequence[Feed], order: Sequence[int]) -> list[int]:

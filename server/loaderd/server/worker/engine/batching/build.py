@@ -1,0 +1,105 @@
+"""A batching engine around a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from loaderd.server.worker import devices
+from loaderd.server.worker.engine.batching.engine import BatchingEngine
+from loaderd.server.worker.engine.batching.kv_cache import BLOCK, KvCache
+from loaderd.server.worker.engine.batching.prefix_cache import PrefixCache
+from loaderd.server.worker.engine.batching.runner import Runner
+from loaderd.server.worker.engine.batching.sampler import BatchSampler
+from loaderd.server.worker.engine.batching.scheduler import Capacity
+from loaderd.server.worker.engine.batching.suitability import UnsuitableError, examine
+from loaderd.server.worker.engine.completion import Tokenizer
+from loaderd.server.worker.engine.protocol import Emit
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Bounds of a batching engine.
+
+    Attributes:
+        max_slots: Most completions that run at once.
+        max_queue: Most requests that wait.
+        memory_share: Of the devices' free memory, for keys and values.
+        max_memory_bytes: The most of it.
+        prefix_share: Of that, for prompts that have been computed before.
+    """
+
+    max_slots: int = 64
+    max_queue: int = 1024
+    memory_share: float = 0.5
+    max_memory_bytes: int = 16 * 2**30
+    prefix_share: float = 0.25
+
+
+def batching_engine(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    model_name: str,
+    emit: Emit,
+    on_death: Callable[[], None],
+    *,
+    context_length: int,
+    device_map: str = devices.AUTO,
+    settings: EngineSettings = EngineSettings(),
+) -> BatchingEngine:
+    """Makes the engine, if the model computes the same in it.
+
+    Args:
+        model: The model; it gets another attention function.
+        tokenizer: See `BatchingEngine`, as the following three.
+        model_name: For errors.
+        emit: Takes outputs.
+        on_death: Called at the end of everything.
+        context_length: Most tokens of a sequence; 0 for no limit.
+        device_map: Where the model is, as it was asked for.
+        settings: Bounds.
+
+    Raises:
+        UnsuitableError: The model is not for this engine.
+    """
+    findings = examine(model)
+    free = devices.free_bytes(device_map)
+    bytes_ = min(int(free * settings.memory_share), settings.max_memory_bytes)
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    blocks, capacity = _sizes(
+        bytes_ // findings.bytes_per_token, context_length, settings, lazy=on_cpu
+    )
+    if capacity.slots < 1:
+        raise UnsuitableError("too little memory is free for keys and values")
+    cache = KvCache(capacity.slots, capacity.slot_tokens, blocks)
+    return BatchingEngine(
+        runner=Runner(model, cache),
+        cache=cache,
+        prefixes=PrefixCache(blocks, BLOCK),
+        sampler=BatchSampler(),
+        capacity=capacity,
+        tokenizer=tokenizer,
+        model_name=model_name,
+        emit=emit,
+        on_death=on_death,
+    )
+
+
+def _sizes(
+    tokens: int, context_length: int, settings: EngineSettings, *, lazy: bool
+) -> tuple[int, Capacity]:
+    """Divides the memory.
+
+    Where the system backs only what is written, every slot may be as long as the context and
+    all together are bounded. Elsewhere slots times their length is what there is.
+    """
+    blocks = int(tokens * settings.prefix_share) // BLOCK
+    tokens -= blocks * BLOCK
+    if lazy:
+        slots, length = settings.max_slots, min(context_length or tokens, tokens)
+        return blocks, Capacity(slots, length, tokens, settings.max_queue)
+    length = min(context_length or tokens, max(tokens // 32, 8192), tokens)
+    slots = min(tokens // max(length, 1), settings.max_slots)
+    return blocks, Capacity(slots, length, slots * length, settings.max_queue)
