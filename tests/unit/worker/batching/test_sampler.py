@@ -269,5 +269,6 @@ def test_a_retired_completion_is_forgotten() -> None:
     sampler = BatchSampler()
     sampler.admit(0, asked())
     sampler.retire(0)
+    sampler.retire(0)
     with pytest.raises(KeyError):
         sampler.sample(random_logits(0, 1, VOCABULARY), [0])
