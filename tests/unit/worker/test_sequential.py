@@ -5,7 +5,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from tests.unit.worker.engine_client import EOS, SIZES, Client, build, reference
+from loaderd.v1.errors_pb2 import ErrorReason
+from loaderd.v1.generation_pb2 import TokenIds
+from tests.unit.worker.engine_client import EOS, PROMPT, SIZES, Client, build, reference
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -29,6 +31,13 @@ def llama(shared_llama: Client) -> Iterator[Client]:
     assert shared_llama.model.generation_config.to_dict() == own, "a request changed the model"
 
 
+def logits_before(model: Any, token_ids: list[int]) -> torch.Tensor:
+    """What the model puts out for each of these tokens after the prompt."""
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.tensor([[*PROMPT, *token_ids]])).logits[0]
+    return logits[len(PROMPT) - 1 : -1]
+
+
 def test_greedy_output_is_that_of_transformers(client: Client) -> None:
     expected = reference(client.model, do_sample=False, max_new_tokens=40)
     outputs = client.generate(do_sample=False, max_new_tokens=40, return_token_ids=True)
@@ -36,17 +45,59 @@ def test_greedy_output_is_that_of_transformers(client: Client) -> None:
     assert len(set(expected)) > 3, "a model that says one thing only proves nothing"
 
 
-def test_seeded_samples_are_those_of_transformers(client: Client) -> None:
-    torch.manual_seed(7)
-    options: dict[str, Any] = {
-        "temperature": 1.3,
-        "top_k": 40,
-        "top_p": 0.95,
-        "min_p": 0.01,
-        "typical_p": 0.98,
-    }
-    expected = reference(client.model, do_sample=True, max_new_tokens=30, **options)
-    assert client.token_ids(seed=7, max_new_tokens=30, **options) == expected
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 3.0},
+        {"temperature": 1.3, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.98},
+        {"top_p": 0.9, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {"temperature": 9.0, "allowed_token_ids": TokenIds(ids=range(30)), "logit_bias": {7: -9}},
+        {"temperature": 2.0, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    ],
+)
+def test_seeded_samples_are_those_of_the_batching_engine(
+    llama: Client, options: dict[str, Any]
+) -> None:
+    batching = Client(build("llama"), "batching")
+    expected = batching.token_ids(seed=7, max_new_tokens=30, **options)
+    batching.engine.close()
+    assert llama.token_ids(seed=7, max_new_tokens=30, **options) == expected
+
+
+def test_masks_hold_for_every_model(client: Client) -> None:
+    outputs = client.generate(
+        temperature=5.0,
+        allowed_token_ids=TokenIds(ids=range(40, 50)),
+        no_repeat_ngram_size=1,
+        max_new_tokens=8,
+        return_token_ids=True,
+    )
+    assert len(set(outputs.token_ids)) == 8
+    assert set(outputs.token_ids) <= set(range(40, 50))
+
+
+def test_masks_that_leave_no_token_fail_the_request(llama: Client) -> None:
+    outputs = llama.generate(
+        allowed_token_ids=TokenIds(ids=[7, 8]), no_repeat_ngram_size=1, max_new_tokens=8
+    )
+    assert outputs.error is not None
+    assert outputs.error.reason == ErrorReason.ERROR_REASON_INVALID_ARGUMENT
+    assert outputs.error.metadata["field"] == "allowed_token_ids"
+    assert llama.token_ids(do_sample=False, max_new_tokens=3)
+
+
+def test_log_probabilities_are_those_of_the_model(client: Client) -> None:
+    outputs = client.generate(top_logprobs=2, temperature=3.0, repetition_penalty=2.0, seed=1,
+                              max_new_tokens=6, return_token_ids=True)  # fmt: skip
+    told = [logprob for delta in outputs.deltas for logprob in delta.logprobs]
+    expected = logits_before(client.model, outputs.token_ids).log_softmax(-1)
+    assert [token.token_id for token in told] == outputs.token_ids
+    own = expected.gather(1, torch.tensor(outputs.token_ids)[:, None])[:, 0]
+    assert [token.logprob for token in told] == pytest.approx(own.tolist(), abs=1e-4)
+    best = expected.topk(2).values
+    assert [[top.logprob for top in token.top] for token in told] == [
+        pytest.approx(row, abs=1e-4) for row in best.tolist()
+    ]
 
 
 def test_penalties_are_those_of_transformers(llama: Client) -> None:
@@ -56,7 +107,7 @@ def test_penalties_are_those_of_transformers(llama: Client) -> None:
     assert expected != reference(llama.model, do_sample=False, max_new_tokens=30)
 
 
-def test_unset_options_are_the_models_own_as_in_transformers() -> None:
+def test_unset_options_are_the_models_own() -> None:
     model = build("llama")
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -66,20 +117,26 @@ def test_unset_options_are_the_models_own_as_in_transformers() -> None:
         repetition_penalty=1.2,
         eos_token_id=EOS,
     )
-    client = Client(model)
-    torch.manual_seed(3)
-    expected = reference(model, max_new_tokens=30, pad_token_id=EOS)
-    assert client.token_ids(seed=3, max_new_tokens=30) == expected
-    client.engine.close()
+    own, plain = Client(model), Client(build("llama"))
+    given: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "top_k": 9,
+        "repetition_penalty": 1.2,
+    }
+    expected = plain.token_ids(seed=3, max_new_tokens=30, **given)
+    assert own.token_ids(seed=3, max_new_tokens=30) == expected
+    for client in (own, plain):
+        client.engine.close()
 
 
 def test_without_own_options_nothing_is_cut_off(llama: Client) -> None:
     """transformers' own default would be the 50 most probable of these 97 tokens."""
-    torch.manual_seed(5)
-    expected = reference(llama.model, do_sample=True, top_k=0, temperature=5.0, max_new_tokens=40)
-    assert llama.token_ids(seed=5, temperature=5.0, max_new_tokens=40) == expected
-    torch.manual_seed(5)
-    assert reference(llama.model, do_sample=True, temperature=5.0, max_new_tokens=40) != expected
+    token_ids = llama.token_ids(seed=5, temperature=100.0, max_new_tokens=40, ignore_eos=True)
+    logits = logits_before(llama.model, token_ids)
+    chosen = logits.gather(1, torch.tensor(token_ids)[:, None])
+    assert (logits > chosen).sum(-1).max() >= 50
 
 
 def test_the_options_of_one_request_do_not_reach_the_next(llama: Client) -> None:
