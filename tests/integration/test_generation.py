@@ -204,9 +204,9 @@ async def test_the_async_client_streams_and_cancels(
         ({"do_sample": False, "temperature": 0.7}, "do_sample"),
         ({"stop": [""]}, "stop"),
         ({"num_beams": 4}, "num_beams"),
-        ({"logit_bias": {1: 2.0}}, "logit_bias"),
-        ({"n": 2}, "n"),
-        ({"cache_salt": "x"}, "cache_salt"),
+        ({"logit_bias": {1: 200.0}}, "logit_bias"),
+        ({"n": 33}, "n"),
+        ({"cache_salt": "x" * 257}, "cache_salt"),
         ({"request_id": "bad\nid"}, "request_id"),
     ],
 )
