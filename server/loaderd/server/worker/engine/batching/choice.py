@@ -14,8 +14,16 @@ from torch import Tensor
 
 from loaderd.server.worker.engine.protocol import Sampling
 
+KEY_BITS = 63
+"""Bits of the random numbers that `draw` takes."""
+
 _WIDTHS = (512, 8192)
 """How many of the most probable tokens are tried, before all are sorted."""
+
+_GOLDEN, _FIRST, _SECOND = (
+    constant - 2**64 for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+"""The constants of splitmix64, as signed numbers."""
 
 _BLOCK = 256
 """Columns that `best` looks at together."""
@@ -46,44 +54,68 @@ def best(logits: Tensor) -> Tensor:
     return torch.where(highest.isfinite(), token_ids, -1)
 
 
-def draw(logits: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:
+def draw(logits: Tensor, samplings: Sequence[Sampling], keys: Sequence[int]) -> Tensor:
     """Draws a token in each row: temperature, then top_k, top_p, min_p, typical_p, as transformers.
 
-    A row's token depends on that row, its sampling and its number only: the number is looked up
-    in the cumulative probabilities of the row's own tokens, in an order that does not depend on
-    the other rows either. What other rows ask for never changes how a row is computed, only
-    which rows are computed together.
+    A row's token depends on that row, its sampling and its key only. Each token gets noise that
+    is a function of the row's key and of the token's id, and the highest sum of logit and noise
+    wins (the Gumbel-max trick), which is as good as drawing from the probabilities. So what else
+    is in the batch does not matter, and little even if it changes the rounding of the logits: a
+    token changes about as seldom as the probabilities themselves do. One random number looked up
+    in cumulative probabilities is ten times as likely to hit another token then, because there
+    every change shifts all that follow.
 
     Args:
         logits: [rows, vocabulary], float32; it is overwritten.
         samplings: Of each row.
-        uniforms: A random number of each row; from 0, below 1.
+        keys: A random number of each row; of `KEY_BITS` bits.
 
     Returns:
         [rows], int64.
     """
     vocabulary = logits.shape[1]
-    numbers = torch.tensor(uniforms, dtype=torch.float64).to(logits.device)
     limits = _Limits.of(samplings, vocabulary, logits.device)
     logits.div_(limits.temperature)
+    row_keys = torch.tensor(keys, dtype=torch.int64).to(logits.device)[:, None]
     token_ids = torch.empty(len(samplings), dtype=torch.int64, device=logits.device)
-    limited = [row for row, sampling in enumerate(samplings) if _is_limited(sampling, vocabulary)]
-    free = [row for row, sampling in enumerate(samplings) if not _is_limited(sampling, vocabulary)]
-    if free:
-        token_ids[free] = _inverse_cdf(_rows(logits, free).softmax(-1), _rows(numbers, free))
+    left = list(range(len(samplings)))
     for width in (*(width for width in _WIDTHS if width < vocabulary), vocabulary):
-        if not limited:
-            break
-        scores, numbers_left = _rows(logits, limited), _rows(numbers, limited)
+        scores, those, own = _rows(logits, left), limits.rows(left), _rows(row_keys, left)
         values, candidates = _highest(scores, width)
-        kept, complete = _limit(scores, values, limits.rows(limited))
-        places = _inverse_cdf(kept.softmax(-1), numbers_left)
-        found = candidates.gather(1, places.clamp(min=0)[:, None]).squeeze(1)
-        # Of rows that are not complete yet this is nothing; they get theirs in the next round.
-        token_ids[limited] = torch.where(places < 0, -1, found)
-        done = complete.tolist()
-        limited = [row for row, ready in zip(limited, done, strict=True) if not ready]
+        total = scores.logsumexp(-1, keepdim=True)
+        kept, holds = _limit(values, total, those)
+        best_score, winner = (kept + _noise(own, candidates)).max(-1, keepdim=True)
+        found = torch.where(best_score.isfinite(), candidates.gather(1, winner), -1)
+        token_ids[left] = found.squeeze(1)
+        if width == vocabulary:
+            break
+        # In a row without limits, all other tokens run together as one; if they win, the race
+        # goes on among them.
+        share = (values.logsumexp(-1, keepdim=True) - total).exp().clamp(max=1)
+        others = torch.full_like(winner, vocabulary + width)
+        wins = best_score >= total + torch.log1p(-share) + _noise(own, others)
+        done = torch.where(those.any, holds, wins).squeeze(1).tolist()
+        if all(done):
+            break
+        rows = torch.tensor(left, device=logits.device)[:, None]
+        logits[rows, candidates] = torch.where(those.any, values, -math.inf)
+        left = [row for row, ready in zip(left, done, strict=True) if not ready]
     return token_ids
+
+
+def _noise(keys: Tensor, columns: Tensor) -> Tensor:
+    """Standard Gumbel noise, float64, a function of key and column: by the hash of splitmix64."""
+    bits = keys + (columns + 1) * _GOLDEN
+    bits = (bits ^ _shifted(bits, 30)) * _FIRST
+    bits = (bits ^ _shifted(bits, 27)) * _SECOND
+    bits = bits ^ _shifted(bits, 31)
+    uniform = (_shifted(bits, 12).double() + 0.5) * 2.0**-52
+    return -(-uniform.log()).log()
+
+
+def _shifted(bits: Tensor, count: int) -> Tensor:
+    """Shifted to the right as if there were no sign."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
 def _highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -99,21 +131,13 @@ def _highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return scores.gather(1, best_first), best_first
 
 
-def _is_limited(sampling: Sampling, vocabulary: int) -> bool:
-    return bool(
-        0 < sampling.top_k < vocabulary
-        or sampling.top_p < 1
-        or sampling.min_p > 0
-        or sampling.typical_p < 1
-    )
-
-
 class _Limits:
     """The options of some rows as columns, [rows, 1]."""
 
     def __init__(self, table: Tensor) -> None:
         self._table = table
         self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p = table.split(1, 1)
+        self.any = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0) | (self.typical_p < 1)
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], vocabulary: int, device: torch.device) -> _Limits:
@@ -137,38 +161,17 @@ def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     return tensor if len(rows) == len(tensor) else tensor[rows]
 
 
-def _inverse_cdf(probabilities: Tensor, numbers: Tensor) -> Tensor:
-    """The column in each row at which the probabilities so far exceed the row's number.
-
-    Args:
-        probabilities: [rows, columns], not negative.
-        numbers: [rows], float64, from 0, below 1: shares of the row's sum.
-
-    Returns:
-        [rows]: a column of a probability above 0; -1 for rows that are no numbers.
-    """
-    # torch adds up in float64 on a CPU. On an accelerator the sums of float32, made in parallel,
-    # might not even grow steadily.
-    on_cpu = probabilities.device.type == "cpu"
-    sums = probabilities.cumsum(-1, dtype=torch.float32 if on_cpu else torch.float64)
-    total = sums[:, -1]
-    below_total = torch.nextafter(total, torch.zeros_like(total))
-    wanted = torch.minimum((numbers * total).to(total.dtype), below_total)
-    columns = torch.searchsorted(sums, wanted[:, None], right=True).squeeze(1)
-    return torch.where(total > 0, columns, -1)
-
-
-def _limit(scores: Tensor, values: Tensor, limits: _Limits) -> tuple[Tensor, Tensor]:
+def _limit(values: Tensor, total: Tensor, limits: _Limits) -> tuple[Tensor, Tensor]:
     """Applies top_k, top_p, min_p and typical_p to the most probable tokens of each row.
 
     Args:
-        scores: [rows, vocabulary]: logits over temperature.
-        values: [rows, width]: the highest of them, best first.
+        values: [rows, width]: the highest logits over temperature, best first.
+        total: [rows, 1]: logarithm of the sum of the exponentials of all of them.
         limits: Of the rows.
 
     Returns:
-        The values, minus infinity for those that are cut off; and [rows]: whether no token
-        beyond these could have stayed, so that the row's outcome is right.
+        The values, minus infinity for those that are cut off; and [rows, 1]: whether no token
+        beyond these could have stayed. Never so for rows without limits.
     """
     width, lowest = values.shape[1], values[:, -1:]
     has_k, has_p = limits.top_k > 0, limits.top_p < 1
@@ -179,8 +182,8 @@ def _limit(scores: Tensor, values: Tensor, limits: _Limits) -> tuple[Tensor, Ten
 
     if bool(has_p.any()):
         # The probabilities are among the top_k tokens, if there is such a limit.
-        total = torch.where(has_k, kept.logsumexp(-1, True), scores.logsumexp(-1, True))
-        probabilities = (kept - total).exp()
+        among = torch.where(has_k, kept.logsumexp(-1, keepdim=True), total)
+        probabilities = (kept - among).exp()
         sums = probabilities.cumsum(-1)
         cut = has_p & (sums - probabilities >= limits.top_p)
         cut[:, 0] = False
@@ -193,7 +196,7 @@ def _limit(scores: Tensor, values: Tensor, limits: _Limits) -> tuple[Tensor, Ten
 
     if bool((limits.typical_p < 1).any()):
         kept = kept.masked_fill(_untypical(kept, limits.typical_p), -math.inf)
-    return kept, (complete | (width == scores.shape[1])).squeeze(1)
+    return kept, complete
 
 
 def _untypical(scores: Tensor, mass: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +23,13 @@ class _Row:
 
     Attributes:
         sampling: The request's.
-        next_number: Its own random numbers, from 0, below 1.
+        random: Its own random numbers.
         history: None when no mask or penalty needs one.
         top_logprobs: As in the request.
     """
 
     sampling: Sampling
-    next_number: Callable[[], float]
+    random: random.Random
     history: History | None
     top_logprobs: int | None
 
@@ -56,7 +56,7 @@ class BatchSampler:
         """
         self._rows[key] = _Row(
             sampling=request.sampling,
-            next_number=random.Random(request.sampling.seed).random,  # noqa: S311 - no secret
+            random=random.Random(request.sampling.seed),  # noqa: S311 - not for secrets
             history=History(request) if History.needed_for(request) else None,
             top_logprobs=request.top_logprobs,
         )
@@ -104,11 +104,11 @@ class BatchSampler:
         if not drawn:
             return choice.best(logits)
         samplings = [rows[place].sampling for place in drawn]
-        numbers = [rows[place].next_number() for place in drawn]
+        keys = [rows[place].random.getrandbits(choice.KEY_BITS) for place in drawn]
         if len(drawn) == len(rows):
-            return choice.draw(logits, samplings, numbers)
+            return choice.draw(logits, samplings, keys)
         token_ids = choice.best(logits)
-        token_ids[drawn] = choice.draw(logits[drawn], samplings, numbers)
+        token_ids[drawn] = choice.draw(logits[drawn], samplings, keys)
         return token_ids
 
 
