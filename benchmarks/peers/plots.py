@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("agg")
 
 from matplotlib import pyplot
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks.peers.results import Results
 
@@ -76,6 +77,9 @@ def _inter_token(results: Results) -> Any:
             panel.plot(times[1], place, "|", color=color, markersize=12, markeredgewidth=2)
         panel.set_title(f"{streams} stream{'s' if streams > 1 else ''}", loc="left")
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_yticks(range(len(names)), names)
         panel.set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel("milliseconds between tokens of a stream: p50 (dot) and p99 (bar)", y=-0.06)
