@@ -250,8 +250,10 @@ class StreamGenerateRequest(_message.Message):
     else 1.
     """
     seed: _builtins.int
-    """Same seed, same request, same tokens. Default: drawn by the daemon. The one
-    in effect is in the answer.
+    """Same seed, same request, same tokens, whatever else runs beside it; but in
+    types of 16 bits, seldom, the size of a batch rounds a probability otherwise
+    and so changes a token. Default: drawn by the daemon. The one in effect is in
+    the answer.
     """
     n: _builtins.int
     """Independent completions of the prompt; 1 to 32. Default 1."""
