@@ -58,7 +58,7 @@ class Client:
     def _engine(self, name: str, **options: Any) -> Engine:
         tokenizer = Tokenizer(Numbers(), TOKENIZER_SPECIAL_IDS)
         if name == "batching":
-            return batching_engine(
+            engine, _ = batching_engine(
                 self.model,
                 tokenizer,
                 "org/name",
@@ -67,6 +67,7 @@ class Client:
                 context_length=self.facts.context_length,
                 **options,
             )
+            return engine
         return SequentialEngine(
             self.model, tokenizer, "org/name", self._take, on_death=self.died.set
         )

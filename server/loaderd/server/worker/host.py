@@ -159,7 +159,7 @@ class ModelHost:
     ) -> tuple[Engine, str]:
         """The best engine that can serve the model, and why it is this one."""
         try:
-            batching = batching_engine(
+            return batching_engine(
                 model,
                 tokenizer,
                 name,
@@ -172,7 +172,6 @@ class ModelHost:
             logger.info("%s is served one request at a time: %s", name, error)
             sequential = SequentialEngine(model, tokenizer, name, self._emit, on_death=_end_process)
             return sequential, f"no batches: {error}"
-        return batching, "it computes the same in batches"
 
     def _fail(self, error: LoaderdError) -> None:
         logger.error("load failed: %s", error.reason)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.engine import BatchingEngine
 from loaderd.server.worker.engine.batching.kv_cache import BLOCK, KvCache
+from loaderd.server.worker.engine.batching.linear import speed_up
 from loaderd.server.worker.engine.batching.prefix_cache import PrefixCache
 from loaderd.server.worker.engine.batching.runner import Runner
 from loaderd.server.worker.engine.batching.sampler import BatchSampler
@@ -48,7 +49,7 @@ def batching_engine(
     context_length: int,
     device_map: str = devices.AUTO,
     settings: EngineSettings = EngineSettings(),
-) -> BatchingEngine:
+) -> tuple[BatchingEngine, str]:
     """Makes the engine, if the model computes the same in it.
 
     Args:
@@ -61,10 +62,14 @@ def batching_engine(
         device_map: Where the model is, as it was asked for.
         settings: Bounds.
 
+    Returns:
+        The engine, and what makes it fit, for operators.
+
     Raises:
         UnsuitableError: The model is not for this engine.
     """
     findings = examine(model)
+    linears = speed_up(model, int(devices.free_bytes(device_map) * settings.memory_share))
     free = devices.free_bytes(device_map)
     bytes_ = min(int(free * settings.memory_share), settings.max_memory_bytes)
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
@@ -74,8 +79,8 @@ def batching_engine(
     if capacity.slots < 1:
         raise UnsuitableError("too little memory is free for keys and values")
     cache = KvCache(capacity.slots, capacity.slot_tokens, blocks)
-    return BatchingEngine(
-        runner=Runner(model, cache),
+    engine = BatchingEngine(
+        runner=Runner(model, cache, linears),
         cache=cache,
         prefixes=PrefixCache(blocks, BLOCK),
         sampler=BatchSampler(),
@@ -85,6 +90,7 @@ def batching_engine(
         emit=emit,
         on_death=on_death,
     )
+    return engine, "; ".join(filter(None, ["it computes the same in batches", str(linears)]))
 
 
 def _sizes(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from loaderd.server.worker.engine.batching.attention import Chunk, StepAttention, attending
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
+from loaderd.server.worker.engine.batching.linear import PLAIN, LinearPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,15 @@ class Runner:
     Args:
         model: Set to `attention.NAME`.
         cache: For keys and values.
+        linears: How the model's linear layers are computed.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: KvCache) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: KvCache, linears: LinearPolicy = PLAIN
+    ) -> None:
         self._model = model
         self._cache = cache
+        self._linears = linears
         self._device = model.get_input_embeddings().weight.device
         parameters = inspect.signature(model.forward).parameters
         self._selects = "logits_to_keep" in parameters
@@ -83,7 +88,7 @@ class Runner:
         every = some == list(range(inputs.shape[1]))
         keep = None if every else torch.tensor(some, device=self._device)
         select = {"logits_to_keep": keep} if self._selects and keep is not None else {}
-        with torch.inference_mode(), attending(step):
+        with torch.inference_mode(), attending(step), self._linears.step(inputs.shape[1]):
             logits = self._model(
                 input_ids=inputs[:1], position_ids=inputs[1:], use_cache=False, **select
             ).logits[0]
