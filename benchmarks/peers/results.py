@@ -74,8 +74,12 @@ class Results:
     def markdown(self) -> str:
         """For a document: tokens/s, and what loaderd has of it beside the others."""
         loads = self.streams
-        heads = ["", "start to ready", *(f"{streams} streams" for streams in loads)]
-        lines = ["Tokens/s (loaderd's beside it):", "", *_table_head(heads)]
+        heads = [
+            "",
+            "start to ready",
+            *(f"{streams} stream{'s'[: streams - 1]}" for streams in loads),
+        ]
+        lines = ["Tokens/s (how many times as many loaderd makes):", "", *_table_head(heads)]
         ours = self.servers[0]
         for server in self.servers:
             cells = []
