@@ -168,10 +168,15 @@ def test_best_is_the_first_of_the_highest(seed: int, rows: int, width: int, leve
     assert best(logits).tolist() == [row.index(max(row)) for row in logits.tolist()]
 
 
-@pytest.mark.parametrize("value", [-torch.inf, torch.nan])
-def test_a_row_without_a_token_is_told_and_harms_no_other(value: float) -> None:
-    logits = random_logits(1, 3, VOCABULARY)
-    logits[1] = value
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 2000])
+@pytest.mark.parametrize(
+    ("value", "columns"), [(-torch.inf, slice(None)), (torch.nan, slice(None)), (torch.nan, 7)]
+)
+def test_a_row_without_a_token_is_told_and_harms_no_other(
+    value: float, columns: slice | int, vocabulary: int
+) -> None:
+    logits = random_logits(1, 3, vocabulary)
+    logits[1, columns] = value
     assert best(logits).tolist() == [logits[0].argmax(), -1, logits[2].argmax()]
     for fields in ({}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.2}, {"typical_p": 0.2}):
         chosen = [sampling(**fields)] * 3

@@ -85,8 +85,8 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], keys: Sequence[int]) -> 
         total = scores.logsumexp(-1, keepdim=True)
         kept, holds = _limit(values, total, those)
         best_score, winner = (kept + _noise(own, candidates)).max(-1, keepdim=True)
-        found = torch.where(best_score.isfinite(), candidates.gather(1, winner), -1)
-        token_ids[left] = found.squeeze(1)
+        exists = best_score.isfinite()
+        token_ids[left] = torch.where(exists, candidates.gather(1, winner), -1).squeeze(1)
         if width == vocabulary:
             break
         # In a row without limits, all other tokens run together as one; if they win, the race
@@ -94,7 +94,8 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], keys: Sequence[int]) -> 
         share = (values.logsumexp(-1, keepdim=True) - total).exp().clamp(max=1)
         others = torch.full_like(winner, vocabulary + width)
         wins = best_score >= total + torch.log1p(-share) + _noise(own, others)
-        done = torch.where(those.any, holds, wins).squeeze(1).tolist()
+        wins |= values[:, -1:] == -math.inf  # there are no others
+        done = (torch.where(those.any, holds, wins) | ~exists).squeeze(1).tolist()
         if all(done):
             break
         rows = torch.tensor(left, device=logits.device)[:, None]
