@@ -59,8 +59,12 @@ class SdkReader:
 
 
 async def run_load(read: Read, prompts: Sequence[str], tokens: int) -> Figures:
-    """One stream for each prompt, all at the same time."""
-    return summarize(await asyncio.gather(*(read(prompt, tokens) for prompt in prompts)))
+    """One stream for each prompt, all at the same time; one with other tokens has failed."""
+    streams = await asyncio.gather(*(read(prompt, tokens) for prompt in prompts))
+    for stream in streams:
+        if not stream.error and stream.tokens != tokens:
+            stream.error = f"{stream.tokens} tokens instead of {tokens}"
+    return summarize(streams)
 
 
 async def warm_up(read: Read, prompts: Sequence[str]) -> None:

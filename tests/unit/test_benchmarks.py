@@ -90,6 +90,15 @@ async def test_what_the_sdk_raises_is_counted_by_its_name() -> None:
     assert load.errors == {"ModelNotLoadedError": 2}
 
 
+async def test_a_stream_with_other_tokens_than_asked_for_has_failed() -> None:
+    async def read(prompt: str, _tokens: int) -> StreamTimes:
+        return StreamTimes(sent=10, arrivals=[11, 12], tokens=len(prompt))
+
+    load = await streams.run_load(read, ["ab", "abc"], 3)
+    assert load.tokens == 3
+    assert load.errors == {"2 tokens instead of 3": 1}
+
+
 def test_results_are_kept_and_told(tmp_path: Path) -> None:
     ours = ServerResult("loaderd", 1.5, 0.0, [figures(1, 40), figures(8, 200)])
     other = ServerResult("other", 7.0, 0.5, [figures(1, 20), figures(8, 250)])
