@@ -18,7 +18,7 @@ PLENTY = 2**40
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials of tiny layers say little: as if both had paid."""
-    monkeypatch.setattr(linear, "_try", lambda _weight: BOTH)
+    monkeypatch.setattr(linear, "_try", lambda _weights: BOTH)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -94,7 +94,7 @@ def test_what_torch_lacks_is_done_without(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_trial_is_for_the_kernels_of_this_cpu() -> None:
     weight = torch.randn(96, 64).to(torch.bfloat16)
     with torch.inference_mode():
-        assert isinstance(linear._try(weight), LinearPolicy)
+        assert isinstance(linear._try([weight] * 3), LinearPolicy)
     assert str(BOTH) == (
         "linear layers: up to 2 rows as matrix-vector products, "
         "more with weights reordered for oneDNN"

@@ -39,13 +39,20 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
-    """What a layer wants of its attention."""
+class Rule:
+    """What a layer wants of its attention.
 
-    scaling: float | None
-    window: int | None
-    softcap: float | None
-    sinks: torch.Tensor | None
+    Attributes:
+        scaling: Of the scores; None for the usual one.
+        window: Most tokens that a token looks back on, itself included; None for all.
+        softcap: Bound of the scores; None for none.
+        sinks: A score for each head that takes part in the softmax and brings no value.
+    """
+
+    scaling: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
 
 class StepAttention:
@@ -71,36 +78,42 @@ class StepAttention:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        rule: _Rule,
+        rule: Rule,
     ) -> torch.Tensor:
         """Attention of all tokens of the step.
 
         Args:
             layer_index: Of the layer.
-            query: [1, heads, tokens, dimensions].
-            key: [1, key heads, tokens, dimensions]; goes into the cache.
+            query: [tokens, heads, dimensions].
+            key: [tokens, key heads, dimensions]; goes into the cache.
             value: As `key`.
             rule: How.
 
         Returns:
-            [1, tokens, heads, dimensions].
+            [tokens, heads, dimensions].
         """
         self.windows[layer_index] = rule.window
         layer = self._cache.layer(layer_index, key, value)
         self._write(layer.keys, key)
         self._write(layer.values, value)
-        outputs = [
-            span.attend(query, layer.keys, layer.values, rule, self._memory) for span in self._spans
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        if len(self._spans) == 1:
+            return self._spans[0].attend(query, layer.keys, layer.values, rule, self._memory)
+        parts = query.split([span.tokens for span in self._spans])
+        return torch.cat(
+            [
+                span.attend(part, layer.keys, layer.values, rule, self._memory)
+                for span, part in zip(self._spans, parts, strict=True)
+            ]
+        )
 
     def _write(self, buffer: torch.Tensor, new: torch.Tensor) -> None:
         if len(self._chunks) == 1:
             chunk = self._chunks[0]
-            buffer[chunk.slot].narrow(1, chunk.begin, chunk.count).copy_(new[0])
+            end = chunk.begin + chunk.count
+            buffer[chunk.slot, :, chunk.begin : end] = new.transpose(0, 1)
             return
         slots, positions = _once(self._memory, ("places", buffer.device), self._places)
-        buffer[slots, :, positions] = new[0].transpose(0, 1)
+        buffer[slots, :, positions] = new
 
     def _places(self, _key: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         slots = [chunk.slot for chunk in self._chunks for _ in range(chunk.count)]
@@ -112,8 +125,8 @@ class StepAttention:
 class _Decodes:
     """One token each of requests in neighbouring slots."""
 
-    def __init__(self, first: int, slot: int, positions: Sequence[int]) -> None:
-        self._tokens = slice(first, first + len(positions))
+    def __init__(self, slot: int, positions: Sequence[int]) -> None:
+        self.tokens = len(positions)
         self._slots = slice(slot, slot + len(positions))
         self._positions = positions
         self._end = max(positions) + 1
@@ -124,7 +137,7 @@ class _Decodes:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        rule: _Rule,
+        rule: Rule,
         memory: dict[Any, Any],
     ) -> torch.Tensor:
         begin = _begin(min(self._positions), rule.window)
@@ -132,7 +145,7 @@ class _Decodes:
         values = values[self._slots, :, begin : self._end]
         key_heads = keys.shape[1]
         # The heads that share keys stand where the queries of one head would.
-        grouped = query[0, :, self._tokens].transpose(0, 1).unflatten(1, (key_heads, -1))
+        grouped = query.unflatten(1, (key_heads, -1))
         mask = None
         if not self._equal:
             key = (self, begin, rule.window, query.dtype, query.device)
@@ -143,7 +156,7 @@ class _Decodes:
             )
         else:
             output = _attention(grouped.unsqueeze(3), keys, values, mask, rule).squeeze(3)
-        return output.flatten(1, 2).unsqueeze(0)
+        return output.flatten(1, 2)
 
     def _mask(
         self,
@@ -160,8 +173,8 @@ class _Decodes:
 class _Prompt:
     """A piece of one request's prompt."""
 
-    def __init__(self, first: int, chunk: Chunk) -> None:
-        self._tokens = slice(first, first + chunk.count)
+    def __init__(self, chunk: Chunk) -> None:
+        self.tokens = chunk.count
         self._chunk = chunk
         self._end = chunk.begin + chunk.count
 
@@ -170,14 +183,14 @@ class _Prompt:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        rule: _Rule,
+        rule: Rule,
         memory: dict[Any, Any],
     ) -> torch.Tensor:
         slot = self._chunk.slot
         begin = _begin(self._chunk.begin, rule.window)
         keys = keys[slot : slot + 1, :, begin : self._end]
         values = values[slot : slot + 1, :, begin : self._end]
-        query = query[:, :, self._tokens]
+        query = query.transpose(0, 1).unsqueeze(0)
         whole = self._chunk.begin == 0 and (rule.window is None or self._end <= rule.window)
         plain = rule.softcap is None and rule.sinks is None
         mask = None
@@ -197,7 +210,7 @@ class _Prompt:
         else:
             grouped = query.unflatten(1, (keys.shape[1], -1))
             output = _attention(grouped, keys, values, mask, rule).flatten(1, 2)
-        return output.transpose(1, 2)
+        return output[0].transpose(0, 1)
 
     def _mask(
         self,
@@ -238,8 +251,10 @@ def _function(
     if attention_mask is not None:
         raise ValueError("the model makes a mask of its own")
     step: StepAttention = _thread.step
-    rule = _Rule(scaling, sliding_window, softcap, s_aux)
-    return step.attend(module.layer_idx, query, key, value, rule), None
+    rule = Rule(scaling, sliding_window, softcap, s_aux)
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    output = step.attend(module.layer_idx, queries, keys, values, rule)
+    return output.unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, _function)
@@ -247,16 +262,14 @@ AttentionInterface.register(NAME, _function)
 
 def _spans(chunks: Sequence[Chunk]) -> Iterator[_Decodes | _Prompt]:
     """The step in as few calls as its holes and unequal lengths allow."""
-    token = index = 0
+    index = 0
     while index < len(chunks):
         if chunks[index].count > 1:
-            yield _Prompt(token, chunks[index])
-            token += chunks[index].count
+            yield _Prompt(chunks[index])
             index += 1
             continue
         end = _end_of_span(chunks, index)
-        yield _Decodes(token, chunks[index].slot, [chunk.begin for chunk in chunks[index:end]])
-        token += end - index
+        yield _Decodes(chunks[index].slot, [chunk.begin for chunk in chunks[index:end]])
         index = end
 
 
@@ -297,7 +310,7 @@ def _attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    rule: _Rule,
+    rule: Rule,
 ) -> torch.Tensor:
     """Step by step, for what torch's function lacks.
 

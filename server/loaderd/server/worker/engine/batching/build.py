@@ -9,13 +9,24 @@ from transformers import PreTrainedModel
 
 from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.engine import BatchingEngine
+from loaderd.server.worker.engine.batching.forward import (
+    FlatForward,
+    Forward,
+    ModuleForward,
+    can_flatten,
+)
 from loaderd.server.worker.engine.batching.kv_cache import BLOCK, KvCache
 from loaderd.server.worker.engine.batching.linear import speed_up
 from loaderd.server.worker.engine.batching.prefix_cache import PrefixCache
 from loaderd.server.worker.engine.batching.runner import Runner
 from loaderd.server.worker.engine.batching.sampler import BatchSampler
 from loaderd.server.worker.engine.batching.scheduler import Capacity
-from loaderd.server.worker.engine.batching.suitability import UnsuitableError, examine
+from loaderd.server.worker.engine.batching.suitability import (
+    Findings,
+    UnsuitableError,
+    examine,
+    input_device,
+)
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.protocol import Emit
 
@@ -70,6 +81,7 @@ def batching_engine(
     """
     findings = examine(model)
     linears = speed_up(model, int(devices.free_bytes(device_map) * settings.memory_share))
+    forward, how = _forward(model, findings)
     free = devices.free_bytes(device_map)
     bytes_ = min(int(free * settings.memory_share), settings.max_memory_bytes)
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
@@ -80,7 +92,7 @@ def batching_engine(
         raise UnsuitableError("too little memory is free for keys and values")
     cache = KvCache(capacity.slots, capacity.slot_tokens, blocks)
     engine = BatchingEngine(
-        runner=Runner(model, cache, linears),
+        runner=Runner(forward, cache, input_device(model), linears),
         cache=cache,
         prefixes=PrefixCache(blocks, BLOCK),
         sampler=BatchSampler(),
@@ -90,7 +102,17 @@ def batching_engine(
         emit=emit,
         on_death=on_death,
     )
-    return engine, "; ".join(filter(None, ["it computes the same in batches", str(linears)]))
+    return engine, "; ".join(
+        filter(None, [f"it computes the same in batches, {how}", str(linears)])
+    )
+
+
+def _forward(model: PreTrainedModel, findings: Findings) -> tuple[Forward, str]:
+    if can_flatten(model):
+        flat = FlatForward(model, findings.windows)
+        if findings.agree(model, flat):
+            return flat, "as one sequence of operators"
+    return ModuleForward(model), "module by module"
 
 
 def _sizes(

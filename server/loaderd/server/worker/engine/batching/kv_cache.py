@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +43,7 @@ class KvCache:
 
         Args:
             index: Of the layer.
-            key: [1, heads, tokens, dimensions].
+            key: [tokens, heads, dimensions].
             value: Alike; its dimensions may be others.
         """
         layer = self._layers.get(index)
@@ -101,10 +102,10 @@ class _Layer:
 
 def _buffer(slots: int, tokens: int, like: torch.Tensor) -> torch.Tensor:
     """Zeros: what is masked takes part in products, and must be finite."""
-    shape = slots, like.shape[1], tokens, like.shape[3]
+    shape = slots, like.shape[1], tokens, like.shape[2]
     if like.device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    count = slots * tokens * like.shape[1] * like.shape[3]
+    count = math.prod(shape)
     flags: dict[str, Any] = {}
     if hasattr(mmap, "MAP_NORESERVE"):
         flags["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE

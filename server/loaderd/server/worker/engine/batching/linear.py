@@ -9,7 +9,9 @@ are, and reordered. Layers with the same input become one.
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +29,8 @@ FEW = 2
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that have one input where a module has them all."""
 _TRIED_ROWS = 16
-_TRIES = 7
+_TRIED_BYTES = 32 * 2**20
+_TRIES = 4
 _GAIN = 1.1
 
 
@@ -69,49 +72,69 @@ PLAIN = LinearPolicy()
 
 
 def speed_up(model: nn.Module, free_bytes: int) -> LinearPolicy:
-    """Replaces the model's linear layers where trials show that it pays.
+    """Fuses siblings, and on a CPU does what trials show to pay.
 
     Args:
-        model: Changed in place; left as it is on accelerators and in 32 bit.
+        model: Changed in place, unless it is spread over devices.
         free_bytes: What reordered copies of the weights may take.
 
     Returns:
         What was done, for `Runner`.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D)]
-    weights = [layer.weight for layer in layers]
-    if not weights or not all(_is_ours(weight) for weight in weights):
-        return LinearPolicy()
-    needed = sum(weight.nbytes for weight in weights)
-    with torch.inference_mode():
-        policy = _try(
-            max(
-                (layer.weight for layer in layers if _is_typical(layer)),
-                key=torch.numel,
-                default=weights[0],
-            )
-        )
-    if policy.reordered and needed > free_bytes:
-        policy = LinearPolicy(native_few=policy.native_few)
-    if policy.reordered:
-        with torch.no_grad():
-            _replace(model)
+    if len({parameter.device for parameter in model.parameters()}) != 1:
+        return PLAIN  # its modules have hooks that move tensors between devices
+    policy = _policy(model, free_bytes)
+    with torch.no_grad():
+        for module in list(model.modules()):
+            _fuse(module, reorder=policy.reordered)
+            if policy.reordered:
+                _reorder(module)
     return policy
 
 
+def _policy(model: nn.Module, free_bytes: int) -> LinearPolicy:
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D)]
+    weights = [layer.weight for layer in layers]
+    if not weights or not all(map(_is_ours, weights)):
+        return PLAIN
+    with torch.inference_mode():
+        policy = _try(_typical(layers))
+    if policy.reordered and sum(weight.nbytes for weight in weights) > free_bytes:
+        return LinearPolicy(native_few=policy.native_few)
+    return policy
+
+
+def _typical(layers: Sequence[nn.Module]) -> list[torch.Tensor]:
+    """Weights of one shape, the one that most weights have, up to a limit of bytes.
+
+    Together they are more than a cache holds, as those of a whole model are.
+    """
+    shapes = Counter[tuple[int, ...]]()
+    for layer in layers:
+        shapes[tuple(layer.weight.shape)] += layer.weight.numel()
+    shape = shapes.most_common(1)[0][0]
+    same = [layer for layer in layers if tuple(layer.weight.shape) == shape]
+    count = max(_TRIED_BYTES // same[0].weight.nbytes, 1)
+    return [
+        layer.weight.t().contiguous() if isinstance(layer, Conv1D) else layer.weight
+        for layer in same[:count]
+    ]
+
+
 class HybridLinear(nn.Module):  # type: ignore[misc]
-    """A linear layer with its weights in both forms.
+    """A linear layer, maybe with its weights in both forms.
 
     Args:
         weight: [outputs, inputs].
         bias: [outputs], or None.
+        reorder: Whether to have both.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, reorder: bool) -> None:
         super().__init__()
         self.weight = _parameter(weight)
         self.bias = None if bias is None else _parameter(bias)
-        self._reordered = _reordered(weight)
+        self._reordered = _reordered(weight) if reorder else None
 
     @property
     def in_features(self) -> int:
@@ -125,32 +148,48 @@ class HybridLinear(nn.Module):  # type: ignore[misc]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """The layer's outputs."""
-        if not torch._C._get_mkldnn_enabled():
+        if self._reordered is None or not torch._C._get_mkldnn_enabled():
             return functional.linear(inputs, self.weight, self.bias)
         return _multiply(inputs, self._reordered, self.bias)
 
 
-class _Siblings:
-    """Layers with the same input, computed as one when the first of them is called."""
+class Siblings:
+    """Layers with the same input, computed as one when the first of them is called.
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+    Args:
+        layers: The layers, in the order in which they are called.
+        reorder: See `HybridLinear`.
+
+    Attributes:
+        whole: All of them; their outputs side by side.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], *, reorder: bool) -> None:
         biases = [layer.bias for layer in layers]
         bias = None if biases[0] is None else torch.cat(biases)
-        self._whole = HybridLinear(torch.cat([layer.weight for layer in layers]), bias)
+        weight = torch.cat([layer.weight for layer in layers])
+        self.whole = HybridLinear(weight, bias, reorder=reorder)
         self._sizes = [layer.out_features for layer in layers]
         self._inputs: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []
 
-    def parts(self) -> Iterator[_Part]:
-        whole, sizes = self._whole, self._sizes
+    @staticmethod
+    def of(layer: nn.Module) -> Siblings | None:
+        """Those that a layer is one of."""
+        return layer.siblings if isinstance(layer, _Part) else None
+
+    def parts(self) -> Iterator[nn.Module]:
+        """What takes the layers' places; their weights are views of the whole's."""
+        whole, sizes = self.whole, self._sizes
         biases = [None] * len(sizes) if whole.bias is None else whole.bias.split(sizes)
         for index, (weight, bias) in enumerate(zip(whole.weight.split(sizes), biases, strict=True)):
             yield _Part(self, index, weight, bias)
 
     def output(self, inputs: torch.Tensor, index: int) -> torch.Tensor:
+        """The outputs of one of the layers."""
         if inputs is not self._inputs:
             self._inputs = inputs
-            self._outputs = list(self._whole(inputs).split(self._sizes, -1))
+            self._outputs = list(self.whole(inputs).split(self._sizes, -1))
         output = self._outputs[index]
         if index == len(self._sizes) - 1:
             # The last one: what was computed is not needed any more.
@@ -159,35 +198,38 @@ class _Siblings:
 
 
 class _Part(nn.Module):  # type: ignore[misc]
-    """One of some siblings; its weights are a view of theirs."""
+    """One of some siblings."""
 
     def __init__(
-        self, siblings: _Siblings, index: int, weight: torch.Tensor, bias: torch.Tensor | None
+        self, siblings: Siblings, index: int, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
         super().__init__()
         self.weight = _parameter(weight)
         self.bias = None if bias is None else _parameter(bias)
-        self._output = siblings.output
+        self.siblings = siblings
         self._index = index
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """This one's outputs."""
-        return self._output(inputs, self._index)
+        return self.siblings.output(inputs, self._index)
 
 
-def _replace(model: nn.Module) -> None:
-    for module in list(model.modules()):
-        for names in _SIBLINGS:
-            layers = [module._modules.get(name) for name in names]
-            if _are_siblings(layers):
-                parts = _Siblings(layers).parts()
-                for name, part in zip(names, parts, strict=True):
-                    setattr(module, name, part)
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, HybridLinear(child.weight, child.bias))
-            elif type(child) is Conv1D:
-                setattr(module, name, HybridLinear(child.weight.t().contiguous(), child.bias))
+def _fuse(module: nn.Module, *, reorder: bool) -> None:
+    for names in _SIBLINGS:
+        layers = [module._modules.get(name) for name in names]
+        if _are_siblings(layers):
+            parts = Siblings(layers, reorder=reorder).parts()
+            for name, part in zip(names, parts, strict=True):
+                setattr(module, name, part)
+
+
+def _reorder(module: nn.Module) -> None:
+    for name, child in list(module.named_children()):
+        if type(child) is nn.Linear:
+            setattr(module, name, HybridLinear(child.weight, child.bias, reorder=True))
+        elif type(child) is Conv1D:
+            weight = child.weight.t().contiguous()
+            setattr(module, name, HybridLinear(weight, child.bias, reorder=True))
 
 
 def _are_siblings(layers: Sequence[nn.Module | None]) -> bool:
@@ -202,34 +244,37 @@ def _is_ours(weight: torch.Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in {torch.bfloat16, torch.float16}
 
 
-def _is_typical(layer: nn.Module) -> bool:
-    """Not the output layer, which is much larger than all others."""
-    weight = layer.weight
-    return bool(weight.shape[0] < 8 * weight.shape[1])
-
-
-def _try(weight: torch.Tensor) -> LinearPolicy:
-    """Times the kernels on one layer, for a part of a second at most."""
-    one, many = (weight.new_ones(1, rows, weight.shape[1]) for rows in (1, _TRIED_ROWS))
+def _try(weights: Sequence[torch.Tensor]) -> LinearPolicy:
+    """Times the kernels, for a part of a second."""
+    one, many = (weights[0].new_ones(1, rows, weights[0].shape[1]) for rows in (1, _TRIED_ROWS))
     try:
-        reordered = _reordered(weight)
-        expected, found = functional.linear(many, weight), _multiply(many, reordered, None)
-        if not torch.allclose(expected.float(), found.float(), rtol=0.05, atol=0.05):
+        reordered = [_reordered(weight) for weight in weights]
+        expected = functional.linear(many, weights[0]).float()
+        if not torch.allclose(expected, _multiply(many, reordered[0], None).float(), 0.05, 0.05):
             raise RuntimeError("reordered weights give other results")
         with _without_onednn():
-            native = _seconds(lambda: functional.linear(one, weight))
+            functional.linear(one, weights[0])
     except (AttributeError, RuntimeError) as error:
         # Not in this build of torch, or not for this CPU.
         logger.warning("linear layers are left as they are: %s", str(error).partition("\n")[0])
-        return LinearPolicy()
-    gain = _seconds(lambda: functional.linear(many, weight)) / _seconds(
-        lambda: _multiply(many, reordered, None)
-    )
-    is_reordered = gain > _GAIN
-    other = _seconds(
-        lambda: _multiply(one, reordered, None) if is_reordered else functional.linear(one, weight)
-    )
-    return LinearPolicy(native_few=other > _GAIN * native, reordered=is_reordered)
+        return PLAIN
+
+    def plain(rows: torch.Tensor) -> None:
+        for weight in weights:
+            functional.linear(rows, weight)
+
+    def packed(rows: torch.Tensor) -> None:
+        for weight in reordered:
+            _multiply(rows, weight, None)
+
+    def native(rows: torch.Tensor) -> None:
+        with _without_onednn():
+            plain(rows)
+
+    slow, fast = _seconds([lambda: plain(many), lambda: packed(many)])
+    few = _seconds([lambda: native(one), lambda: plain(one), lambda: packed(one)])
+    is_reordered = slow > _GAIN * fast
+    return LinearPolicy(native_few=few[2 if is_reordered else 1] > few[0], reordered=is_reordered)
 
 
 @contextmanager
@@ -250,15 +295,15 @@ def _parameter(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """The shortest of some runs, after one to get ready."""
-    work()
-    times = []
+def _seconds(works: Sequence[Callable[[], None]]) -> list[float]:
+    """The shortest of some runs of each, in turns: what slows the box down slows all of them."""
+    best = [math.inf] * len(works)
     for _ in range(_TRIES):
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+        for index, work in enumerate(works):
+            begin = time.perf_counter()
+            work()
+            best[index] = min(best[index], time.perf_counter() - begin)
+    return best
 
 
 def _reordered(weight: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
-from loaderd.server.worker.engine.batching.attention import Chunk, StepAttention, attending
+from loaderd.server.worker.engine.batching.attention import Chunk, StepAttention
+from loaderd.server.worker.engine.batching.forward import Forward
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
 from loaderd.server.worker.engine.batching.linear import PLAIN, LinearPolicy
 
@@ -32,26 +31,25 @@ class Feed:
 
 
 class Runner:
-    """Runs a model that has this package's attention function.
+    """Puts steps together.
 
     All tokens of a step go through the model as one row; the attention function alone knows
     where one request ends and the next one begins.
 
     Args:
-        model: Set to `attention.NAME`.
+        forward: The model.
         cache: For keys and values.
+        device: Of the token ids.
         linears: How the model's linear layers are computed.
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: KvCache, linears: LinearPolicy = PLAIN
+        self, forward: Forward, cache: KvCache, device: torch.device, linears: LinearPolicy = PLAIN
     ) -> None:
-        self._model = model
+        self._forward = forward
         self._cache = cache
         self._linears = linears
-        self._device = model.get_input_embeddings().weight.device
-        parameters = inspect.signature(model.forward).parameters
-        self._selects = "logits_to_keep" in parameters
+        self._device = device
         self.windows: dict[int, int | None] = {}
 
     def run(self, feeds: Sequence[Feed]) -> torch.Tensor:
@@ -87,14 +85,9 @@ class Runner:
         some = wanted or [0]
         every = some == list(range(inputs.shape[1]))
         keep = None if every else torch.tensor(some, device=self._device)
-        select = {"logits_to_keep": keep} if self._selects and keep is not None else {}
-        with torch.inference_mode(), attending(step), self._linears.step(inputs.shape[1]):
-            logits = self._model(
-                input_ids=inputs[:1], position_ids=inputs[1:], use_cache=False, **select
-            ).logits[0]
+        with torch.inference_mode(), self._linears.step(inputs.shape[1]):
+            logits = self._forward(inputs[0], inputs[1], step, keep)
             self.windows = step.windows
-            if keep is not None and not self._selects:
-                logits = logits[keep.to(logits.device)]
             return logits[: len(wanted)].float()
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.attention import NAME
+from loaderd.server.worker.engine.batching.forward import Forward, ModuleForward
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
 from loaderd.server.worker.engine.batching.runner import Feed, Runner
 
@@ -33,9 +34,20 @@ class Findings:
 
     Attributes:
         bytes_per_token: Of keys and values, over all layers.
+        windows: By layer, how far it looks back; None for all the way.
     """
 
     bytes_per_token: int
+    windows: Mapping[int, int | None]
+    _expected: list[torch.Tensor]
+
+    def agree(self, model: PreTrainedModel, forward: Forward) -> bool:
+        """Whether another way to run the model computes the same."""
+        try:
+            _try(model, forward, self._expected)
+        except UnsuitableError:
+            return False
+        return True
 
 
 def examine(model: PreTrainedModel) -> Findings:
@@ -50,7 +62,9 @@ def examine(model: PreTrainedModel) -> Findings:
     expected = [_own_logits(model, prompt) for prompt in _prompts(config)]
     try:
         model.set_attn_implementation(NAME)
-        return _try(model, config, expected)
+        cache, windows = _try(model, ModuleForward(model), expected)
+        _check_windows(windows, config)
+        return Findings(cache.bytes_per_token, windows, expected)
     except UnsuitableError:
         model.set_attn_implementation(own)
         raise
@@ -87,17 +101,25 @@ def _prompts(config: Any) -> list[list[int]]:
     return [[token % config.vocab_size for token in prompt] for prompt in _PROMPTS]
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
 def _own_logits(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
-    ids = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([prompt], device=input_device(model))
     with torch.inference_mode():
         return model(input_ids=ids, use_cache=False).logits[0].float()
 
 
-def _try(model: PreTrainedModel, config: Any, expected: list[torch.Tensor]) -> Findings:
+def _try(
+    model: PreTrainedModel, forward: Forward, expected: list[torch.Tensor]
+) -> tuple[KvCache, Mapping[int, int | None]]:
     """The prompts side by side: two pieces each, then token by token."""
-    prompts = _prompts(config)
+    prompts = _prompts(model.config.get_text_config(decoder=True))
     cache = KvCache(len(prompts), max(map(len, prompts)), blocks=0)
-    runner = Runner(model, cache)
+    runner = Runner(forward, cache, input_device(model))
     found: list[list[torch.Tensor]] = [[] for _ in prompts]
     shortest = min(map(len, prompts))
     cuts = [0, shortest // 2, shortest - 3, *range(shortest - 2, shortest + 1)]
@@ -109,10 +131,9 @@ def _try(model: PreTrainedModel, config: Any, expected: list[torch.Tensor]) -> F
         logits = runner.run(feeds)
         for part, logits_of_prompt in zip(found, logits.split(end - begin), strict=True):
             part.append(logits_of_prompt)
-    _check_windows(runner.windows, config)
     for parts, own in zip(found, expected, strict=True):
         _compare(torch.cat(parts), own[:shortest], model.dtype)
-    return Findings(cache.bytes_per_token)
+    return cache, runner.windows
 
 
 def _compare(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
