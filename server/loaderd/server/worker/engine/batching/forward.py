@@ -3,8 +3,8 @@
 At one stream a step of a small model is more Python and dispatch than arithmetic: a module call
 costs as much as a small operator, and transformers writes norms and rotary embeddings as many of
 them. For the plainest and most common kind of layer, the sequence of operators is written down
-here: about a third of the operators, and no module calls. Whether it computes the same is tried
-with the model itself when it is loaded, see suitability.py.
+here, with the same rounding, fewer operators and no module calls. Whether it computes the same is
+tried with the model itself when it is loaded, see suitability.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -170,7 +169,7 @@ class _Layer:
             turned = self.head_norm(turned)
         half = self.dimensions // 2
         swapped = torch.cat((turned[..., half:], turned[..., :half]), -1)
-        turned = torch.addcmul(turned * cos, swapped, sin)
+        turned = turned * cos + swapped * sin
         attended = step.attend(
             self.index, turned[:, :heads], turned[:, heads:], projected[:, both:], self.rule
         )
@@ -205,30 +204,25 @@ def _layer(index: int, layer: Any, window: int | None) -> _Layer:
     )
 
 
-def _norm(norm: nn.Module) -> _Step:
-    weight, epsilon = norm.weight, norm.variance_epsilon
-    shape = tuple(weight.shape)
-
-    def normalise(hidden: torch.Tensor) -> torch.Tensor:
-        normal: torch.Tensor = functional.rms_norm(hidden, shape, weight, epsilon)
-        return normal
-
-    return normalise
+def _norm(norm: Any) -> _Step:
+    return _root_mean_square(norm.weight, norm.variance_epsilon)
 
 
 def _head_norm(attention: Any, heads: int, key_heads: int) -> _Step | None:
     if getattr(attention, "q_norm", None) is None:
         return None
-    epsilon = attention.q_norm.variance_epsilon
-    weight = torch.cat(
-        [
-            norm.weight.expand(count, -1)
-            for norm, count in ((attention.q_norm, heads), (attention.k_norm, key_heads))
-        ]
-    )
-    shape = (weight.shape[1],)
+    weights = [
+        norm.weight.expand(count, -1)
+        for norm, count in ((attention.q_norm, heads), (attention.k_norm, key_heads))
+    ]
+    return _root_mean_square(torch.cat(weights), attention.q_norm.variance_epsilon)
 
-    def normalise(by_head: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(by_head, shape, None, epsilon) * weight
+
+def _root_mean_square(weight: torch.Tensor, epsilon: float) -> _Step:
+    shape = weight.shape[-1:]
+
+    def normalise(hidden: torch.Tensor) -> torch.Tensor:
+        # Rounded before the weights are applied, as in transformers.
+        return functional.rms_norm(hidden, shape, None, epsilon) * weight
 
     return normalise

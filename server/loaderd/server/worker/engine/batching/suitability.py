@@ -16,10 +16,11 @@ from loaderd.server.worker.engine.batching.forward import Forward, ModuleForward
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
 from loaderd.server.worker.engine.batching.runner import Feed, Runner
 
-_PROMPTS = (range(3, 43, 3), range(7, 47, 5))
-"""Token ids to try it with; taken modulo the vocabulary."""
+_PROMPTS = (range(1009, 5000, 331), range(2003, 9000, 719))
+"""Token ids to try it with, modulo the vocabulary: no runs of special tokens, which models
+were not trained on and which blow rounding up."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
-"""Largest deviation of logits, as a share of their spread, that is rounding."""
+"""Largest deviation of logits, as a share of their own deviation, that is rounding."""
 _WHOLE_SEQUENCE_ROPES = frozenset({"dynamic", "longrope"})
 """Rotary embeddings that change for all tokens when one sequence grows long."""
 
@@ -131,15 +132,15 @@ def _try(
         logits = runner.run(feeds)
         for part, logits_of_prompt in zip(found, logits.split(end - begin), strict=True):
             part.append(logits_of_prompt)
-    for parts, own in zip(found, expected, strict=True):
-        _compare(torch.cat(parts), own[:shortest], model.dtype)
+    everything = torch.cat([part for parts in found for part in parts])
+    _compare(everything, torch.cat([own[:shortest] for own in expected]), model.dtype)
     return cache, runner.windows
 
 
 def _compare(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     # Most tokens, not all: a mixture of experts may rightly choose others after rounding.
-    spread = expected.std()
-    deviation = ((found - expected).abs().amax(-1) / spread).median()
+    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+    deviation = ((found - expected).norm(dim=-1) / spread).median()
     if not deviation <= _TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16]):
         raise UnsuitableError("its logits differ when it runs in batches")
 
