@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -127,30 +126,40 @@ def reference(model: Any, prompt: Sequence[int] = PROMPT, **options: Any) -> lis
     return tokens
 
 
+def before_each_pass(
+    model: Any, monkeypatch: pytest.MonkeyPatch, act: Callable[[torch.Tensor], None]
+) -> None:
+    """Calls `act` with the positions of each forward pass of a Llama, however it is run."""
+    rotary = model.model.rotary_emb
+    forward = rotary.forward
+
+    def acting(hidden: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        act(position_ids)
+        return forward(hidden, position_ids)
+
+    monkeypatch.setattr(rotary, "forward", acting)
+
+
 class Gate:
     """Holds the model's forward passes until it is opened."""
 
     def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered = threading.Event()
         self.open = threading.Event()
-        forward = model.forward
+        before_each_pass(model, monkeypatch, self._wait)
 
-        def gated(*args: Any, **kwargs: Any) -> Any:
-            self.entered.set()
-            assert self.open.wait(TIMEOUT)
-            return forward(*args, **kwargs)
-
-        gated.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-        monkeypatch.setattr(model, "forward", gated)
+    def _wait(self, _positions: torch.Tensor) -> None:
+        self.entered.set()
+        assert self.open.wait(TIMEOUT)
 
 
 def fail_once(model: Any, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the next forward pass fail."""
-    forward = model.forward
+    failed = threading.Event()
 
-    def failing(*_args: Any, **_kwargs: Any) -> Any:
-        monkeypatch.setattr(model, "forward", forward)
-        raise error
+    def fail(_positions: torch.Tensor) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise error
 
-    failing.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    monkeypatch.setattr(model, "forward", failing)
+    before_each_pass(model, monkeypatch, fail)

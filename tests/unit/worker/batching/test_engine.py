@@ -22,6 +22,7 @@ from tests.unit.worker.engine_client import (
     VOCABULARY,
     Client,
     Gate,
+    before_each_pass,
     build,
     reference,
 )
@@ -204,20 +205,16 @@ def test_a_request_is_cancelled_while_its_prompt_is_computed(
 def test_a_failed_step_fails_only_those_that_fail_alone(
     client: Client, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = client.model.forward
-    poison = 96
-
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        if (kwargs["input_ids"] == poison).any():
+    def fail(positions: torch.Tensor) -> None:
+        if positions.max() >= 60:
             raise MemoryError
-        return forward(*args, **kwargs)
 
     gate = Gate(client.model, monkeypatch)
     first = client.start(max_new_tokens=1, **GREEDY)
     assert gate.entered.wait(TIMEOUT)
-    monkeypatch.setattr(client.model, "forward", failing)
+    before_each_pass(client.model, monkeypatch, fail)
     good = [client.start(LONG[:n], max_new_tokens=5, **GREEDY) for n in (3, 9)]
-    bad = client.start([4, poison, 7], max_new_tokens=5)
+    bad = client.start(LONG[:61], max_new_tokens=5, bypass_prefix_cache=True)
     gate.open.set()
     client.wait(first)
     outputs = client.wait(bad)
