@@ -132,7 +132,8 @@ class CompletionServer(ABC):
         self._pid = process.pid
         self._stack.push_async_callback(_end_group, process)
         self._url = f"http://127.0.0.1:{port}"
-        connector = aiohttp.TCPConnector(limit=0)
+        # Kept connections would be closed by servers while it is the others' turn.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout())
         self._session = await self._stack.enter_async_context(session)
         try:
