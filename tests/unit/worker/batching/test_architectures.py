@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from loaderd.server.worker.engine.batching.build import EngineSettings
 from loaderd.server.worker.engine.batching.suitability import UnsuitableError, examine
 from tests.unit.worker.engine_client import VOCABULARY, Client, build, reference
 
@@ -123,4 +124,12 @@ def test_others_are_left_as_they_are(architecture: str) -> None:
     expected = reference(model, do_sample=False, max_new_tokens=5)
     with pytest.raises(UnsuitableError, match="its attention cannot be replaced"):
         examine(model)
+    assert reference(model, do_sample=False, max_new_tokens=5) == expected
+
+
+def test_a_model_without_memory_for_batches_is_left_as_it_was() -> None:
+    model = build("llama")
+    expected = reference(model, do_sample=False, max_new_tokens=5)
+    with pytest.raises(UnsuitableError, match="too little memory"):
+        Client(model, "batching", settings=EngineSettings(max_memory_bytes=100))
     assert reference(model, do_sample=False, max_new_tokens=5) == expected

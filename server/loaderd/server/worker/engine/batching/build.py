@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,8 +18,9 @@ from loaderd.server.worker.engine.batching.forward import (
 )
 from loaderd.server.worker.engine.batching.kv_cache import BLOCK, KvCache
 from loaderd.server.worker.engine.batching.linear import speed_up
+from loaderd.server.worker.engine.batching.memory import Memory
 from loaderd.server.worker.engine.batching.prefix_cache import PrefixCache
-from loaderd.server.worker.engine.batching.runner import Runner
+from loaderd.server.worker.engine.batching.runner import Feed, Runner
 from loaderd.server.worker.engine.batching.sampler import BatchSampler
 from loaderd.server.worker.engine.batching.scheduler import Capacity
 from loaderd.server.worker.engine.batching.suitability import (
@@ -29,6 +31,8 @@ from loaderd.server.worker.engine.batching.suitability import (
 )
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.protocol import Emit
+
+_NO_MEMORY = "too little memory is free for keys and values"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +84,18 @@ def batching_engine(
         UnsuitableError: The model is not for this engine.
     """
     findings = examine(model)
-    linears = speed_up(model, int(devices.free_bytes(device_map) * settings.memory_share))
-    forward, how = _forward(model, findings)
-    free = devices.free_bytes(device_map)
-    bytes_ = min(int(free * settings.memory_share), settings.max_memory_bytes)
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    blocks, capacity = _sizes(
-        bytes_ // findings.bytes_per_token, context_length, settings, lazy=on_cpu
-    )
-    if capacity.slots < 1:
-        raise UnsuitableError("too little memory is free for keys and values")
-    cache = KvCache(capacity.slots, capacity.slot_tokens, blocks)
+    try:
+        linears = speed_up(model, int(devices.free_bytes(device_map) * settings.memory_share))
+        forward, how = _forward(model, findings)
+        cache, capacity = _memory(model, findings, context_length, device_map, settings)
+        runner = Runner(forward, cache, input_device(model), linears)
+        _fill(runner)
+    except UnsuitableError:
+        model.set_attn_implementation(findings.own_attention)
+        raise
     engine = BatchingEngine(
-        runner=Runner(forward, cache, input_device(model), linears),
-        cache=cache,
-        prefixes=PrefixCache(blocks, BLOCK),
+        runner=runner,
+        memory=Memory(cache, PrefixCache(cache.blocks, BLOCK)),
         sampler=BatchSampler(),
         capacity=capacity,
         tokenizer=tokenizer,
@@ -102,9 +103,25 @@ def batching_engine(
         emit=emit,
         on_death=on_death,
     )
-    return engine, "; ".join(
-        filter(None, [f"it computes the same in batches, {how}", str(linears)])
-    )
+    reasons = [f"it computes the same in batches, {how}", str(linears)]
+    return engine, "; ".join(filter(None, reasons))
+
+
+def _memory(
+    model: PreTrainedModel,
+    findings: Findings,
+    context_length: int,
+    device_map: str,
+    settings: EngineSettings,
+) -> tuple[KvCache, Capacity]:
+    free = int(devices.free_bytes(device_map) * settings.memory_share)
+    tokens = min(free, settings.max_memory_bytes) // findings.bytes_per_token
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    blocks, capacity = _sizes(tokens, context_length, settings, lazy=on_cpu)
+    if capacity.slots < 1 or capacity.slot_tokens < 1:
+        raise UnsuitableError(_NO_MEMORY)
+    idle = capacity.tokens // 8
+    return KvCache(capacity.slots, capacity.slot_tokens, blocks, idle_tokens=idle), capacity
 
 
 def _forward(model: PreTrainedModel, findings: Findings) -> tuple[Forward, str]:
@@ -113,6 +130,17 @@ def _forward(model: PreTrainedModel, findings: Findings) -> tuple[Forward, str]:
         if findings.agree(model, flat):
             return flat, "as one sequence of operators"
     return ModuleForward(model), "module by module"
+
+
+def _fill(runner: Runner) -> None:
+    """Runs one token, so that all memory is there before the first request comes."""
+    try:
+        runner.run([Feed(slot=0, begin=0, token_ids=[0], wants=1)])
+    except Exception as error:
+        is_full = isinstance(error, OSError) and error.errno == errno.ENOMEM
+        if not (is_full or devices.is_out_of_memory(error)):
+            raise
+        raise UnsuitableError(_NO_MEMORY) from error
 
 
 def _sizes(

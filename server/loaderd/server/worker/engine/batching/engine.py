@@ -19,12 +19,12 @@ from loaderd.server.errors import (
 )
 from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.job import Job, Row
-from loaderd.server.worker.engine.batching.kv_cache import BLOCK, KvCache
+from loaderd.server.worker.engine.batching.memory import Memory
 from loaderd.server.worker.engine.batching.pace import Pace
-from loaderd.server.worker.engine.batching.prefix_cache import PrefixCache
 from loaderd.server.worker.engine.batching.runner import Feed, Runner
 from loaderd.server.worker.engine.batching.sampler import BatchSampler, prompt_logprobs
 from loaderd.server.worker.engine.batching.scheduler import Capacity, Piece, Scheduler, Ticket
+from loaderd.server.worker.engine.batching.supported import SUPPORTED
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.protocol import Emit, GenerationRequest
 from loaderd.server.worker.failures import incident
@@ -60,10 +60,9 @@ class BatchingEngine:
 
     Args:
         runner: Runs the model.
-        cache: The runner's.
-        prefixes: Says what is in the cache's blocks.
+        memory: What its slots hold.
         sampler: Chooses tokens.
-        capacity: What the cache can hold, and how many may wait.
+        capacity: Of that memory, and how many may wait.
         tokenizer: The part of the model's tokenizer that completions need.
         model_name: For errors.
         emit: Takes the outputs of each step, from the engine's thread and from those that call it.
@@ -71,54 +70,13 @@ class BatchingEngine:
     """
 
     name = "batching"
-    supported_parameters = frozenset(
-        {
-            "text",
-            "token_ids",
-            "messages",
-            "add_special_tokens",
-            "truncate_prompt_tokens",
-            "priority",
-            "do_sample",
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "typical_p",
-            "seed",
-            "n",
-            "best_of",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-            "no_repeat_ngram_size",
-            "logit_bias",
-            "allowed_token_ids",
-            "bad_words",
-            "max_new_tokens",
-            "min_new_tokens",
-            "stop",
-            "stop_token_ids",
-            "include_stop_str_in_output",
-            "ignore_eos",
-            "max_time",
-            "echo",
-            "skip_special_tokens",
-            "return_token_ids",
-            "logprobs",
-            "top_logprobs",
-            "prompt_logprobs",
-            "bypass_prefix_cache",
-            "cache_salt",
-        }
-    )
+    supported_parameters = SUPPORTED
 
     def __init__(
         self,
         *,
         runner: Runner,
-        cache: KvCache,
-        prefixes: PrefixCache,
+        memory: Memory,
         sampler: BatchSampler,
         capacity: Capacity,
         tokenizer: Tokenizer,
@@ -127,8 +85,7 @@ class BatchingEngine:
         on_death: Callable[[], None],
     ) -> None:
         self._runner = runner
-        self._cache = cache
-        self._prefixes = prefixes
+        self._memory = memory
         self._sampler = sampler
         self._capacity = capacity
         self._tokenizer = tokenizer
@@ -207,8 +164,6 @@ class BatchingEngine:
                 f"{capacity.slot_tokens} each and {capacity.tokens} in all",
             )
 
-    # What follows runs in the engine's thread.
-
     def _run(self) -> None:
         try:
             with torch.inference_mode():
@@ -248,8 +203,13 @@ class BatchingEngine:
         now = time.monotonic()
         if self._scheduler.waiting and now >= self._told + _TELL_SECONDS:
             self._told = now
-            for position, key in enumerate(self._scheduler.order()):
-                self._jobs[key].tell_position(position)
+            told = (
+                self._jobs[key].told(place) for place, key in enumerate(self._scheduler.order())
+            )
+            outputs = [output for output in told if output]
+            if outputs:
+                # At once, with the lock held: nothing may follow what cancels a request.
+                self._emit(outputs)
 
     def _step(self) -> None:
         begin = time.monotonic()
@@ -277,12 +237,8 @@ class BatchingEngine:
     def _prompt_work(self, piece: Piece) -> _Work:
         job = self._running[piece.key]
         row, prompt = job.rows[0], job.request.prompt
-        if not row.length and not job.request.bypass_prefix_cache:
-            # The last token is always computed: its logits are needed.
-            blocks = self._prefixes.match(prompt[:-1], job.request.cache_salt)
-            if blocks:
-                self._cache.take(row.slot, blocks)
-            row.length = job.cached = len(blocks) * BLOCK
+        if not row.length:
+            self._memory.take_prefix(row)
         end = min(row.length + piece.count, len(prompt))
         wants = int(end == len(prompt))
         if job.request.prompt_logprobs is not None:
@@ -337,10 +293,8 @@ class BatchingEngine:
             self._scheduler.computed(one.job.request.key, one.end)
         if one.end < len(one.job.request.prompt):
             return []
-        self._keep(one.row)
-        for other in one.job.rows[1:]:
-            self._cache.copy(one.row.slot, other.slot, one.row.length)
-            other.length = one.row.length
+        self._memory.keep_prefix(one.row)
+        self._memory.fork(one.row)
         one.job.echo()
         return one.job.rows
 
@@ -370,13 +324,14 @@ class BatchingEngine:
                 self._fail(row.job, error, "decoding text")
                 continue
             if row.has_ended:
-                self._keep(row)
+                self._memory.keep_prefix(row)
                 self._retire(row)
 
     def _retire(self, row: Row) -> None:
         """Frees what an ended completion holds; ends its request with its last completion."""
         job = row.job
         self._sampler.retire(row.key)
+        self._memory.free(row)
         with self._changed:
             self._scheduler.release(job.request.key, row.slot)
         if all(other.has_ended for other in job.rows):
@@ -417,6 +372,7 @@ class BatchingEngine:
     def _end(self, job: Job, failure: LoaderdError) -> None:
         for row in job.rows:
             self._sampler.retire(row.key)
+            self._memory.free(row)
         with self._changed:
             self._scheduler.end(job.request.key)
         self._forget(job)
@@ -427,15 +383,6 @@ class BatchingEngine:
             del self._jobs[job.request.key]
         del self._running[job.request.key]
 
-    def _keep(self, row: Row) -> None:
-        """Copies what a slot has into the prefix cache."""
-        request = row.job.request
-        if request.bypass_prefix_cache:
-            return
-        known, blocks = self._prefixes.insert(row.token_ids[: row.length], request.cache_salt)
-        if blocks:
-            self._cache.keep(row.slot, known, blocks)
-
     def _close_a_hole(self) -> None:
         with self._changed:
             move = self._scheduler.move()
@@ -444,8 +391,7 @@ class BatchingEngine:
         source, target = move
         rows = [row for job in self._running.values() for row in job.rows]
         row = next(row for row in rows if row.slot == source and not row.has_ended)
-        self._cache.copy(source, target, row.length)
-        row.slot = target
+        self._memory.move(row, target)
 
     def _emit_outputs(self) -> None:
         if self._outputs:

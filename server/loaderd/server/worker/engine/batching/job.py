@@ -130,12 +130,12 @@ class Job:
         for index, row in enumerate(self.rows):
             self._show(index, row, row.completion.echo())
 
-    def tell_position(self, position: int) -> None:
-        """Tells its place in the queue, unless that is known."""
-        if position != self._position:
-            self._position = position
-            queued = GenerationQueued(position=position)
-            self._send(Output(key=self.request.key, queued=queued))
+    def told(self, position: int) -> Output | None:
+        """Its place in the queue for the client; None if that knows it."""
+        if position == self._position:
+            return None
+        self._position = position
+        return Output(key=self.request.key, queued=GenerationQueued(position=position))
 
     def tell_prompt(self, logprobs: list[TokenLogprob]) -> None:
         """Tells log probabilities of the prompt's next tokens."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -17,7 +16,8 @@ class KvCache:
     """Per layer two buffers [slots, heads, tokens, dimensions], on the device of that layer.
 
     A slot is one stretch of memory, so that a run of slots is a slice of the batch and not a
-    gather. On a CPU the system backs only what is written.
+    gather. On a CPU the system backs only what is written, and gets back what free slots hold
+    beyond `idle_tokens`.
 
     Beside the slots there are blocks of finished prompts, see `keep` and `take`.
 
@@ -25,13 +25,16 @@ class KvCache:
         slots: Most slots.
         tokens: Most tokens of a slot.
         blocks: Blocks for prefixes.
+        idle_tokens: Tokens of free slots whose memory is not given back, for those that come next.
     """
 
-    def __init__(self, slots: int, tokens: int, blocks: int) -> None:
+    def __init__(self, slots: int, tokens: int, blocks: int, idle_tokens: int = 0) -> None:
         self.slots = slots
         self.tokens = tokens
         self.blocks = blocks
         self._layers: dict[int, _Layer] = {}
+        self._idle_tokens = idle_tokens
+        self._idle: dict[int, int] = {}
 
     @property
     def bytes_per_token(self) -> int:
@@ -56,6 +59,14 @@ class KvCache:
         for layer in self._layers.values():
             for buffer in (layer.keys, layer.values):
                 buffer[target, :, :tokens] = buffer[source, :, :tokens]
+
+    def free(self, slot: int, tokens: int) -> None:
+        """A slot of so many tokens is not needed now; it can be written to again at any time."""
+        self._idle[slot] = max(tokens, self._idle.get(slot, 0))
+        if sum(self._idle.values()) > self._idle_tokens:
+            del self._idle[slot]
+            for layer in self._layers.values():
+                layer.discard(slot)
 
     def keep(self, slot: int, first: int, blocks: Sequence[int]) -> None:
         """Copies tokens of a slot into blocks.
@@ -87,8 +98,11 @@ class _Layer:
     """One layer's buffers."""
 
     def __init__(self, cache: KvCache, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.keys, self.values = (_buffer(cache.slots, cache.tokens, new) for new in (key, value))
-        self._kept_keys, self._kept_values = (
+        (self.keys, keys_memory), (self.values, values_memory) = (
+            _buffer(cache.slots, cache.tokens, new) for new in (key, value)
+        )
+        self._memories = [memory for memory in (keys_memory, values_memory) if memory is not None]
+        (self._kept_keys, _), (self._kept_values, _) = (
             _buffer(cache.blocks, BLOCK, new) for new in (key, value)
         )
 
@@ -99,15 +113,25 @@ class _Layer:
     def pairs(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
         return (self.keys, self._kept_keys), (self.values, self._kept_values)
 
+    def discard(self, slot: int) -> None:
+        for memory in self._memories:
+            size = len(memory) // self.keys.shape[0]
+            # Whole pages, none of a neighbour's; these read as zeros afterwards.
+            begin = -(-slot * size // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (slot + 1) * size // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > begin and hasattr(memory, "madvise"):
+                memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
-def _buffer(slots: int, tokens: int, like: torch.Tensor) -> torch.Tensor:
-    """Zeros: what is masked takes part in products, and must be finite."""
+
+def _buffer(slots: int, tokens: int, like: torch.Tensor) -> tuple[torch.Tensor, mmap.mmap | None]:
+    """Zeros: what is masked takes part in products, and must be finite.
+
+    Returns:
+        The buffer, and the memory below it where the system backs only what is written.
+    """
     shape = slots, like.shape[1], tokens, like.shape[2]
     if like.device.type != "cpu" or 0 in shape:
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    count = math.prod(shape)
-    flags: dict[str, Any] = {}
-    if hasattr(mmap, "MAP_NORESERVE"):
-        flags["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
-    memory = mmap.mmap(-1, count * like.itemsize, **flags)
-    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
+        return torch.zeros(shape, dtype=like.dtype, device=like.device), None
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    memory = mmap.mmap(-1, math.prod(shape) * like.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape), memory
