@@ -202,6 +202,22 @@ def test_a_request_is_cancelled_while_its_prompt_is_computed(
     assert outputs.finished.usage.generated_tokens == 0
 
 
+@pytest.mark.parametrize("prompt", [PROMPT, LONG])
+def test_all_completions_of_a_request_are_cancelled(
+    client: Client, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(client.model, monkeypatch)
+    key = client.start(prompt, n=3, temperature=1.0, max_new_tokens=50, ignore_eos=True)
+    assert gate.entered.wait(TIMEOUT)
+    client.engine.cancel(key)
+    gate.open.set()
+    outputs = client.wait(key)
+    assert outputs.finished is not None
+    reasons = [finish.reason for finish in outputs.finished.finishes]
+    assert reasons == [FinishReason.FINISH_REASON_CANCELLED] * 3
+    assert len(client.generate(max_new_tokens=4, **GREEDY).token_ids) == 4
+
+
 def test_a_failed_step_fails_only_those_that_fail_alone(
     client: Client, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

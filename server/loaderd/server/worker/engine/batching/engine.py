@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
@@ -97,7 +98,7 @@ class BatchingEngine:
         self._jobs: dict[int, Job] = {}
         self._running: dict[int, Job] = {}
         self._outputs: list[Output] = []
-        self._rows = 0
+        self._row_keys = itertools.count()
         self._told = -math.inf
         self._closed = False
         self._changed = threading.Condition()
@@ -188,10 +189,8 @@ class BatchingEngine:
             self._tell_positions()
         for job, slots in admitted:
             self._running[job.request.key] = job
-            first = self._rows
-            self._rows += len(slots)
             try:
-                job.begin(slots, first, self._tokenizer)
+                job.begin(slots, self._row_keys, self._tokenizer)
                 for row in job.rows:
                     self._sampler.admit(row.key, row.request)
             except Exception as error:
@@ -206,9 +205,8 @@ class BatchingEngine:
             told = (
                 self._jobs[key].told(place) for place, key in enumerate(self._scheduler.order())
             )
-            outputs = [output for output in told if output]
-            if outputs:
-                # At once, with the lock held: nothing may follow what cancels a request.
+            # At once, with the lock held: nothing may follow what cancels a request.
+            if outputs := [output for output in told if output]:
                 self._emit(outputs)
 
     def _step(self) -> None:
@@ -326,30 +324,33 @@ class BatchingEngine:
             if row.has_ended:
                 self._memory.keep_prefix(row)
                 self._retire(row)
+                if all(other.has_ended for other in row.job.rows):
+                    self._finish(row.job)
 
     def _retire(self, row: Row) -> None:
-        """Frees what an ended completion holds; ends its request with its last completion."""
-        job = row.job
+        """Frees what an ended completion holds."""
         self._sampler.retire(row.key)
         self._memory.free(row)
         with self._changed:
-            self._scheduler.release(job.request.key, row.slot)
-        if all(other.has_ended for other in job.rows):
-            self._forget(job)
-            job.finish()
-            logger.info(
-                "request %s: %d prompt tokens, %d of them cached, %d generated",
-                job.request.request_id,
-                len(job.request.prompt),
-                job.cached,
-                sum(row.completion.generated_tokens for row in job.rows),
-            )
+            self._scheduler.release(row.job.request.key, row.slot)
+
+    def _finish(self, job: Job) -> None:
+        self._forget(job)
+        job.finish()
+        logger.info(
+            "request %s: %d prompt tokens, %d of them cached, %d generated",
+            job.request.request_id,
+            len(job.request.prompt),
+            job.cached,
+            sum(row.completion.generated_tokens for row in job.rows),
+        )
 
     def _cancel(self, job: Job) -> None:
         live = [row for row in job.rows if not row.has_ended]
         job.cancel()
         for row in live:
             self._retire(row)
+        self._finish(job)
 
     def _fail(self, job: Job, error: Exception, doing: str) -> None:
         """Ends a request with an error.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from loaderd.server.errors import LoaderdError
@@ -95,12 +95,12 @@ class Job:
         self._position: int | None = None
         self._deadline = math.inf
 
-    def begin(self, slots: tuple[int, ...], first_key: int, tokenizer: Tokenizer) -> None:
+    def begin(self, slots: tuple[int, ...], keys: Iterator[int], tokenizer: Tokenizer) -> None:
         """Its turn has come.
 
         Args:
             slots: One for each of its completions.
-            first_key: For the sampler; the next ones are free too.
+            keys: For the sampler.
             tokenizer: For the completions.
         """
         request = self.request
@@ -111,7 +111,7 @@ class Job:
             completion = Completion(request, tokenizer)
             row = Row(
                 self,
-                first_key + index,
+                next(keys),
                 self._sampled(index),
                 slot,
                 completion,
