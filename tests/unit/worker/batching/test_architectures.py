@@ -97,6 +97,14 @@ def test_together(client: Client, own: list[list[int]]) -> None:
     assert [client.wait(key).token_ids for key in keys] == own
 
 
+def test_together_with_rows_of_other_lengths_apart(
+    client: Client, own: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loaderd.server.worker.engine.batching.attention._WASTE", 10)
+    keys = [client.start(prompt, bypass_prefix_cache=True, **options()) for prompt in PROMPTS]
+    assert [client.wait(key).token_ids for key in keys] == own
+
+
 def test_with_prefixes_that_are_known(client: Client, own: list[list[int]]) -> None:
     longest = max(PROMPTS, key=len)
     first = client.generate(longest, cache_salt="s", **options())
