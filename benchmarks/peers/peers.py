@@ -54,7 +54,9 @@ class TransformersBatching(TransformersServe):
 
     def command(self, port: int) -> list[str]:
         """See `CompletionServer`."""
-        return [*super().command(port), "--continuous-batching"]
+        # By itself it takes most of the memory that is free, and the others need theirs.
+        memory = ["--cb-max-memory-percent", "0.1"]
+        return [*super().command(port), "--continuous-batching", *memory]
 
 
 class Vllm(CompletionServer):
