@@ -148,7 +148,7 @@ def test_tokenizer_calls_are_answered_while_a_request_runs(worker: Worker) -> No
     ("fields", "reason", "field"),
     [
         ({"text": TEXT, "num_beams": 4}, "UNSUPPORTED_OPTION", "num_beams"),
-        ({"text": TEXT, "logit_bias": {3: 1.0}}, "UNSUPPORTED_OPTION", "logit_bias"),
+        ({"text": TEXT, "logit_bias": {3: 101.0}}, "INVALID_ARGUMENT", "logit_bias"),
         ({"text": TEXT, "temperature": float("nan")}, "INVALID_ARGUMENT", "temperature"),
         ({"text": ""}, "INVALID_ARGUMENT", "text"),
         ({}, "INVALID_ARGUMENT", "input"),

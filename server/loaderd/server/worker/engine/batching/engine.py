@@ -338,7 +338,7 @@ class BatchingEngine:
         self._forget(job)
         job.finish()
         logger.info(
-            "request %s: %d prompt tokens, %d of them cached, %d generated",
+            "request %s: %d prompt tokens, %d cached, %d generated",
             job.request.request_id,
             len(job.request.prompt),
             job.cached,
