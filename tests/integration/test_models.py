@@ -40,7 +40,7 @@ def test_a_loaded_model_says_what_it_is(client: Client, real_model: Path) -> Non
     assert info.details.architecture == "LlamaForCausalLM"
     assert info.details.parameter_count == 134_515_008
     assert info.details.has_chat_template
-    assert info.details.engine == "sequential"
+    assert info.details.engine == "batching"
     assert info.details.dtype_reason
     assert info.details.context_length == 8192
     assert info.timings.total is not None

@@ -47,9 +47,9 @@ class GenerationParameters(TypedDict, total=False):
     seed: int | None
     """Same seed, same request, same tokens. Default: drawn by the daemon; it is in the answer."""
     n: int | None
-    """Independent completions of the prompt. Default 1."""
+    """Independent completions of the prompt; 1 to 32. Default 1."""
     best_of: int | None
-    """Candidates of which the best `n` are returned. Default n."""
+    """Candidates of which the best `n` are returned, at the end. From n to 32; default n."""
 
     repetition_penalty: float | None
     """Divides (above 1) the logits of tokens that are in the prompt or output."""
@@ -62,9 +62,9 @@ class GenerationParameters(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     """Added to the logits of these token ids; each -100 to 100."""
     allowed_token_ids: Sequence[int] | None
-    """Only these token ids may come."""
+    """Only these token ids may come; at least one."""
     bad_words: Sequence[str] | str | None
-    """Strings that may not come."""
+    """Strings that may not come, as the tokens that the tokenizer makes of them."""
 
     max_new_tokens: int | None
     """Most tokens to generate. Default: 256, or what the context leaves."""
@@ -88,11 +88,11 @@ class GenerationParameters(TypedDict, total=False):
     return_token_ids: bool | None
     """Whether the answer has token ids beside the text. Default false."""
     logprobs: bool | None
-    """Whether the answer has each token's log probability. Default false."""
+    """Whether the answer has each token's log probability. Default: if `top_logprobs` has."""
     top_logprobs: int | None
-    """Log probabilities of this many most probable tokens at each place."""
+    """Log probabilities of this many most probable tokens at each place; at most 20."""
     prompt_logprobs: int | None
-    """Log probabilities of the prompt's tokens, with this many alternatives."""
+    """Log probabilities of the prompt's tokens, with this many alternatives; at most 20."""
 
     num_beams: int | None
     """Beam search with this many beams. Default 1: none."""

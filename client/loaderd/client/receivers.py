@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
+from itertools import chain
 from typing import Generic, TypeVar
 
 from loaderd.client import responses
@@ -12,12 +14,14 @@ from loaderd.client.types import (
     Delta,
     DownloadPlan,
     DownloadProgress,
+    Finish,
     GenerationResult,
     GenerationStarted,
     LoadProgress,
     ModelInfo,
     ModelList,
     Snapshot,
+    TokenLogprob,
     VerifyReport,
     VerifyUpdate,
     WatchUpdate,
@@ -126,23 +130,28 @@ class WatchReceiver(Receiver[model_pb2.WatchModelsResponse, WatchUpdate, None]):
 
 
 class GenerationReceiver(Receiver[generation_pb2.StreamGenerateResponse, Delta, GenerationResult]):
-    """A generation: what is known at its start, deltas, then how it ended."""
+    """A generation: its place in the queue, what is known at its start, deltas, how it ended."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.queue_position: int | None = None
         self.started: GenerationStarted | None = None
-        self._texts: dict[int, list[str]] = {}
-        self._token_ids: dict[int, list[int]] = {}
+        self._prompt: list[TokenLogprob] = []
+        self._deltas: defaultdict[int, list[Delta]] = defaultdict(list)
 
     def take(self, message: generation_pb2.StreamGenerateResponse) -> Delta | None:
         """See `Receiver`."""
         match message.WhichOneof("event"):
+            case "queued":
+                self.queue_position = message.queued.position
             case "started":
+                self.queue_position = None
                 self.started = responses.generation_started(message.started)
+            case "prompt_logprobs":
+                self._prompt += responses.logprobs(message.prompt_logprobs.logprobs)
             case "delta":
                 delta = responses.delta(message.delta)
-                self._texts.setdefault(delta.index, []).append(delta.text)
-                self._token_ids.setdefault(delta.index, []).extend(delta.token_ids)
+                self._deltas[delta.index].append(delta)
                 return delta
             case "finished":
                 self._result = self._put_together(message.finished)
@@ -155,15 +164,21 @@ class GenerationReceiver(Receiver[generation_pb2.StreamGenerateResponse, Delta, 
             request_id=self.started.request_id,
             model_id=self.started.model_id,
             completions=tuple(
-                Completion(
-                    index=index,
-                    text="".join(self._texts.get(index, ())),
-                    token_ids=tuple(self._token_ids.get(index, ())),
-                    finish=responses.finish(finish),
-                )
+                self._completion(index, responses.finish(finish))
                 for index, finish in enumerate(finished.finishes)
             ),
+            prompt_logprobs=tuple(self._prompt),
             usage=responses.usage(finished.usage),
             timings=responses.generation_timings(finished.timings),
             seed=finished.seed,
+        )
+
+    def _completion(self, index: int, finish: Finish) -> Completion:
+        deltas = self._deltas[index]
+        return Completion(
+            index=index,
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
+            logprobs=tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
+            finish=finish,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 from typing import TypeVar
@@ -278,7 +279,30 @@ def generation_started(started: generation_pb2.GenerationStarted) -> types.Gener
 
 def delta(message: generation_pb2.GenerationDelta) -> types.Delta:
     """New text."""
-    return types.Delta(text=message.text, token_ids=tuple(message.token_ids), index=message.index)
+    return types.Delta(
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=logprobs(message.logprobs),
+        index=message.index,
+    )
+
+
+def logprobs(messages: Iterable[generation_pb2.TokenLogprob]) -> tuple[types.TokenLogprob, ...]:
+    """Log probabilities of some tokens."""
+    return tuple(
+        types.TokenLogprob(
+            token_id=message.token_id,
+            text=message.text,
+            logprob=message.logprob,
+            top=tuple(
+                types.TokenAlternative(
+                    token_id=other.token_id, text=other.text, logprob=other.logprob
+                )
+                for other in message.top
+            ),
+        )
+        for message in messages
+    )
 
 
 def finish(message: generation_pb2.Finish) -> types.Finish:
@@ -327,10 +351,12 @@ def generation_result(response: generation_pb2.GenerateResponse) -> types.Genera
                 index=completion.index,
                 text=completion.text,
                 token_ids=tuple(completion.token_ids),
+                logprobs=logprobs(completion.logprobs),
                 finish=finish(completion.finish),
             )
             for completion in response.completions
         ),
+        prompt_logprobs=logprobs(response.prompt_logprobs),
         usage=usage(response.usage),
         timings=generation_timings(response.timings),
         seed=response.seed,

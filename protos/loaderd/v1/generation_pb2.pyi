@@ -250,13 +250,18 @@ class StreamGenerateRequest(_message.Message):
     else 1.
     """
     seed: _builtins.int
-    """Same seed, same request, same tokens. Default: drawn by the daemon. The one
-    in effect is in the answer.
+    """Same seed, same request, same tokens, whatever else runs beside it; but in
+    types of 16 bits, seldom, the size of a batch rounds a probability otherwise
+    and so changes a token. Default: drawn by the daemon. The one in effect is in
+    the answer.
     """
     n: _builtins.int
-    """Independent completions of the prompt. At least 1. Default 1."""
+    """Independent completions of the prompt; 1 to 32. Default 1."""
     best_of: _builtins.int
-    """Candidates of which the best `n` are returned. Default n."""
+    """Candidates of which the best `n` are returned: those of the highest mean log
+    probability of their tokens. From n to 32; default n. Above n, all text comes
+    at the end.
+    """
     repetition_penalty: _builtins.float
     """Divides (above 1) the logits of tokens that are in the prompt or output;
     from 0.01 to 100. Default: the model's own, else 1.
@@ -288,11 +293,18 @@ class StreamGenerateRequest(_message.Message):
     return_token_ids: _builtins.bool
     """Whether the answer has token ids beside the text. Default false."""
     logprobs: _builtins.bool
-    """Whether the answer has each token's log probability. Default false."""
+    """Whether the answer has each token's log probability. Default: true when
+    `top_logprobs` is above 0, else false. False with that is INVALID_ARGUMENT.
+    """
     top_logprobs: _builtins.int
-    """Log probabilities of this many most probable tokens at each place."""
+    """Log probabilities of this many most probable tokens at each place; at most
+    20. Default 0.
+    """
     prompt_logprobs: _builtins.int
-    """Log probabilities of the prompt's tokens, with this many alternatives."""
+    """Log probabilities of the prompt's tokens, with this many most probable tokens
+    at each place; at most 20; 0 for none but the prompt's own. The whole prompt
+    is computed, as with bypass_prefix_cache. Default: none at all.
+    """
     num_beams: _builtins.int
     """Beam search with this many beams. Default 1: none."""
     length_penalty: _builtins.float
@@ -302,7 +314,9 @@ class StreamGenerateRequest(_message.Message):
     bypass_prefix_cache: _builtins.bool
     """Compute the whole prompt, whatever is cached of it. Default false."""
     cache_salt: _builtins.str
-    """Prompts share cached prefixes only with prompts of the same salt."""
+    """Prompts share cached prefixes only with prompts of the same salt; at most 256
+    characters. Default: an empty one.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Ready token ids, used as they are."""
@@ -321,15 +335,18 @@ class StreamGenerateRequest(_message.Message):
 
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Added to the logits of these token ids; each -100 to 100."""
+        """Added to the logits of these token ids; each -100 to 100; at most 1024."""
 
     @_builtins.property
     def allowed_token_ids(self) -> Global___TokenIds:
-        """Only these token ids may come."""
+        """Only these token ids may come; at least one."""
 
     @_builtins.property
     def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that may not come."""
+        """Strings that may not come as the tokens that the tokenizer makes of them, at
+        the begin of a text or after a space; at most 128 of at most 256 characters,
+        none empty. INVALID_ARGUMENT also later, when masks leave no token at all.
+        """
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -927,6 +944,7 @@ class GenerateResponse(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """GenerateRequest.request_id, or the one that the daemon made."""
     model_id: _builtins.str
@@ -945,6 +963,10 @@ class GenerateResponse(_message.Message):
     def timings(self) -> Global___GenerationTimings:
         """How long it took."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """Of the prompt's tokens from the second on, if prompt_logprobs was asked for."""
+
     def __init__(
         self,
         *,
@@ -954,10 +976,11 @@ class GenerateResponse(_message.Message):
         usage: Global___Usage | None = ...,
         timings: Global___GenerationTimings | None = ...,
         seed: _builtins.int = ...,
+        prompt_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completions", b"completions", "model_id", b"model_id", "request_id", b"request_id", "seed", b"seed", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completions", b"completions", "model_id", b"model_id", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "seed", b"seed", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -973,6 +996,7 @@ class Completion(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """From 0 to n - 1."""
     text: _builtins.str
@@ -987,6 +1011,12 @@ class Completion(_message.Message):
     def finish(self) -> Global___Finish:
         """Why it ended."""
 
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """Of each token, if logprobs was asked for; also of those that end the output
+        and stand for no text.
+        """
+
     def __init__(
         self,
         *,
@@ -994,14 +1024,87 @@ class Completion(_message.Message):
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         finish: Global___Finish | None = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "index", b"index", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Completion: _TypeAlias = Completion  # noqa: Y015
+
+@_typing.final
+class TokenLogprob(_message.Message):
+    """A token and the natural logarithm of its probability, as the model put it out:
+    before temperature, penalties, masks and limits.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    text: _builtins.str
+    """Its text when decoded alone, special tokens included. U+FFFD stands for what
+    is no whole character.
+    """
+    logprob: _builtins.float
+    """Its log probability."""
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenAlternative]:
+        """As many of the most probable tokens at its place as were asked for, best
+        first; the token may be one of them.
+        """
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        text: _builtins.str = ...,
+        logprob: _builtins.float = ...,
+        top: _abc.Iterable[Global___TokenAlternative] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "text", b"text", "token_id", b"token_id", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
+
+@_typing.final
+class TokenAlternative(_message.Message):
+    """One of the most probable tokens at a place. See TokenLogprob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    text: _builtins.str
+    """Its text when decoded alone."""
+    logprob: _builtins.float
+    """Its log probability."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        text: _builtins.str = ...,
+        logprob: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "text", b"text", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenAlternative: _TypeAlias = TokenAlternative  # noqa: Y015
 
 @_typing.final
 class StreamGenerateResponse(_message.Message):
@@ -1012,6 +1115,8 @@ class StreamGenerateResponse(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___GenerationStarted:
         """The prompt was taken; computation begins."""
@@ -1024,22 +1129,80 @@ class StreamGenerateResponse(_message.Message):
     def finished(self) -> Global___GenerationFinished:
         """The end."""
 
+    @_builtins.property
+    def queued(self) -> Global___GenerationQueued:
+        """It waits for its turn."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> Global___PromptLogprobs:
+        """More about the prompt, if prompt_logprobs was asked for."""
+
     def __init__(
         self,
         *,
         started: Global___GenerationStarted | None = ...,
         delta: Global___GenerationDelta | None = ...,
         finished: Global___GenerationFinished | None = ...,
+        queued: Global___GenerationQueued | None = ...,
+        prompt_logprobs: Global___PromptLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "queued", b"queued", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "queued", b"queued", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished", "queued", "prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___StreamGenerateResponse: _TypeAlias = StreamGenerateResponse  # noqa: Y015
+
+@_typing.final
+class GenerationQueued(_message.Message):
+    """A request waits for its turn; sent when its place in the queue changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """How many requests go before it."""
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerationQueued: _TypeAlias = GenerationQueued  # noqa: Y015
+
+@_typing.final
+class PromptLogprobs(_message.Message):
+    """Log probabilities of the next tokens of the prompt, the first of which has
+    none.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """In the prompt's order."""
+
+    def __init__(
+        self,
+        *,
+        logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptLogprobs: _TypeAlias = PromptLogprobs  # noqa: Y015
 
 @_typing.final
 class GenerationStarted(_message.Message):
@@ -1086,13 +1249,20 @@ class GenerationDelta(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Which completion: 0 to n - 1."""
     text: _builtins.str
-    """New text; whole UTF-8 characters. May be empty when token ids were asked for."""
+    """New text; whole UTF-8 characters. May be empty when token ids or log
+    probabilities were asked for.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens, if return_token_ids was asked for."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """Of the new tokens, if logprobs was asked for. Their text may come later."""
 
     def __init__(
         self,
@@ -1100,10 +1270,11 @@ class GenerationDelta(_message.Message):
         index: _builtins.int = ...,
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -82,9 +82,11 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """Generates and streams text as it comes: `started` first, `delta` any number
-        of times, `finished` last. Cancelling the call stops the computation at the
-        next token. A failed stream ends in a status, never in a message.
+        """Generates and streams text as it comes: `queued` any number of times while
+        the request waits for its turn, then `started`, then `prompt_logprobs` and
+        `delta` any number of times, `finished` last. Cancelling the call stops the
+        computation at the next token. A failed stream ends in a status, never in a
+        message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

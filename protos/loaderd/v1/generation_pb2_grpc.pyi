@@ -41,9 +41,11 @@ class GenerationServiceStub:
     Generate: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
     """Generates and answers once, with everything."""
     StreamGenerate: _grpc.UnaryStreamMultiCallable[_generation_pb2.StreamGenerateRequest, _generation_pb2.StreamGenerateResponse]
-    """Generates and streams text as it comes: `started` first, `delta` any number
-    of times, `finished` last. Cancelling the call stops the computation at the
-    next token. A failed stream ends in a status, never in a message.
+    """Generates and streams text as it comes: `queued` any number of times while
+    the request waits for its turn, then `started`, then `prompt_logprobs` and
+    `delta` any number of times, `finished` last. Cancelling the call stops the
+    computation at the next token. A failed stream ends in a status, never in a
+    message.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
     """Text or messages -> token ids."""
@@ -67,9 +69,11 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Generate: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates and answers once, with everything."""
     StreamGenerate: _aio.UnaryStreamMultiCallable[_generation_pb2.StreamGenerateRequest, _generation_pb2.StreamGenerateResponse]  # type: ignore[assignment]
-    """Generates and streams text as it comes: `started` first, `delta` any number
-    of times, `finished` last. Cancelling the call stops the computation at the
-    next token. A failed stream ends in a status, never in a message.
+    """Generates and streams text as it comes: `queued` any number of times while
+    the request waits for its turn, then `started`, then `prompt_logprobs` and
+    `delta` any number of times, `finished` last. Cancelling the call stops the
+    computation at the next token. A failed stream ends in a status, never in a
+    message.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Text or messages -> token ids."""
@@ -102,9 +106,11 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.StreamGenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.StreamGenerateResponse], _abc.AsyncIterator[_generation_pb2.StreamGenerateResponse]]:
-        """Generates and streams text as it comes: `started` first, `delta` any number
-        of times, `finished` last. Cancelling the call stops the computation at the
-        next token. A failed stream ends in a status, never in a message.
+        """Generates and streams text as it comes: `queued` any number of times while
+        the request waits for its turn, then `started`, then `prompt_logprobs` and
+        `delta` any number of times, `finished` last. Cancelling the call stops the
+        computation at the next token. A failed stream ends in a status, never in a
+        message.
         """
 
     @_abc_1.abstractmethod

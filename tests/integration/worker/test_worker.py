@@ -43,7 +43,7 @@ def test_greedy_output_is_that_of_transformers(worker: Worker, real_model: Path)
 def test_the_loaded_model_is_described(worker: Worker) -> None:
     details = worker.details
     assert details.architecture == "LlamaForCausalLM"
-    assert details.engine == "sequential"
+    assert details.engine == "batching"
     assert details.context_length == 8192
     assert details.parameter_count == 134_515_008
     assert details.weight_bytes in {2 * details.parameter_count, 4 * details.parameter_count}
@@ -135,7 +135,7 @@ def test_tokenizer_calls_are_answered_while_a_request_runs(worker: Worker) -> No
     text = worker.call(detokenize=DetokenizeRequest(token_ids=tokens.token_ids)).detokenize.text
     asked = ApplyChatTemplateRequest(messages=CHAT.messages)
     rendered = worker.call(apply_chat_template=asked).apply_chat_template.text
-    refused = worker.start(text=TEXT, n=2)
+    refused = worker.start(text=TEXT, num_beams=2)
     assert worker.outputs(refused).error is not None
     assert not worker.has_ended(key)
     worker.cancel(key)
@@ -148,7 +148,7 @@ def test_tokenizer_calls_are_answered_while_a_request_runs(worker: Worker) -> No
     ("fields", "reason", "field"),
     [
         ({"text": TEXT, "num_beams": 4}, "UNSUPPORTED_OPTION", "num_beams"),
-        ({"text": TEXT, "logit_bias": {3: 1.0}}, "UNSUPPORTED_OPTION", "logit_bias"),
+        ({"text": TEXT, "logit_bias": {3: 101.0}}, "INVALID_ARGUMENT", "logit_bias"),
         ({"text": TEXT, "temperature": float("nan")}, "INVALID_ARGUMENT", "temperature"),
         ({"text": ""}, "INVALID_ARGUMENT", "text"),
         ({}, "INVALID_ARGUMENT", "input"),

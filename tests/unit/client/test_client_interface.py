@@ -56,6 +56,8 @@ EXPORTS = {
     "GenerationTimings",
     "Message",
     "RenderedPrompt",
+    "TokenAlternative",
+    "TokenLogprob",
     "Tokenization",
     "Usage",
     # cache

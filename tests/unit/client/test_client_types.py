@@ -23,6 +23,7 @@ from loaderd.client import (
     responses,
     types,
 )
+from loaderd.client.receivers import GenerationReceiver
 from loaderd.v1 import cache_pb2, generation_pb2, model_pb2, system_pb2
 
 
@@ -193,6 +194,20 @@ def test_several_completions_are_put_together(client: Client) -> None:
     assert [completion.index for completion in whole.completions] == [0, 1, 2]
     assert len({completion.text for completion in whole.completions}) == 3
     assert whole.usage.generated_tokens == 27
+
+
+def test_the_place_in_the_queue_is_known_until_it_is_the_requests_turn() -> None:
+    receiver = GenerationReceiver()
+    seen = [receiver.queue_position]
+    for event in (
+        {"queued": generation_pb2.GenerationQueued(position=2)},
+        {"queued": generation_pb2.GenerationQueued(position=0)},
+        {"started": generation_pb2.GenerationStarted()},
+    ):
+        assert receiver.take(generation_pb2.StreamGenerateResponse(**event)) is None
+        seen.append(receiver.queue_position)
+
+    assert seen == [None, 2, 0, None]
 
 
 def test_handles_show_what_they_are(client: Client) -> None:

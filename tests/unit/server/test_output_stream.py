@@ -9,8 +9,12 @@ from loaderd.server.supervisor.output_stream import OutputStream
 from loaderd.v1.generation_pb2 import (
     GenerationDelta,
     GenerationFinished,
+    GenerationQueued,
     GenerationStarted,
+    PromptLogprobs,
     StreamGenerateResponse,
+    TokenAlternative,
+    TokenLogprob,
 )
 
 
@@ -18,6 +22,11 @@ def delta(text: str, *token_ids: int, index: int = 0) -> StreamGenerateResponse:
     return StreamGenerateResponse(
         delta=GenerationDelta(index=index, text=text, token_ids=token_ids)
     )
+
+
+def logprob(token_id: int) -> TokenLogprob:
+    top = [TokenAlternative(token_id=token_id, text="a", logprob=-0.5)]
+    return TokenLogprob(token_id=token_id, text="a", logprob=-0.5, top=top)
 
 
 STARTED = StreamGenerateResponse(started=GenerationStarted(prompt_tokens=3))
@@ -74,6 +83,67 @@ async def test_a_reader_that_is_too_slow_is_cut_off_and_memory_stays_bounded() -
         async for message in stream:
             received += len(message.delta.text)
     assert 0 < received <= 1100
+
+
+async def test_the_completions_of_a_request_wait_in_one_message_each() -> None:
+    stream = OutputStream(1 << 20, lambda: None)
+    for token_id in range(200):
+        for index in range(3):
+            message = delta("x", token_id, index=index)
+            message.delta.logprobs.append(logprob(token_id))
+            stream.put(message)
+    stream.put(FINISHED)
+    *deltas, _ = await collect(stream)
+    assert [message.delta.index for message in deltas] == [0, 1, 2]
+    for message in deltas:
+        assert list(message.delta.token_ids) == list(range(200))
+        assert [told.token_id for told in message.delta.logprobs] == list(range(200))
+
+
+async def test_log_probabilities_count_as_what_waits() -> None:
+    stream = OutputStream(1000, lambda: None)
+    for token_id in range(100):
+        stream.put(StreamGenerateResponse(delta=GenerationDelta(logprobs=[logprob(token_id)])))
+    with pytest.raises(SlowConsumerError):
+        await collect(stream)
+
+
+async def test_log_probabilities_of_the_prompt_stay_in_order_and_bounded() -> None:
+    def piece(*token_ids: int) -> StreamGenerateResponse:
+        told = PromptLogprobs(logprobs=[logprob(token_id) for token_id in token_ids])
+        return StreamGenerateResponse(prompt_logprobs=told)
+
+    stream = OutputStream(1000, lambda: None)
+    for message in (STARTED, piece(1, 2), piece(3), delta("a"), FINISHED):
+        stream.put(message)
+    _, prompt, first, _ = await collect(stream)
+    assert [told.token_id for told in prompt.prompt_logprobs.logprobs] == [1, 2, 3]
+    assert first.delta.text == "a"
+
+    stream = OutputStream(1000, lambda: None)
+    stream.put(piece(*range(100)))
+    with pytest.raises(SlowConsumerError):
+        await collect(stream)
+
+
+async def test_of_the_places_in_the_queue_only_the_last_waits() -> None:
+    stream = OutputStream(1000, lambda: None)
+    for position in (3, 2, 1):
+        stream.put(StreamGenerateResponse(queued=GenerationQueued(position=position)))
+    for message in (STARTED, FINISHED):
+        stream.put(message)
+    queued, started, _ = await collect(stream)
+    assert queued.queued.position == 1
+    assert started.HasField("started")
+
+
+async def test_what_was_taken_is_not_joined_with_what_comes() -> None:
+    stream = OutputStream(1000, lambda: None)
+    reader = aiter(stream)
+    stream.put(delta("a"))
+    assert (await anext(reader)).delta.text == "a"
+    stream.put(delta("b"))
+    assert (await anext(reader)).delta.text == "b"
 
 
 async def test_text_before_a_failure_still_arrives() -> None:

@@ -13,6 +13,8 @@ class Outputs:
     """Everything that came for one request."""
 
     started: generation_pb2.GenerationStarted | None = None
+    positions: list[int] = field(default_factory=list)
+    prompt_logprobs: list[generation_pb2.TokenLogprob] = field(default_factory=list)
     deltas: list[generation_pb2.GenerationDelta] = field(default_factory=list)
     finished: generation_pb2.GenerationFinished | None = None
     error: worker_pb2.Error | None = None
@@ -41,6 +43,13 @@ class Outputs:
             case "started":
                 assert self.started is None
                 self.started = output.started
+            case "queued":
+                assert self.started is None
+                self.positions.append(output.queued.position)
+            case "prompt_logprobs":
+                assert self.started is not None
+                assert not self.deltas
+                self.prompt_logprobs.extend(output.prompt_logprobs.logprobs)
             case "delta":
                 assert self.started is not None
                 self.deltas.append(output.delta)

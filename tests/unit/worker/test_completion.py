@@ -4,6 +4,7 @@ import pytest
 
 from loaderd.server.worker.engine.completion import Completion, Tokenizer
 from loaderd.server.worker.engine.parameters import ModelFacts, SamplingDefaults, typed_request
+from loaderd.server.worker.engine.protocol import SampledToken
 from loaderd.v1.generation_pb2 import Finish, FinishReason, StreamGenerateRequest
 
 EOS = ord("$")
@@ -35,7 +36,7 @@ def complete(output: str, prompt: str = "ab", **fields: Any) -> tuple[str, list[
     deltas = [completion.echo()]
     for character in output:
         assert completion.finish is None, "pushed after the end"
-        deltas.append(completion.push(ord(character)))
+        deltas.append(completion.push(SampledToken(ord(character))))
         if completion.finish is not None:
             break
     for delta in deltas:
@@ -124,3 +125,41 @@ def test_closing_gives_what_was_held_back() -> None:
 def test_echo_begins_with_the_prompt_in_which_no_stop_string_counts() -> None:
     text, _, completion = complete("cd$", prompt="a.$b", echo=True, stop=["."])
     assert (text, completion.finish) == ("a.bcd", stopped(eos_token_id=EOS))
+
+
+def test_each_token_has_its_log_probability_if_asked_for_whatever_becomes_of_its_text() -> None:
+    request = typed_request(
+        StreamGenerateRequest(model="m", text="a", stop=["hi"], top_logprobs=1),
+        key=1,
+        prompt=[ord("a")],
+        arrived=0.0,
+        facts=FACTS,
+    )
+    completion = Completion(request, Tokenizer(Letters(), frozenset({EOS})))
+    deltas = [
+        completion.push(SampledToken(ord("h"), -0.5, ((ord("h"), -0.5),))),
+        completion.push(SampledToken(EOS, -2.0, ((ord("x"), -0.25),))),
+    ]
+    told = [logprob for delta in deltas if delta for logprob in delta.logprobs]
+    assert [(token.token_id, token.text, token.logprob) for token in told] == [
+        (ord("h"), "h", -0.5),
+        (EOS, "$", -2.0),
+    ]
+    assert [(top.token_id, top.text, top.logprob) for token in told for top in token.top] == [
+        (ord("h"), "h", -0.5),
+        (ord("x"), "x", -0.25),
+    ]
+    assert [delta.text for delta in deltas if delta] == ["", "h"]
+
+
+def test_log_probabilities_that_were_not_asked_for_are_not_told() -> None:
+    request = typed_request(
+        StreamGenerateRequest(model="m", text="a", best_of=2),
+        key=1,
+        prompt=[ord("a")],
+        arrived=0.0,
+        facts=FACTS,
+    )
+    delta = Completion(request, Tokenizer(Letters(), frozenset())).push(SampledToken(104, -0.5))
+    assert delta is not None
+    assert not delta.logprobs

@@ -32,13 +32,6 @@ REFUSED: dict[str, Any] = {
     "lease_id": "lease",
     "n": 2,
     "best_of": 2,
-    "presence_penalty": 0.5,
-    "frequency_penalty": 0.5,
-    "logit_bias": {1: 2.0},
-    "allowed_token_ids": TokenIds(ids=[1]),
-    "bad_words": ["no"],
-    "logprobs": True,
-    "top_logprobs": 1,
     "prompt_logprobs": 0,
     "num_beams": 2,
     "length_penalty": 2.0,
@@ -215,6 +208,100 @@ def test_values_out_of_bounds_are_refused_by_name(field: str, values: list[Any])
 )
 def test_bounds_belong_to_the_range(fields: dict[str, Any]) -> None:
     typed(**fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("n", [0, 33]),
+        ("best_of", [0, 33]),
+        ("presence_penalty", [-2.1, 2.1, NAN]),
+        ("frequency_penalty", [-2.1, 2.1, NAN]),
+        ("logit_bias", [{5: 100.1}, {5: -100.1}, {5: NAN}, {2000: 1.0}]),
+        ("logit_bias", [dict.fromkeys(range(1025), 1.0)]),
+        ("allowed_token_ids", [TokenIds(), TokenIds(ids=[5, 2000])]),
+        ("bad_words", [[""], ["x" * 257], ["x"] * 129]),
+        ("top_logprobs", [21]),
+        ("prompt_logprobs", [21]),
+        ("cache_salt", ["x" * 257]),
+    ],
+)
+def test_the_batching_engines_options_have_bounds_too(field: str, values: list[Any]) -> None:
+    for value in values:
+        assert refused_field(replace(FACTS, vocabulary_size=2000), **{field: value}) == field
+
+
+def test_the_batching_engines_options_are_as_asked_for() -> None:
+    request = typed(
+        n=2,
+        best_of=32,
+        presence_penalty=2,
+        frequency_penalty=-2,
+        logit_bias={499: -100.0, 3: 100.0},
+        allowed_token_ids=TokenIds(ids=[7, 3, 7]),
+        cache_salt="x" * 256,
+        priority=-3,
+        bypass_prefix_cache=True,
+    )
+    assert (request.n, request.best_of, request.priority) == (2, 32, -3)
+    assert (request.cache_salt, request.bypass_prefix_cache) == ("x" * 256, True)
+    sampling = request.sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (2, -2)
+    assert sampling.logit_bias == ((3, 100.0), (499, -100.0))
+    assert sampling.allowed_token_ids == (3, 7)
+
+
+def test_options_that_were_not_asked_for_ask_for_nothing() -> None:
+    request = typed()
+    assert (request.n, request.best_of, request.priority, request.cache_salt) == (1, 1, 0, "")
+    assert (request.top_logprobs, request.prompt_logprobs) == (None, None)
+    assert not request.bypass_prefix_cache
+    sampling = request.sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0, 0)
+    assert (sampling.logit_bias, sampling.allowed_token_ids, sampling.bad_words) == ((), (), ())
+
+
+def test_best_of_is_n_and_never_below() -> None:
+    assert typed(n=3).best_of == 3
+    assert refused_field(n=3, best_of=2) == "best_of"
+
+
+@pytest.mark.parametrize(
+    ("fields", "top"),
+    [
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 20}, 20),
+        ({"top_logprobs": 3}, 3),
+        ({"top_logprobs": 0}, None),
+        ({"logprobs": False}, None),
+        ({"logprobs": False, "top_logprobs": 0}, None),
+    ],
+)
+def test_when_log_probabilities_are_told(fields: dict[str, Any], top: int | None) -> None:
+    assert typed(**fields).top_logprobs == top
+
+
+def test_top_logprobs_contradicts_logprobs_false() -> None:
+    assert refused_field(logprobs=False, top_logprobs=1) == "top_logprobs"
+
+
+def test_prompt_logprobs_need_the_whole_prompt_computed() -> None:
+    request = typed(prompt_logprobs=0)
+    assert (request.prompt_logprobs, request.bypass_prefix_cache) == (0, True)
+
+
+def test_bad_words_are_those_of_the_tokenizer() -> None:
+    request = StreamGenerateRequest(model="m", text="x", bad_words=["word"])
+
+    def words(*token_ids: list[int]) -> tuple[tuple[int, ...], ...]:
+        made = typed_request(
+            request, key=1, prompt=[5], arrived=0.0, facts=FACTS, bad_words=token_ids
+        )
+        return made.sampling.bad_words
+
+    assert words([3], [4, 3]) == ((3,), (4, 3))
+    with pytest.raises(InvalidArgumentError, match="bad_words"):
+        words()
 
 
 def test_min_new_tokens_is_at_most_max_new_tokens_also_when_that_is_the_default() -> None:

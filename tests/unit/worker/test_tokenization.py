@@ -53,6 +53,19 @@ def test_token_ids_are_used_as_they_are(tokenization: Tokenization) -> None:
     assert tokenization.prompt(request) == [7, 10**9]
 
 
+def test_bad_words_are_those_that_begin_a_text_and_those_that_follow_a_space(
+    tokenization: Tokenization, tokenizer: Any
+) -> None:
+    request = StreamGenerateRequest(text="x", bad_words=["sky", " sky", "\n"])
+    runs = tokenization.bad_words(request)
+    begins = tokenizer("sky").input_ids
+    follows = tokenizer("the sky").input_ids[1:]
+    assert begins in runs
+    assert follows in runs
+    assert begins != follows
+    assert len({tuple(run) for run in runs}) == len(runs)
+
+
 def test_messages_are_rendered_once_and_tokenized_as_transformers_does(
     tokenization: Tokenization, tokenizer: Any
 ) -> None:

@@ -76,6 +76,11 @@ class AsyncGenerationStream(AsyncStream[generation_pb2.StreamGenerateResponse, D
         super().__init__(responses, self._generation)
 
     @property
+    def queue_position(self) -> int | None:
+        """How many requests go before this one; None when it has its turn, or is not told."""
+        return self._generation.queue_position
+
+    @property
     def started(self) -> GenerationStarted | None:
         """What is known of the request; None before the first delta."""
         return self._generation.started

@@ -36,7 +36,9 @@ from loaderd.client.types.generation import (
     GenerationTimings,
     Message,
     RenderedPrompt,
+    TokenAlternative,
     Tokenization,
+    TokenLogprob,
     Usage,
 )
 from loaderd.client.types.model import (
@@ -100,6 +102,8 @@ __all__ = [
     "SkippedFile",
     "Snapshot",
     "SnapshotList",
+    "TokenAlternative",
+    "TokenLogprob",
     "Tokenization",
     "UnloadResult",
     "Usage",

@@ -33,13 +33,44 @@ class GenerationStarted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenAlternative:
+    """One of the most probable tokens at a place."""
+
+    token_id: int
+    """The token."""
+    text: str
+    """Its text when decoded alone."""
+    logprob: float
+    """Its log probability."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """A token and the natural logarithm of its probability, as the model put it out.
+
+    That is before temperature, penalties, masks and limits.
+    """
+
+    token_id: int
+    """The token."""
+    text: str
+    """Its text when decoded alone; U+FFFD stands for what is no whole character."""
+    logprob: float
+    """Its log probability."""
+    top: tuple[TokenAlternative, ...]
+    """The most probable tokens at its place, best first, as many as were asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Delta:
     """Text that came since the last one."""
 
     text: str
-    """New text; may be empty when token ids were asked for."""
+    """New text; may be empty when token ids or log probabilities were asked for."""
     token_ids: tuple[int, ...]
     """New tokens, if `return_token_ids` was asked for."""
+    logprobs: tuple[TokenLogprob, ...]
+    """Of the new tokens, if `logprobs` was asked for."""
     index: int
     """Which completion: 0 to n - 1."""
 
@@ -68,6 +99,8 @@ class Completion:
     """The text."""
     token_ids: tuple[int, ...]
     """The tokens, if `return_token_ids` was asked for."""
+    logprobs: tuple[TokenLogprob, ...]
+    """Of each token, if `logprobs` was asked for."""
     finish: Finish
     """How it ended."""
 
@@ -100,7 +133,10 @@ class GenerationTimings:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationResult:
-    """A finished generation. `text`, `token_ids` and `finish` are the first completion's."""
+    """A finished generation.
+
+    `text`, `token_ids`, `logprobs` and `finish` are the first completion's.
+    """
 
     request_id: str
     """The request's id, or the one that the daemon made."""
@@ -108,6 +144,8 @@ class GenerationResult:
     """The id of the model that answered."""
     completions: tuple[Completion, ...]
     """The completions, by index; at least one."""
+    prompt_logprobs: tuple[TokenLogprob, ...]
+    """Of the prompt's tokens from the second on, if `prompt_logprobs` was asked for."""
     usage: Usage
     """Token counts."""
     timings: GenerationTimings
@@ -124,6 +162,11 @@ class GenerationResult:
     def token_ids(self) -> tuple[int, ...]:
         """The first completion's tokens, if `return_token_ids` was asked for."""
         return self.completions[0].token_ids
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Of each of the first completion's tokens, if `logprobs` was asked for."""
+        return self.completions[0].logprobs
 
     @property
     def finish(self) -> Finish:

@@ -430,7 +430,7 @@ class Step(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]:
-        """At most one a request."""
+        """Those of one request in the order in which they came about."""
 
     def __init__(
         self,
@@ -456,6 +456,8 @@ class Output(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     key: _builtins.int
     """Generate.key."""
     @_builtins.property
@@ -474,6 +476,14 @@ class Output(_message.Message):
     def error(self) -> Global___Error:
         """The end, failed."""
 
+    @_builtins.property
+    def queued(self) -> _generation_pb2.GenerationQueued:
+        """It waits for its turn."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _generation_pb2.PromptLogprobs:
+        """More about the prompt."""
+
     def __init__(
         self,
         *,
@@ -482,12 +492,14 @@ class Output(_message.Message):
         delta: _generation_pb2.GenerationDelta | None = ...,
         finished: _generation_pb2.GenerationFinished | None = ...,
         error: Global___Error | None = ...,
+        queued: _generation_pb2.GenerationQueued | None = ...,
+        prompt_logprobs: _generation_pb2.PromptLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "error", b"error", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "error", b"error", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "queued", b"queued", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "error", b"error", "event", b"event", "finished", b"finished", "key", b"key", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "error", b"error", "event", b"event", "finished", b"finished", "key", b"key", "prompt_logprobs", b"prompt_logprobs", "queued", b"queued", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished", "error"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished", "error", "queued", "prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -35,23 +35,31 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         streamed = generation_pb2.StreamGenerateRequest.FromString(request.SerializeToString())
         response = generation_pb2.GenerateResponse()
         texts: defaultdict[int, list[str]] = defaultdict(list)
-        token_ids: defaultdict[int, list[int]] = defaultdict(list)
+        completions: defaultdict[int, generation_pb2.Completion] = defaultdict(
+            generation_pb2.Completion
+        )
         with self._run(streamed) as (model_id, stream):
             response.model_id = model_id
             response.request_id = streamed.request_id
             async for message in stream:
                 if message.HasField("delta"):
-                    texts[message.delta.index].append(message.delta.text)
-                    token_ids[message.delta.index].extend(message.delta.token_ids)
+                    delta = message.delta
+                    texts[delta.index].append(delta.text)
+                    completions[delta.index].token_ids.extend(delta.token_ids)
+                    completions[delta.index].logprobs.extend(delta.logprobs)
+                elif message.HasField("prompt_logprobs"):
+                    response.prompt_logprobs.extend(message.prompt_logprobs.logprobs)
                 elif message.HasField("finished"):
                     end = message.finished
         response.usage.CopyFrom(end.usage)
         response.timings.CopyFrom(end.timings)
         response.seed = end.seed
         for index, finish in enumerate(end.finishes):
-            response.completions.add(
-                index=index, text="".join(texts[index]), token_ids=token_ids[index], finish=finish
-            )
+            completion = completions[index]
+            completion.index = index
+            completion.text = "".join(texts[index])
+            completion.finish.CopyFrom(finish)
+            response.completions.append(completion)
         return response
 
     async def StreamGenerate(

@@ -74,14 +74,14 @@ class LocalLauncher:
             worker_id,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
-            env=_environment(),
+            env=worker_environment(),
         )
         stdin = cast(asyncio.StreamWriter, process.stdin)  # there, because it is a pipe
         stdin.write(token.encode() + b"\n")
         return LocalProcess(process)
 
 
-def _environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     """The daemon's environment without the hub token; workers never ask the hub.
 
     GNU OpenMP's threads, which torch computes with, spin for long where they wait for each other.

@@ -7,16 +7,17 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 
 from loaderd.server.errors import LoaderdError, SlowConsumerError
-from loaderd.v1 import generation_pb2
+from loaderd.v1.generation_pb2 import StreamGenerateResponse, TokenLogprob
 
 
 class OutputStream:
-    """A queue of stream messages that joins text that its reader has not taken yet.
+    """A queue of stream messages that joins what its reader has not taken yet.
 
-    So a slow reader gets fewer, longer messages, and what waits for it is bounded.
+    So a slow reader gets fewer, longer messages, and what waits for it is bounded: in number by
+    the completions of the request, in size by `max_bytes`.
 
     Args:
-        max_bytes: Most bytes of text and token ids that may wait.
+        max_bytes: Most bytes of text, token ids and log probabilities that may wait.
         on_end: Called when the last message, or the failure, has come from the worker. The reader
             may take what waits long after that, or never.
     """
@@ -24,27 +25,18 @@ class OutputStream:
     def __init__(self, max_bytes: int, on_end: Callable[[], None]) -> None:
         self._max_bytes = max_bytes
         self._on_end = on_end
-        self._waiting: deque[generation_pb2.StreamGenerateResponse] = deque()
+        self._waiting: deque[StreamGenerateResponse] = deque()
         self._waiting_bytes = 0
         self._error: LoaderdError | None = None
         self._changed = asyncio.Event()
         self.ended = False
 
-    def put(self, message: generation_pb2.StreamGenerateResponse) -> None:
+    def put(self, message: StreamGenerateResponse) -> None:
         """Adds a message; `finished` ends the stream, as does a reader that is too slow."""
         if self.ended:
             return
         size = _content_bytes(message)
-        last = self._waiting[-1] if self._waiting else None
-        if (
-            message.HasField("delta")
-            and last is not None
-            and last.HasField("delta")
-            and last.delta.index == message.delta.index
-        ):
-            last.delta.text += message.delta.text
-            last.delta.token_ids.extend(message.delta.token_ids)
-        else:
+        if not any(_join(waiting, message) for waiting in reversed(self._waiting)):
             self._waiting.append(message)
         self._waiting_bytes += size
         self._changed.set()
@@ -60,7 +52,7 @@ class OutputStream:
             self._changed.set()
             self._end()
 
-    async def __aiter__(self) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
+    async def __aiter__(self) -> AsyncIterator[StreamGenerateResponse]:
         """The messages.
 
         Raises:
@@ -83,6 +75,31 @@ class OutputStream:
         self._on_end()
 
 
-def _content_bytes(message: generation_pb2.StreamGenerateResponse) -> int:
+def _join(waiting: StreamGenerateResponse, message: StreamGenerateResponse) -> bool:
+    """Adds a message to one that still waits, if they are of one kind and completion."""
+    kind = message.WhichOneof("event")
+    if kind != waiting.WhichOneof("event"):
+        return False
+    if kind == "delta" and waiting.delta.index == message.delta.index:
+        waiting.delta.text += message.delta.text
+        waiting.delta.token_ids.extend(message.delta.token_ids)
+        waiting.delta.logprobs.extend(message.delta.logprobs)
+        return True
+    if kind == "prompt_logprobs":
+        waiting.prompt_logprobs.logprobs.extend(message.prompt_logprobs.logprobs)
+        return True
+    if kind == "queued":
+        waiting.queued.CopyFrom(message.queued)
+        return True
+    return False
+
+
+def _content_bytes(message: StreamGenerateResponse) -> int:
     """Bytes of what may grow; those of joined messages add up."""
-    return len(message.delta.text.encode()) + 4 * len(message.delta.token_ids)
+    delta, prompt = message.delta, message.prompt_logprobs
+    logprobs: list[TokenLogprob] = [*delta.logprobs, *prompt.logprobs]
+    return (
+        len(delta.text.encode())
+        + 4 * len(delta.token_ids)
+        + sum(logprob.ByteSize() for logprob in logprobs)
+    )

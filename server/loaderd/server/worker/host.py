@@ -13,12 +13,15 @@ import accelerate  # noqa: F401 - loading imports it
 import torch
 import transformers
 from google.protobuf.duration_pb2 import Duration
+from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama  # noqa: F401 - most models build on it
 from transformers.models.qwen2 import modeling_qwen2  # noqa: F401 - as above
 
 from loaderd.server.errors import LoaderdError, ModelNotLoadedError
 from loaderd.server.worker import devices
 from loaderd.server.worker.dtype import choose_dtype, cpu_flags
+from loaderd.server.worker.engine.batching.build import batching_engine
+from loaderd.server.worker.engine.batching.suitability import UnsuitableError
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.parameters import ModelFacts, check_supported, typed_request
 from loaderd.server.worker.engine.protocol import Engine
@@ -33,7 +36,6 @@ from loaderd.worker.v1 import worker_pb2
 logger = logging.getLogger(__name__)
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate")
-_ENGINE_REASON = "it serves every causal language model"
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,12 @@ class ModelHost:
             prompt = hosted.tokenization.prompt(request)
             hosted.engine.submit(
                 typed_request(
-                    request, key=command.key, prompt=prompt, arrived=arrived, facts=hosted.facts
+                    request,
+                    key=command.key,
+                    prompt=prompt,
+                    arrived=arrived,
+                    facts=hosted.facts,
+                    bad_words=hosted.tokenization.bad_words(request),
                 )
             )
         except LoaderdError as error:
@@ -138,12 +145,34 @@ class ModelHost:
         weights.FromNanoseconds(round((time.monotonic() - begin) * 1e9))
         facts = model_facts(model)
         completions = Tokenizer(tokenizer, special_ids(tokenizer))
-        engine = SequentialEngine(
-            model, completions, command.model, self._emit, on_death=_end_process
-        )
+        engine, reason = self._engine(model, completions, command.model, facts, device_map)
         self._hosted = _Hosted(facts, engine, Tokenization(tokenizer, facts.vocabulary_size))
-        details = model_details(model, tokenizer, dtype, engine, _ENGINE_REASON)
+        details = model_details(model, tokenizer, dtype, engine, reason)
         return worker_pb2.Loaded(details=details, weights=weights)
+
+    def _engine(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        name: str,
+        facts: ModelFacts,
+        device_map: str,
+    ) -> tuple[Engine, str]:
+        """The best engine that can serve the model, and why it is this one."""
+        try:
+            return batching_engine(
+                model,
+                tokenizer,
+                name,
+                self._emit,
+                on_death=_end_process,
+                context_length=facts.context_length,
+                device_map=device_map,
+            )
+        except UnsuitableError as error:
+            logger.info("%s is served one request at a time: %s", name, error)
+            sequential = SequentialEngine(model, tokenizer, name, self._emit, on_death=_end_process)
+            return sequential, f"no batches: {error}"
 
     def _fail(self, error: LoaderdError) -> None:
         logger.error("load failed: %s", error.reason)

@@ -47,6 +47,12 @@ class Tokenization:
             return list(request.token_ids.ids)
         return self._encode_input(request)
 
+    def bad_words(self, request: generation_pb2.StreamGenerateRequest) -> list[list[int]]:
+        """The bad words as token ids: as they begin a text, and as they follow a space."""
+        texts = [text for word in request.bad_words for text in (word, f" {word}")]
+        encoded = (tuple(self._encode(text, add_special_tokens=False)) for text in texts)
+        return [list(token_ids) for token_ids in dict.fromkeys(encoded) if token_ids]
+
     def answer(self, call: worker_pb2.Call) -> worker_pb2.Reply:
         """Does the call's work.
 

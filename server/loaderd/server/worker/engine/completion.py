@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from loaderd.server.worker.detokenizer import Decoder, Detokenizer
-from loaderd.server.worker.engine.protocol import GenerationRequest
+from loaderd.server.worker.engine.protocol import GenerationRequest, SampledToken
 from loaderd.server.worker.engine.stops import StopStrings
 from loaderd.v1 import generation_pb2
-from loaderd.v1.generation_pb2 import Finish, FinishReason
+from loaderd.v1.generation_pb2 import Finish, FinishReason, TokenAlternative, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,32 @@ class Tokenizer:
 
     decoder: Decoder
     special_ids: frozenset[int]
+    _texts: dict[int, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def logprobs(self, tokens: Sequence[SampledToken]) -> list[TokenLogprob]:
+        """Log probabilities as clients get them; none for tokens that have none."""
+        return [
+            TokenLogprob(
+                token_id=token.token_id,
+                text=self._text(token.token_id),
+                logprob=token.logprob,
+                top=[
+                    TokenAlternative(token_id=token_id, text=self._text(token_id), logprob=logprob)
+                    for token_id, logprob in token.top
+                ],
+            )
+            for token in tokens
+            if token.logprob is not None
+        ]
+
+    def _text(self, token_id: int) -> str:
+        """The text of a token alone. At most the vocabulary's are remembered."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.decoder.decode(
+                [token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        return text
 
 
 class Completion:
@@ -39,9 +66,9 @@ class Completion:
         self.finish: Finish | None = None
         self.generated_tokens = 0
         self._request = request
-        self._decoder = tokenizer.decoder
-        self._special_ids = tokenizer.special_ids if request.skip_special_tokens else frozenset()
-        self._text = Detokenizer(self._decoder, self._special_ids, request.prompt)
+        self._tokenizer = tokenizer
+        special_ids = tokenizer.special_ids if request.skip_special_tokens else frozenset()
+        self._text = Detokenizer(tokenizer.decoder, special_ids, request.prompt)
         stopping = request.stopping
         self._stops = StopStrings(stopping.stop_strings, include=stopping.include_stop_string)
 
@@ -49,20 +76,20 @@ class Completion:
         """The prompt's text, when the request wants the text to begin with it."""
         if not self._request.echo:
             return None
-        text = self._decoder.decode(
+        text = self._tokenizer.decoder.decode(
             list(self._request.prompt),
             skip_special_tokens=self._request.skip_special_tokens,
             clean_up_tokenization_spaces=False,
         )
         return generation_pb2.GenerationDelta(text=text)
 
-    def push(self, token_id: int) -> generation_pb2.GenerationDelta | None:
+    def push(self, token: SampledToken) -> generation_pb2.GenerationDelta | None:
         """Takes the next token; sets `finish` if it is the last one.
 
         Returns:
             What the client gets to see of it; None for nothing.
         """
-        stopping = self._request.stopping
+        stopping, token_id = self._request.stopping, token.token_id
         self.generated_tokens += 1
         enough = self.generated_tokens >= stopping.min_new_tokens
         ended = self._end_of(token_id) if enough else None
@@ -75,7 +102,7 @@ class Completion:
             text = self._up_to_stop(shown)
         else:
             text = shown
-        return self._delta(text, [token_id])
+        return self._delta(text, [token])
 
     def close(self, reason: FinishReason.ValueType) -> generation_pb2.GenerationDelta | None:
         """Ends it after the tokens so far.
@@ -106,8 +133,12 @@ class Completion:
             self.finish = Finish(reason=FinishReason.FINISH_REASON_STOP, stop_string=stop)
         return text
 
-    def _delta(self, text: str, token_ids: list[int]) -> generation_pb2.GenerationDelta | None:
-        shown_ids = token_ids if self._request.return_token_ids else []
-        if not text and not shown_ids:
+    def _delta(
+        self, text: str, tokens: Sequence[SampledToken]
+    ) -> generation_pb2.GenerationDelta | None:
+        request = self._request
+        token_ids = [token.token_id for token in tokens] if request.return_token_ids else []
+        logprobs = self._tokenizer.logprobs(tokens) if request.top_logprobs is not None else []
+        if not (text or token_ids or logprobs):
             return None
-        return generation_pb2.GenerationDelta(text=text, token_ids=shown_ids)
+        return generation_pb2.GenerationDelta(text=text, token_ids=token_ids, logprobs=logprobs)

@@ -39,6 +39,12 @@ _MAX_REQUEST_ID = 128
 _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 256
 _MAX_STOP_TOKENS = 64
+_MAX_COMPLETIONS = 32
+_MAX_LOGPROBS = 20
+_MAX_BIASES = 1024
+_MAX_BAD_WORDS = 128
+_MAX_BAD_WORD_CHARACTERS = 256
+_MAX_SALT_CHARACTERS = 256
 _UINT32 = 2**32
 _UINT64 = 2**64
 
@@ -102,6 +108,7 @@ def typed_request(
     prompt: Sequence[int],
     arrived: float,
     facts: ModelFacts,
+    bad_words: Sequence[Sequence[int]] = (),
 ) -> GenerationRequest:
     """Checks every bound and resolves every default.
 
@@ -111,6 +118,7 @@ def typed_request(
         prompt: Its input as token ids.
         arrived: Monotonic time of its arrival.
         facts: Of the model.
+        bad_words: Its bad words as token ids, see `Tokenization.bad_words`.
 
     Raises:
         InvalidArgumentError: A value is out of bounds or contradicts another.
@@ -122,18 +130,53 @@ def typed_request(
         "request_id",
         f"at most {_MAX_REQUEST_ID} printable ASCII characters",
     )
+    _require(
+        len(request.cache_salt) <= _MAX_SALT_CHARACTERS,
+        "cache_salt",
+        f"at most {_MAX_SALT_CHARACTERS} characters",
+    )
     tokens = _kept_prompt(request, prompt, facts)
+    n = given.get("n", 1)
     return GenerationRequest(
         key=key,
         request_id=request_id,
         prompt=tokens,
-        sampling=_sampling(given, facts.defaults),
+        sampling=_sampling(request, given, bad_words, facts),
         stopping=_stopping(request, given, len(tokens), facts),
+        n=n,
+        best_of=_best_of(given, n),
         echo=request.echo,
         skip_special_tokens=given.get("skip_special_tokens", True),
         return_token_ids=request.return_token_ids,
+        top_logprobs=_top_logprobs(given),
+        prompt_logprobs=_alternatives(given, "prompt_logprobs"),
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        # Tokens of a cached prefix get no logits.
+        bypass_prefix_cache=request.bypass_prefix_cache or "prompt_logprobs" in given,
         arrived=arrived,
     )
+
+
+def _best_of(given: Mapping[str, Any], n: int) -> int:
+    best_of: int = given.get("best_of", n)
+    _require(1 <= n <= _MAX_COMPLETIONS, "n", f"must be from 1 to {_MAX_COMPLETIONS}")
+    _require(n <= best_of <= _MAX_COMPLETIONS, "best_of", f"must be from n to {_MAX_COMPLETIONS}")
+    return best_of
+
+
+def _top_logprobs(given: Mapping[str, Any]) -> int | None:
+    top = _alternatives(given, "top_logprobs")
+    if "logprobs" not in given:
+        return top or None
+    _require(given["logprobs"] or not top, "top_logprobs", "contradicts logprobs = false")
+    return (top or 0) if given["logprobs"] else None
+
+
+def _alternatives(given: Mapping[str, Any], field: str) -> int | None:
+    wanted: int | None = given.get(field)
+    _require((wanted or 0) <= _MAX_LOGPROBS, field, f"at most {_MAX_LOGPROBS}")
+    return wanted
 
 
 def _kept_prompt(
@@ -156,7 +199,13 @@ def _kept_prompt(
     return tuple(prompt)
 
 
-def _sampling(given: Mapping[str, Any], defaults: SamplingDefaults) -> Sampling:
+def _sampling(
+    request: StreamGenerateRequest,
+    given: Mapping[str, Any],
+    bad_words: Sequence[Sequence[int]],
+    facts: ModelFacts,
+) -> Sampling:
+    defaults = facts.defaults
     sampling = Sampling(
         do_sample=_do_sample(given, defaults),
         temperature=given.get("temperature", defaults.temperature),
@@ -164,9 +213,14 @@ def _sampling(given: Mapping[str, Any], defaults: SamplingDefaults) -> Sampling:
         top_p=given.get("top_p", defaults.top_p),
         min_p=given.get("min_p", defaults.min_p),
         typical_p=given.get("typical_p", defaults.typical_p),
-        repetition_penalty=given.get("repetition_penalty", defaults.repetition_penalty),
-        no_repeat_ngram_size=given.get("no_repeat_ngram_size", defaults.no_repeat_ngram_size),
         seed=given.get("seed", secrets.randbelow(_UINT64)),
+        repetition_penalty=given.get("repetition_penalty", defaults.repetition_penalty),
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        no_repeat_ngram_size=given.get("no_repeat_ngram_size", defaults.no_repeat_ngram_size),
+        logit_bias=_logit_bias(request, facts),
+        allowed_token_ids=_allowed_token_ids(request, facts),
+        bad_words=_bad_words(request, bad_words),
     )
     # Written so that NaN fails.
     # The lower bounds keep logits, which are divided by these, finite.
@@ -180,7 +234,46 @@ def _sampling(given: Mapping[str, Any], defaults: SamplingDefaults) -> Sampling:
     _require(0 < sampling.typical_p <= 1, "typical_p", "must be above 0, at most 1")
     penalty = sampling.repetition_penalty
     _require(0.01 <= penalty <= 100, "repetition_penalty", "must be from 0.01 to 100")
+    _require(-2 <= sampling.presence_penalty <= 2, "presence_penalty", "must be from -2 to 2")
+    _require(-2 <= sampling.frequency_penalty <= 2, "frequency_penalty", "must be from -2 to 2")
     return sampling
+
+
+def _logit_bias(request: StreamGenerateRequest, facts: ModelFacts) -> tuple[tuple[int, float], ...]:
+    bias = request.logit_bias
+    _require(len(bias) <= _MAX_BIASES, "logit_bias", f"at most {_MAX_BIASES} token ids")
+    _require_vocabulary(list(bias), "logit_bias", facts)
+    _require(
+        all(-100 <= added <= 100 for added in bias.values()),
+        "logit_bias",
+        "each must be from -100 to 100",
+    )
+    return tuple(sorted(bias.items()))
+
+
+def _allowed_token_ids(request: StreamGenerateRequest, facts: ModelFacts) -> tuple[int, ...]:
+    allowed = request.allowed_token_ids.ids
+    _require(
+        len(allowed) > 0 or not request.HasField("allowed_token_ids"),
+        "allowed_token_ids",
+        "give at least one token id",
+    )
+    _require_vocabulary(allowed, "allowed_token_ids", facts)
+    return tuple(sorted(set(allowed)))
+
+
+def _bad_words(
+    request: StreamGenerateRequest, token_ids: Sequence[Sequence[int]]
+) -> tuple[tuple[int, ...], ...]:
+    words = request.bad_words
+    _require(len(words) <= _MAX_BAD_WORDS, "bad_words", f"at most {_MAX_BAD_WORDS} strings")
+    _require(
+        all(1 <= len(word) <= _MAX_BAD_WORD_CHARACTERS for word in words),
+        "bad_words",
+        f"each string has from 1 to {_MAX_BAD_WORD_CHARACTERS} characters",
+    )
+    _require(not words or len(token_ids) > 0, "bad_words", "the model has no tokens for them")
+    return tuple(map(tuple, token_ids))
 
 
 def _do_sample(given: Mapping[str, Any], defaults: SamplingDefaults) -> bool:

@@ -9,7 +9,7 @@ from typing import Protocol
 from loaderd.worker.v1 import worker_pb2
 
 Emit = Callable[[Sequence[worker_pb2.Output]], None]
-"""Takes what one engine step brought, at most one output a request; never blocks for long."""
+"""Takes what one engine step brought, for all requests; never blocks for long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,14 @@ class Sampling:
         top_p: 1 for no limit.
         min_p: 0 for no limit.
         typical_p: 1 for no limit.
-        repetition_penalty: 1 for none; applies to greedy choice too.
-        no_repeat_ngram_size: 0 for none; applies to greedy choice too.
         seed: From 0 to 2**64 - 1.
+        repetition_penalty: 1 for none. This and what follows applies to greedy choice too.
+        presence_penalty: 0 for none.
+        frequency_penalty: 0 for none.
+        no_repeat_ngram_size: 0 for none.
+        logit_bias: Token ids and what is added to their logits; each id once.
+        allowed_token_ids: Only these may come; empty for no limit.
+        bad_words: Runs of token ids that may not come; none empty.
     """
 
     do_sample: bool
@@ -34,9 +39,14 @@ class Sampling:
     top_p: float
     min_p: float
     typical_p: float
-    repetition_penalty: float
-    no_repeat_ngram_size: int
     seed: int
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    no_repeat_ngram_size: int
+    logit_bias: tuple[tuple[int, float], ...]
+    allowed_token_ids: tuple[int, ...]
+    bad_words: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +82,17 @@ class GenerationRequest:
         prompt: Token ids, at least one, each in the model's vocabulary.
         sampling: How tokens are chosen.
         stopping: When to end.
+        n: Completions that the client gets.
+        best_of: Completions that are made, of which the `n` best are given; at least `n`.
         echo: Whether the text begins with the prompt.
         skip_special_tokens: Whether special tokens are left out of the text.
         return_token_ids: Whether the answer has token ids beside the text.
+        top_logprobs: Alternatives told with each token's log probability; None when the client
+            wants no log probabilities, not even the token's own.
+        prompt_logprobs: The same for the prompt's tokens.
+        priority: Higher goes first.
+        cache_salt: Prompts share cached prefixes only with prompts of the same salt.
+        bypass_prefix_cache: Whether the whole prompt is computed, whatever is cached of it.
         arrived: Monotonic time of its arrival, in seconds.
     """
 
@@ -83,10 +101,33 @@ class GenerationRequest:
     prompt: tuple[int, ...]
     sampling: Sampling
     stopping: Stopping
+    n: int
+    best_of: int
     echo: bool
     skip_special_tokens: bool
     return_token_ids: bool
+    top_logprobs: int | None
+    prompt_logprobs: int | None
+    priority: int
+    cache_salt: str
+    bypass_prefix_cache: bool
     arrived: float
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A token that a completion goes on with, or one of a prompt.
+
+    Attributes:
+        token_id: The token.
+        logprob: Its log probability in what the model put out, before temperature, penalties,
+            masks and limits; None when it was not asked for.
+        top: The most probable tokens at its place and their log probabilities, best first.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Engine(Protocol):

@@ -13,13 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from google.protobuf.duration_pb2 import Duration
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 
 from loaderd.server.errors import DeviceMemoryError, LoaderdError
 from loaderd.server.worker import devices
+from loaderd.server.worker.engine.batching.sampler import BatchSampler
+from loaderd.server.worker.engine.clock import Clock
 from loaderd.server.worker.engine.completion import Completion, Tokenizer
-from loaderd.server.worker.engine.protocol import Emit, GenerationRequest
+from loaderd.server.worker.engine.protocol import Emit, GenerationRequest, SampledToken
 from loaderd.server.worker.failures import error_message, incident
 from loaderd.v1.generation_pb2 import (
     Finish,
@@ -27,7 +33,6 @@ from loaderd.v1.generation_pb2 import (
     GenerationDelta,
     GenerationFinished,
     GenerationStarted,
-    GenerationTimings,
     Usage,
 )
 from loaderd.worker.v1.worker_pb2 import Output
@@ -47,31 +52,43 @@ _PLAIN_DECODING: dict[str, Any] = {
     "dola_layers": None,
     "prompt_lookup_num_tokens": None,
     "cache_implementation": None,
+    # The sampler does these.
+    "do_sample": False,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
 }
 """Against a model's own generation config that wants another mode of decoding, or a limit."""
 
 
-@dataclass
-class _Clock:
-    """Monotonic times of one request, in seconds; None for what did not happen."""
+class _Chooser(LogitsProcessor):  # type: ignore[misc]  # transformers has no types here
+    """Makes `generate` go on with the token that the sampler chooses.
 
-    arrived: float
-    turn: float | None = None
-    first: float | None = None
-    last: float | None = None
+    So the engines choose alike: a request with a seed gets the same tokens from each.
 
-    def token(self) -> None:
-        self.last = time.monotonic()
-        self.first = self.last if self.first is None else self.first
+    Attributes:
+        chosen: The last one.
+    """
 
-    def timings(self) -> GenerationTimings:
-        turn = time.monotonic() if self.turn is None else self.turn
-        timings = GenerationTimings(queue=_duration(turn - self.arrived))
-        if self.first is not None and self.last is not None:
-            timings.prefill.CopyFrom(_duration(self.first - turn))
-            timings.decode.CopyFrom(_duration(self.last - self.first))
-            timings.time_to_first_token.CopyFrom(_duration(self.first - self.arrived))
-        return timings
+    def __init__(self, request: GenerationRequest) -> None:
+        self.chosen = SampledToken(-1)
+        self._sampler = BatchSampler()
+        self._sampler.admit(request.key, request)
+        self._key = request.key
+
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Leaves one token that may come.
+
+        Raises:
+            LoaderdError: None may.
+        """
+        (outcome,) = self._sampler.sample(scores.float(), [self._key])
+        if isinstance(outcome, LoaderdError):
+            raise outcome
+        self.chosen = outcome
+        only = torch.full_like(scores, -math.inf)
+        only[0, outcome.token_id] = 0
+        return only
 
 
 @dataclass
@@ -79,7 +96,7 @@ class _Job:
     """A request that waits or runs."""
 
     request: GenerationRequest
-    clock: _Clock
+    clock: Clock
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -110,7 +127,12 @@ class SequentialEngine:
             "typical_p",
             "seed",
             "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
             "no_repeat_ngram_size",
+            "logit_bias",
+            "allowed_token_ids",
+            "bad_words",
             "max_new_tokens",
             "min_new_tokens",
             "stop",
@@ -121,6 +143,8 @@ class SequentialEngine:
             "echo",
             "skip_special_tokens",
             "return_token_ids",
+            "logprobs",
+            "top_logprobs",
         }
     )
 
@@ -147,7 +171,7 @@ class SequentialEngine:
 
     def submit(self, request: GenerationRequest) -> None:
         """Queues a request."""
-        job = _Job(request, _Clock(request.arrived))
+        job = _Job(request, Clock(request.arrived))
         with self._changed:
             if not self._closed:
                 self._waiting.append(job)
@@ -211,6 +235,8 @@ class SequentialEngine:
             self._generate(job, completion)
             if completion.finish is None:
                 self._show(job, completion.close(FinishReason.FINISH_REASON_LENGTH))
+        except LoaderdError as error:
+            return error
         except Exception as error:
             if devices.is_out_of_memory(error):
                 logger.warning("request %s: out of memory", request.request_id)
@@ -222,7 +248,7 @@ class SequentialEngine:
         return None
 
     def _generate(self, job: _Job, completion: Completion) -> None:
-        request, clock = job.request, job.clock
+        request, clock, chooser = job.request, job.clock, _Chooser(job.request)
         seconds = request.stopping.max_seconds
         deadline = time.monotonic() + (math.inf if seconds is None else seconds)
 
@@ -231,7 +257,7 @@ class SequentialEngine:
         def take(input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
             if completion.finish is None:
                 clock.token()
-                self._show(job, completion.push(int(input_ids[0, -1])))
+                self._show(job, completion.push(chooser.chosen))
             if completion.finish is None and job.cancelled.is_set():
                 self._show(job, completion.close(FinishReason.FINISH_REASON_CANCELLED))
             if completion.finish is None and time.monotonic() >= deadline:
@@ -240,11 +266,10 @@ class SequentialEngine:
 
         prompt = torch.tensor([request.prompt], device=self._model.device)
         mask = {"attention_mask": torch.ones_like(prompt)} if self._takes_mask else {}
-        if request.sampling.do_sample:
-            torch.manual_seed(request.sampling.seed)
         with torch.inference_mode():
             self._model.generate(
                 prompt,
+                logits_processor=LogitsProcessorList([chooser]),
                 stopping_criteria=StoppingCriteriaList([take]),
                 **mask,
                 **_arguments(request),
@@ -286,29 +311,9 @@ class SequentialEngine:
 
 def _arguments(request: GenerationRequest) -> dict[str, Any]:
     """The request in terms of `generate`; what it leaves out is the model's own default."""
-    sampling, stopping = request.sampling, request.stopping
-    arguments = _PLAIN_DECODING | {
-        "max_new_tokens": stopping.max_new_tokens,
-        "min_new_tokens": stopping.min_new_tokens,
-        "eos_token_id": list(stopping.eos_token_ids) or None,
+    return _PLAIN_DECODING | {
+        "max_new_tokens": request.stopping.max_new_tokens,
+        "eos_token_id": list(request.stopping.eos_token_ids) or None,
         # Never used, for nothing is padded; unset, it draws a warning.
         "pad_token_id": 0,
-        "do_sample": sampling.do_sample,
-        "repetition_penalty": sampling.repetition_penalty,
-        "no_repeat_ngram_size": sampling.no_repeat_ngram_size,
     }
-    if sampling.do_sample:
-        arguments |= {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p or None,
-            "typical_p": sampling.typical_p,
-        }
-    return arguments
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration

@@ -1,0 +1,1 @@
+"""The batching engine: many requests in each forward pass of one model."""

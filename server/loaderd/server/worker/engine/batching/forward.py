@@ -1,0 +1,228 @@
+"""The model as a function from tokens to logits: as transformers runs it, or flat.
+
+At one stream a step of a small model is more Python and dispatch than arithmetic: a module call
+costs as much as a small operator, and transformers writes norms and rotary embeddings as many of
+them. For the plainest and most common kind of layer, the sequence of operators is written down
+here, with the same rounding, fewer operators and no module calls. Whether it computes the same is
+tried with the model itself when it is loaded, see suitability.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from loaderd.server.worker.engine.batching.attention import Rule, StepAttention, attending
+from loaderd.server.worker.engine.batching.linear import Siblings
+
+_LAYERS = frozenset(
+    {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+)
+"""transformers' layers that are what `_Layer` computes."""
+
+
+class Forward(Protocol):
+    """Tokens in, logits out."""
+
+    def __call__(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        step: StepAttention,
+        wanted: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One forward pass.
+
+        Args:
+            token_ids: [tokens].
+            positions: [tokens]; where in its own sequence each token is.
+            step: Their attention.
+            wanted: Places of the tokens that are to have logits; None for all.
+
+        Returns:
+            [wanted tokens, vocabulary].
+        """
+
+
+class ModuleForward:
+    """transformers' own forward, of a model that has our attention function.
+
+    Args:
+        model: Any that takes it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._selects = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def __call__(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        step: StepAttention,
+        wanted: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `Forward`."""
+        selection = {"logits_to_keep": wanted} if self._selects and wanted is not None else {}
+        with attending(step):
+            logits: torch.Tensor = self._model(
+                input_ids=token_ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                **selection,
+            ).logits[0]
+        if wanted is not None and not self._selects:
+            logits = logits[wanted.to(logits.device)]
+        return logits
+
+
+class FlatForward:
+    """A decoder of plain layers as one sequence of operators.
+
+    Args:
+        model: One that `can_flatten`.
+        windows: By layer, how far it looks back; None for all the way.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Mapping[int, int | None]) -> None:
+        decoder = model.model
+        self._embedding = decoder.embed_tokens.weight
+        self._rotary = decoder.rotary_emb
+        self._layers = [
+            _layer(index, layer, windows.get(index)) for index, layer in enumerate(decoder.layers)
+        ]
+        self._norm = _norm(decoder.norm)
+        self._head = model.lm_head.forward
+
+    def __call__(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        step: StepAttention,
+        wanted: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `Forward`."""
+        hidden = functional.embedding(token_ids, self._embedding)
+        cos, sin = (part[0].unsqueeze(1) for part in self._rotary(hidden, positions.unsqueeze(0)))
+        half = sin.shape[-1] // 2
+        # With the sign in it, halves need only change places.
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        for layer in self._layers:
+            hidden = layer(hidden, cos, sin, step)
+        if wanted is not None:
+            hidden = hidden[wanted]
+        logits: torch.Tensor = self._head(self._norm(hidden))
+        return logits
+
+
+def can_flatten(model: PreTrainedModel) -> bool:
+    """Whether it is made of layers that are known, in one place, and with siblings fused."""
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not layers or len({parameter.device for parameter in model.parameters()}) > 1:
+        return False
+    return all(
+        type(layer).__name__ in _LAYERS
+        and type(layer).__module__.startswith("transformers.models.")
+        and Siblings.of(layer.self_attn.q_proj) is not None
+        and Siblings.of(layer.mlp.gate_proj) is not None
+        for layer in layers
+    )
+
+
+_Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Attention and a gated perceptron, each after a norm and with a residual."""
+
+    index: int
+    rule: Rule
+    heads: int
+    key_heads: int
+    dimensions: int
+    first_norm: _Step
+    queries_keys_values: _Step
+    # Of queries and keys, head by head; None without.
+    head_norm: _Step | None
+    output: _Step
+    second_norm: _Step
+    gate_and_up: _Step
+    activation: _Step
+    down: _Step
+
+    def __call__(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: StepAttention
+    ) -> torch.Tensor:
+        """Changes `hidden` in place, and gives it back."""
+        heads, both = self.heads, self.heads + self.key_heads
+        projected = self.queries_keys_values(self.first_norm(hidden))
+        projected = projected.view(-1, both + self.key_heads, self.dimensions)
+        turned = projected[:, :both]
+        if self.head_norm is not None:
+            turned = self.head_norm(turned)
+        half = self.dimensions // 2
+        swapped = torch.cat((turned[..., half:], turned[..., :half]), -1)
+        turned = turned * cos + swapped * sin
+        attended = step.attend(
+            self.index, turned[:, :heads], turned[:, heads:], projected[:, both:], self.rule
+        )
+        hidden += self.output(attended.flatten(1))
+        gate, up = self.gate_and_up(self.second_norm(hidden)).chunk(2, -1)
+        hidden += self.down(self.activation(gate) * up)
+        return hidden
+
+
+def _layer(index: int, layer: Any, window: int | None) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    dimensions = attention.head_dim
+    queries, keys = attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]
+    fused, gated = Siblings.of(attention.q_proj), Siblings.of(mlp.gate_proj)
+    if fused is None or gated is None:
+        raise ValueError("only a model that can be flattened")
+    heads, key_heads = queries // dimensions, keys // dimensions
+    return _Layer(
+        index=index,
+        rule=Rule(scaling=attention.scaling, window=window),
+        heads=heads,
+        key_heads=key_heads,
+        dimensions=dimensions,
+        first_norm=_norm(layer.input_layernorm),
+        queries_keys_values=fused.whole.forward,
+        head_norm=_head_norm(attention, heads, key_heads),
+        output=attention.o_proj.forward,
+        second_norm=_norm(layer.post_attention_layernorm),
+        gate_and_up=gated.whole.forward,
+        activation=mlp.act_fn.forward,
+        down=mlp.down_proj.forward,
+    )
+
+
+def _norm(norm: Any) -> _Step:
+    return _root_mean_square(norm.weight, norm.variance_epsilon)
+
+
+def _head_norm(attention: Any, heads: int, key_heads: int) -> _Step | None:
+    if getattr(attention, "q_norm", None) is None:
+        return None
+    weights = [
+        norm.weight.expand(count, -1)
+        for norm, count in ((attention.q_norm, heads), (attention.k_norm, key_heads))
+    ]
+    return _root_mean_square(torch.cat(weights), attention.q_norm.variance_epsilon)
+
+
+def _root_mean_square(weight: torch.Tensor, epsilon: float) -> _Step:
+    shape = weight.shape[-1:]
+
+    def normalise(hidden: torch.Tensor) -> torch.Tensor:
+        # Rounded before the weights are applied, as in transformers.
+        return functional.rms_norm(hidden, shape, None, epsilon) * weight
+
+    return normalise

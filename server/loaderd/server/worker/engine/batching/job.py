@@ -1,0 +1,219 @@
+"""One request in the engine: its completions, and what it tells its client."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from loaderd.server.errors import LoaderdError
+from loaderd.server.worker.engine.clock import Clock
+from loaderd.server.worker.engine.completion import Completion, Tokenizer
+from loaderd.server.worker.engine.protocol import GenerationRequest, SampledToken
+from loaderd.server.worker.failures import error_message
+from loaderd.v1.generation_pb2 import (
+    Finish,
+    FinishReason,
+    GenerationDelta,
+    GenerationFinished,
+    GenerationQueued,
+    GenerationStarted,
+    PromptLogprobs,
+    TokenLogprob,
+    Usage,
+)
+from loaderd.worker.v1.worker_pb2 import Output
+
+_SEEDS = 2**64
+
+
+@dataclass(eq=False)
+class Row:
+    """One completion of a request, in a slot of its own.
+
+    Attributes:
+        job: Its request.
+        key: Its name in the sampler.
+        request: The request as the sampler is to see it.
+        slot: Where its keys and values are.
+        completion: What came of it so far.
+        token_ids: Prompt and output.
+        length: Tokens whose keys and values are in the slot.
+        logprob: Of the output so far.
+        held: What the client gets if this is one of the best.
+    """
+
+    job: Job
+    key: int
+    request: GenerationRequest
+    slot: int
+    completion: Completion
+    token_ids: list[int]
+    length: int = 0
+    logprob: float = 0.0
+    held: list[GenerationDelta] = field(default_factory=list)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether it has a token that the model has not seen yet, and goes on."""
+        return self.length >= len(self.job.request.prompt) and not self.has_ended
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its last token has come."""
+        return self.completion.finish is not None
+
+    @property
+    def score(self) -> float:
+        """Mean log probability of its tokens."""
+        return self.logprob / max(self.completion.generated_tokens, 1)
+
+
+class Job:
+    """A request from its submission to its last output.
+
+    Args:
+        request: The request.
+        send: Takes the outputs, in the engine's thread.
+
+    Attributes:
+        rows: Its completions, from its turn on.
+        cancelled: Set by other threads.
+        cached: Tokens of the prompt that were found in the prefix cache.
+        has_ended: Whether it had its last output.
+    """
+
+    def __init__(self, request: GenerationRequest, send: Callable[[Output], None]) -> None:
+        self.request = request
+        self.clock = Clock(request.arrived)
+        self.rows: list[Row] = []
+        self.cancelled = False
+        self.cached = 0
+        self.has_ended = False
+        self._send = send
+        self._position: int | None = None
+        self._deadline = math.inf
+
+    def begin(self, slots: tuple[int, ...], keys: Iterator[int], tokenizer: Tokenizer) -> None:
+        """Its turn has come.
+
+        Args:
+            slots: One for each of its completions.
+            keys: For the sampler.
+            tokenizer: For the completions.
+        """
+        request = self.request
+        self.clock.turn = time.monotonic()
+        if request.stopping.max_seconds is not None:
+            self._deadline = self.clock.turn + request.stopping.max_seconds
+        for index, slot in enumerate(slots):
+            completion = Completion(request, tokenizer)
+            row = Row(
+                self,
+                next(keys),
+                self._sampled(index),
+                slot,
+                completion,
+                list(request.prompt),
+            )
+            self.rows.append(row)
+        started = GenerationStarted(
+            request_id=request.request_id,
+            prompt_tokens=len(request.prompt),
+            seed=request.sampling.seed,
+        )
+        self._send(Output(key=request.key, started=started))
+
+    def echo(self) -> None:
+        """Begins the texts with the prompt, if that is wanted."""
+        for index, row in enumerate(self.rows):
+            self._show(index, row, row.completion.echo())
+
+    def told(self, position: int) -> Output | None:
+        """Its place in the queue for the client; None if that knows it."""
+        if position == self._position:
+            return None
+        self._position = position
+        return Output(key=self.request.key, queued=GenerationQueued(position=position))
+
+    def tell_prompt(self, logprobs: list[TokenLogprob]) -> None:
+        """Tells log probabilities of the prompt's next tokens."""
+        told = PromptLogprobs(logprobs=logprobs)
+        self._send(Output(key=self.request.key, prompt_logprobs=told))
+
+    def push(self, row: Row, token: SampledToken) -> None:
+        """Takes a completion's next token; its completion may end with it."""
+        self.clock.token()
+        row.token_ids.append(token.token_id)
+        row.logprob += token.logprob or 0.0
+        index = self.rows.index(row)
+        self._show(index, row, row.completion.push(token))
+        if not row.has_ended and time.monotonic() >= self._deadline:
+            self._show(index, row, row.completion.close(FinishReason.FINISH_REASON_TIME))
+
+    def cancel(self) -> None:
+        """Ends the completions that go on."""
+        for index, row in enumerate(self.rows):
+            if not row.has_ended:
+                self._show(index, row, row.completion.close(FinishReason.FINISH_REASON_CANCELLED))
+
+    def finish(self) -> None:
+        """Sends the last output; every completion has ended."""
+        request = self.request
+        best = sorted(self.rows, key=lambda row: -row.score)[: request.n]
+        if request.best_of > request.n:
+            for index, row in enumerate(best):
+                for delta in row.held:
+                    delta.index = index
+                    self._send(Output(key=self.request.key, delta=delta))
+        else:
+            best = self.rows
+        generated = sum(row.completion.generated_tokens for row in self.rows)
+        self._send(self._finished([row.completion.finish for row in best], generated))
+
+    def unserved(self) -> Output:
+        """The last output of a request that was cancelled before its turn."""
+        finish = Finish(reason=FinishReason.FINISH_REASON_CANCELLED)
+        return self._finished([finish] * self.request.n, generated=0)
+
+    def fail(self, error: LoaderdError) -> None:
+        """Sends an error as the last output."""
+        self.has_ended = True
+        self._send(Output(key=self.request.key, error=error_message(error)))
+
+    def _sampled(self, index: int) -> GenerationRequest:
+        """The request for one completion: a seed of its own, and what ranking needs."""
+        request = self.request
+        if request.best_of == 1:
+            return request
+        seed = (request.sampling.seed + index) % _SEEDS
+        ranked = request.best_of > request.n
+        return replace(
+            request,
+            sampling=replace(request.sampling, seed=seed),
+            top_logprobs=request.top_logprobs or 0 if ranked else request.top_logprobs,
+        )
+
+    def _show(self, index: int, row: Row, delta: GenerationDelta | None) -> None:
+        if delta is None:
+            return
+        if self.request.best_of > self.request.n:
+            row.held.append(delta)
+            return
+        delta.index = index
+        self._send(Output(key=self.request.key, delta=delta))
+
+    def _finished(self, finishes: list[Finish | None], generated: int) -> Output:
+        self.has_ended = True
+        finished = GenerationFinished(
+            finishes=[finish for finish in finishes if finish],
+            usage=Usage(
+                prompt_tokens=len(self.request.prompt),
+                cached_prompt_tokens=self.cached,
+                generated_tokens=generated,
+            ),
+            timings=self.clock.timings(),
+            seed=self.request.sampling.seed,
+        )
+        return Output(key=self.request.key, finished=finished)

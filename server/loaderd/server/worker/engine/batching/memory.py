@@ -1,0 +1,57 @@
+"""What the slots hold: keys and values of what runs, and of prompts that were computed before."""
+
+from __future__ import annotations
+
+from loaderd.server.worker.engine.batching.job import Row
+from loaderd.server.worker.engine.batching.kv_cache import BLOCK, KvCache
+from loaderd.server.worker.engine.batching.prefix_cache import PrefixCache
+
+
+class Memory:
+    """Fills, copies and frees the slots of rows.
+
+    Args:
+        cache: The runner's.
+        prefixes: Says what is in the cache's blocks.
+    """
+
+    def __init__(self, cache: KvCache, prefixes: PrefixCache) -> None:
+        self._cache = cache
+        self._prefixes = prefixes
+
+    def take_prefix(self, row: Row) -> None:
+        """Begins an empty slot with what is known of the prompt."""
+        request = row.job.request
+        if request.bypass_prefix_cache:
+            return
+        # The last token is always computed: its logits are needed.
+        blocks = self._prefixes.match(request.prompt[:-1], request.cache_salt)
+        if blocks:
+            self._cache.take(row.slot, blocks)
+        row.length = row.job.cached = len(blocks) * BLOCK
+
+    def keep_prefix(self, row: Row) -> None:
+        """Remembers what a slot holds, for prompts that begin alike."""
+        request = row.job.request
+        if request.bypass_prefix_cache:
+            return
+        known, blocks = self._prefixes.insert(row.token_ids[: row.length], request.cache_salt)
+        if blocks:
+            self._cache.keep(row.slot, known, blocks)
+
+    def fork(self, row: Row) -> None:
+        """Copies a computed prompt to the other completions of its request."""
+        for other in row.job.rows:
+            if other is not row:
+                self._cache.copy(row.slot, other.slot, row.length)
+                other.length = row.length
+
+    def move(self, row: Row, slot: int) -> None:
+        """Moves a row to another slot."""
+        self._cache.copy(row.slot, slot, row.length)
+        self._cache.free(row.slot, row.length)
+        row.slot = slot
+
+    def free(self, row: Row) -> None:
+        """Its slot is not needed any more."""
+        self._cache.free(row.slot, row.length)

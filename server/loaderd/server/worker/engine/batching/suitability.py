@@ -1,0 +1,166 @@
+"""Whether a model can be served by the batching engine: by what it says, then by trying."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from loaderd.server.worker import devices
+from loaderd.server.worker.engine.batching.attention import NAME
+from loaderd.server.worker.engine.batching.forward import Forward, ModuleForward
+from loaderd.server.worker.engine.batching.kv_cache import KvCache
+from loaderd.server.worker.engine.batching.runner import Feed, Runner
+
+_PROMPTS = (range(1009, 5000, 331), range(2003, 9000, 719))
+"""Token ids to try it with, modulo the vocabulary: no runs of special tokens, which models
+were not trained on and which blow rounding up."""
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+"""Largest deviation of logits, as a share of their own deviation, that is rounding."""
+_WHOLE_SEQUENCE_ROPES = frozenset({"dynamic", "longrope"})
+"""Rotary embeddings that change for all tokens when one sequence grows long."""
+
+
+class UnsuitableError(Exception):
+    """The model cannot be served; the text says why, to operators."""
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What trying a model brought.
+
+    Attributes:
+        bytes_per_token: Of keys and values, over all layers.
+        windows: By layer, how far it looks back; None for all the way.
+        own_attention: The attention function that it had before.
+    """
+
+    bytes_per_token: int
+    windows: Mapping[int, int | None]
+    own_attention: str
+    _expected: list[torch.Tensor]
+
+    def agree(self, model: PreTrainedModel, forward: Forward) -> bool:
+        """Whether another way to run the model computes the same."""
+        try:
+            _try(model, forward, self._expected)
+        except UnsuitableError:
+            return False
+        return True
+
+
+def examine(model: PreTrainedModel) -> Findings:
+    """Gives the model our attention function and checks that it computes the same.
+
+    Raises:
+        UnsuitableError: It does not; the model has its own attention again.
+    """
+    config = model.config.get_text_config(decoder=True)
+    _check_claims(model, config)
+    own = model.config._attn_implementation
+    expected = [_own_logits(model, prompt) for prompt in _prompts(config)]
+    try:
+        model.set_attn_implementation(NAME)
+        cache, windows = _try(model, ModuleForward(model), expected)
+        _check_windows(windows, config)
+        return Findings(cache.bytes_per_token, windows, own, expected)
+    except UnsuitableError:
+        model.set_attn_implementation(own)
+        raise
+    except Exception as error:
+        if devices.is_broken(error) or devices.is_out_of_memory(error):
+            raise
+        model.set_attn_implementation(own)
+        kind = type(error).__name__
+        raise UnsuitableError(f"its attention does not work in batches ({kind})") from error
+
+
+def _check_claims(model: PreTrainedModel, config: Any) -> None:
+    if not model._supports_attention_backend:
+        raise UnsuitableError("its attention cannot be replaced")
+    if model.config.is_encoder_decoder:
+        raise UnsuitableError("it has an encoder")
+    ropes = _WHOLE_SEQUENCE_ROPES & set(_rope_types(getattr(config, "rope_parameters", None)))
+    if ropes:
+        raise UnsuitableError(f"its {min(ropes)} rotary embedding depends on the whole sequence")
+    if getattr(config, "attention_chunk_size", None):
+        raise UnsuitableError("its attention is chunked")
+
+
+def _rope_types(parameters: object) -> Iterator[str]:
+    """Also of configurations that have one for each type of layer."""
+    if isinstance(parameters, Mapping):
+        if isinstance(parameters.get("rope_type"), str):
+            yield parameters["rope_type"]
+        for nested in parameters.values():
+            yield from _rope_types(nested)
+
+
+def _prompts(config: Any) -> list[list[int]]:
+    return [[token % config.vocab_size for token in prompt] for prompt in _PROMPTS]
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
+def _own_logits(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
+    ids = torch.tensor([prompt], device=input_device(model))
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits[0].float()
+
+
+def _try(
+    model: PreTrainedModel, forward: Forward, expected: list[torch.Tensor]
+) -> tuple[KvCache, Mapping[int, int | None]]:
+    """The prompts side by side: two pieces each, then token by token."""
+    prompts = _prompts(model.config.get_text_config(decoder=True))
+    cache = KvCache(len(prompts), max(map(len, prompts)), blocks=0)
+    runner = Runner(forward, cache, input_device(model))
+    found: list[list[torch.Tensor]] = [[] for _ in prompts]
+    shortest = min(map(len, prompts))
+    cuts = [0, shortest // 2, shortest - 3, *range(shortest - 2, shortest + 1)]
+    for begin, end in itertools.pairwise(cuts):
+        feeds = [
+            Feed(slot, begin, prompt[begin:end], wants=end - begin)
+            for slot, prompt in enumerate(prompts)
+        ]
+        logits = runner.run(feeds)
+        for part, logits_of_prompt in zip(found, logits.split(end - begin), strict=True):
+            part.append(logits_of_prompt)
+    everything = torch.cat([part for parts in found for part in parts])
+    _compare(everything, torch.cat([own[:shortest] for own in expected]), model.dtype)
+    return cache, runner.windows
+
+
+def _compare(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    # Most tokens, not all: a mixture of experts may rightly choose others after rounding.
+    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+    deviation = ((found - expected).norm(dim=-1) / spread).median()
+    if not deviation <= _TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16]):
+        raise UnsuitableError("its logits differ when it runs in batches")
+
+
+def _check_windows(windows: Mapping[int, int | None], config: Any) -> None:
+    """A window longer than what was tried shows only in what its layers asked for."""
+    layers = config.num_hidden_layers
+    if set(windows) != set(range(layers)):
+        raise UnsuitableError("it has layers that keep another state than keys and values")
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        uses = getattr(config, "use_sliding_window", True)
+        windowed = bool(uses and getattr(config, "sliding_window", None))
+        if windowed and not any(windows.values()):
+            raise UnsuitableError("its layers do not tell their sliding windows")
+        return
+    for index, kind in enumerate(types):
+        if kind not in {"full_attention", "sliding_attention"}:
+            raise UnsuitableError(f"it has layers of type {kind}")
+        if kind == "sliding_attention" and not windows[index]:
+            raise UnsuitableError("its layers do not tell their sliding windows")

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from loaderd.server.worker.engine.batching import forward
+from loaderd.server.worker.engine.batching.build import batching_engine
+from loaderd.server.worker.engine.batching.forward import FlatForward, ModuleForward, can_flatten
+from loaderd.server.worker.engine.batching.kv_cache import KvCache
+from loaderd.server.worker.engine.batching.linear import speed_up
+from loaderd.server.worker.engine.batching.runner import Feed, Runner
+from loaderd.server.worker.engine.batching.suitability import examine
+from loaderd.server.worker.engine.completion import Tokenizer
+from tests.unit.worker.engine_client import CONTEXT, Numbers, build
+
+_GLU = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0}
+FLAT: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _GLU),
+    "llama with biases": ("llama", {**_GLU, "attention_bias": True, "mlp_bias": True}),
+    "llama with tied weights": ("llama", {**_GLU, "tie_word_embeddings": True}),
+    "llama with wide heads": ("llama", {**_GLU, "head_dim": 12}),
+    "llama 3": (
+        "llama",
+        {
+            **_GLU,
+            "rope_parameters": {
+                **_ROPE,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "mistral": ("mistral", {**_GLU, "sliding_window": 8}),
+    "qwen2": ("qwen2", _GLU),
+    "qwen3": ("qwen3", {**_GLU, "head_dim": 8}),
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "gemma2": {**_GLU, "head_dim": 8},
+    "gpt2": {},
+    "mixtral": {**_GLU, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+PROMPTS = [[(7 * n + 3 * place) % 97 for place in range(20)] for n in range(3)]
+
+
+def logits_of(run: Any) -> torch.Tensor:
+    """Of prompts side by side, in pieces and token by token."""
+    runner = Runner(run, KvCache(len(PROMPTS), 20, blocks=0), torch.device("cpu"))
+    parts = []
+    for begin, end in itertools.pairwise([0, 9, 15, *range(16, 21)]):
+        feeds = [
+            Feed(slot, begin, prompt[begin:end], wants=1 + slot % (end - begin))
+            for slot, prompt in enumerate(PROMPTS)
+        ]
+        parts.append(runner.run(feeds))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)]
+)
+def test_flat_is_the_same_as_module_by_module(
+    name: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    architecture, sizes = FLAT[name]
+    model = build(architecture, **sizes).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1.0, 0.2)  # norms and biases that do something
+    findings = examine(model)
+    expected = logits_of(ModuleForward(model))
+    assert not can_flatten(model), "its layers are not fused yet"
+    speed_up(model, 2**40)
+    assert can_flatten(model)
+    found = logits_of(FlatForward(model, findings.windows))
+    assert (found - expected).abs().max() < tolerance * expected.std() * 4
+    assert findings.agree(model, FlatForward(model, findings.windows))
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_other_layers_are_not_flattened(architecture: str) -> None:
+    model = build(architecture, **OTHERS[architecture])
+    examine(model)
+    speed_up(model, 2**40)
+    assert not can_flatten(model)
+
+
+def reason(model: Any) -> str:
+    tokenizer = Tokenizer(Numbers(), frozenset())
+    engine, why = batching_engine(
+        model,
+        tokenizer,
+        "org/name",
+        lambda _outputs: None,
+        lambda: None,
+        context_length=CONTEXT,
+    )
+    engine.close()
+    return why
+
+
+def test_an_engine_tells_how_it_runs_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama", **_GLU)
+    assert "as one sequence of operators" in reason(copy.deepcopy(model))
+    assert "module by module" in reason(build("gpt2"))
+
+
+def test_a_flat_model_that_computes_something_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    norm = forward._norm
+    monkeypatch.setattr(forward, "_norm", lambda module: lambda x: norm(module)(x) * 1.1)
+    assert "module by module" in reason(build("llama", **_GLU))
