@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from loaderd.server.errors import (
     HubRateLimitedError,
-    HubUnauthorizedError,
     HubUnreachableError,
     LoaderdError,
     ModelGatedError,
@@ -20,7 +19,6 @@ from loaderd.server.errors import (
     OfflineNotCachedError,
     RevisionNotFoundError,
     SnapshotCorruptError,
-    SnapshotIncompleteError,
 )
 from loaderd.server.store.hub_access import RetryPolicy
 from loaderd.server.store.names import HubName
@@ -29,21 +27,19 @@ from tests.faults.store.support import (
     INFO,
     MODEL,
     NAME,
-    NEEDED,
     TREE,
     WEIGHTS,
     children,
     contents,
     download,
     found,
-    gets,
     listed,
     litter,
     plan,
     ranges,
     settings,
 )
-from tests.hub import Access, Hub, HubRepo, Response, faults
+from tests.hub import Access, Hub, HubRepo, faults
 from tests.hub.faults import Fault
 from tests.unit.store.caches import SMALL_MODEL
 
@@ -139,111 +135,6 @@ async def test_a_repository_without_a_loadable_model(
         await plan(store, name)
 
 
-# --- a hub that does not answer as it should -----------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Case:
-    """A fault without an end, and the error that it ends in."""
-
-    fault: Fault
-    error: type[LoaderdError]
-    path: str
-
-
-def _html(_response: Response, _stopped: object) -> Response:
-    return Response.text(200, b"<html>Please log in to the Wi-Fi</html>", "text/html")
-
-
-LASTING = {
-    "500": Case(faults.status(500), HubUnreachableError, INFO),
-    "503 on tree": Case(faults.status(503, {"Retry-After": "9999"}), HubUnreachableError, TREE),
-    "429": Case(faults.status(429, {"Retry-After": "9999"}), HubRateLimitedError, INFO),
-    "429 on tree": Case(faults.status(429), HubRateLimitedError, TREE),
-    "429 with limits": Case(
-        faults.status(429, {"ratelimit": '"api";r=0;t=9999'}), HubRateLimitedError, TREE
-    ),
-    "429 on get": Case(faults.status(429, {"Retry-After": "9999"}), HubRateLimitedError, WEIGHTS),
-    "500 on get": Case(faults.status(500), HubUnreachableError, WEIGHTS),
-    "408 on get": Case(faults.status(408), HubUnreachableError, WEIGHTS),
-    "bare 401": Case(faults.status(401), HubUnauthorizedError, INFO),
-    "bare 401 on tree": Case(faults.status(401), HubUnauthorizedError, TREE),
-    "bare 401 on get": Case(faults.status(401), HubUnauthorizedError, WEIGHTS),
-    "bare 403": Case(faults.status(403), HubUnauthorizedError, INFO),
-    "bare 403 on get": Case(faults.status(403), HubUnauthorizedError, WEIGHTS),
-    "401 without the repository": Case(
-        faults.status(401, {"X-Error-Code": "RepoNotFound"}), ModelNotFoundError, INFO
-    ),
-    "403 gated on get": Case(
-        faults.status(403, {"X-Error-Code": "GatedRepo"}), ModelGatedError, WEIGHTS
-    ),
-    "bare 404": Case(faults.status(404), ModelNotFoundError, INFO),
-    "400": Case(faults.status(400), HubUnreachableError, INFO),
-    "a web page": Case(_html, HubUnreachableError, "/api/*"),
-    "a web page for the tree": Case(_html, HubUnreachableError, TREE),
-    "reset": Case(faults.reset(after_bytes=0), HubUnreachableError, INFO),
-    "file is gone": Case(
-        faults.status(404, {"X-Error-Code": "EntryNotFound"}), SnapshotIncompleteError, WEIGHTS
-    ),
-    "wrong bytes": Case(faults.wrong_bytes(offset=2_000_000), SnapshotCorruptError, WEIGHTS),
-    "other length": Case(faults.status(200, body=b"x" * 100), SnapshotCorruptError, WEIGHTS),
-}
-
-
-@pytest.mark.parametrize("case", LASTING.values(), ids=LASTING)
-async def test_a_lasting_fault_has_its_error_and_a_healed_hub_serves(
-    store: ModelStore, hub: Hub, cache: Path, case: Case
-) -> None:
-    hub.inject(case.fault, path=case.path)
-    error = await failed(store, cache)
-    assert type(error) is case.error
-    assert error.metadata["model"] == "org/model"
-    hub.heal()
-    snapshot = await download(store)
-    assert contents(snapshot.path) == {name: MODEL[name] for name in NEEDED}
-
-
-@pytest.mark.parametrize("name", ["wrong bytes", "other length", "file is gone"])
-async def test_the_error_names_the_file(
-    store: ModelStore, hub: Hub, cache: Path, name: str
-) -> None:
-    case = LASTING[name]
-    hub.inject(case.fault, path=case.path)
-    error = await failed(store, cache)
-    assert error.metadata["file"] == "model.safetensors"
-    assert found(cache, "*/snapshots/*/model.safetensors") == []
-    # What came whole is kept: only the weights are fetched again.
-    hub.heal()
-    before = gets(hub)
-    await download(store)
-    assert gets(hub) == sorted([*before, "model.safetensors"])
-
-
-PASSING: dict[str, tuple[Fault, str]] = {
-    "500 on info": (faults.status(500), INFO),
-    "503 on tree": (faults.status(503), TREE),
-    "429 on get": (faults.status(429, {"Retry-After": "0"}), WEIGHTS),
-    "408 on get": (faults.status(408), WEIGHTS),
-    "500 on get": (faults.status(500), WEIGHTS),
-    "reset of info": (faults.reset(after_bytes=0), INFO),
-    "reset before the body": (faults.reset(after_bytes=0), WEIGHTS),
-    "reset in the body": (faults.reset(after_bytes=2_500_000), WEIGHTS),
-    "no commit told": (faults.alter_headers(x_repo_commit=None), WEIGHTS),
-    "no etag told": (faults.alter_headers(etag=None, x_linked_etag=None), WEIGHTS),
-    "no size told": (faults.alter_headers(content_length=None, connection="close"), WEIGHTS),
-    "end in the body": (faults.short_body(after_bytes=2_500_000), WEIGHTS),
-}
-
-
-@pytest.mark.parametrize(("fault", "path"), PASSING.values(), ids=PASSING)
-async def test_a_passing_fault_is_not_noticed(
-    store: ModelStore, hub: Hub, fault: Fault, path: str
-) -> None:
-    hub.inject(fault, path=path, times=1)
-    snapshot = await download(store)
-    assert contents(snapshot.path) == {name: MODEL[name] for name in NEEDED}
-
-
 @pytest.mark.parametrize("cut", [faults.short_body, faults.reset])
 async def test_a_broken_body_goes_on_where_it_was(
     store: ModelStore, hub: Hub, cut: Callable[..., Fault]
@@ -257,27 +148,6 @@ async def test_a_broken_body_goes_on_where_it_was(
     assert [int((part or "").removeprefix("bytes=").removesuffix("-")) for part in asked[1:]] == [
         2_500_001
     ]
-
-
-HANGING = {
-    "info": (faults.hang(), INFO),
-    "tree": (faults.hang(), TREE),
-    "get": (faults.hang(), WEIGHTS),
-    "body": (faults.hang(after_bytes=1_500_000), WEIGHTS),
-}
-
-
-@pytest.mark.parametrize(("fault", "path"), HANGING.values(), ids=HANGING)
-async def test_a_hub_that_falls_silent_is_given_up(
-    store: ModelStore, hub: Hub, cache: Path, fault: Fault, path: str
-) -> None:
-    hub.inject(fault, path=path)
-    impatient = ModelStore(settings(hub, cache, stall_timeout=0.6))
-    async with asyncio.timeout(15):
-        assert isinstance(await failed(impatient, cache), HubUnreachableError)
-    await impatient.close()
-    hub.heal()
-    assert isinstance(await download(store), CachedSnapshot)
 
 
 async def test_a_plan_that_hangs_is_given_up(hub: Hub, cache: Path) -> None:
@@ -316,33 +186,6 @@ async def test_a_hub_that_is_gone(store: ModelStore, hub: Hub, cache: Path) -> N
 
 
 # --- what the cache has is served when the hub does not answer -----------------------------------
-
-
-OUTAGES: dict[str, Callable[[Hub], None]] = {
-    "gone": Hub.stop,
-    "500": lambda hub: hub.inject(faults.status(500), path="/api/*"),
-    "429": lambda hub: hub.inject(faults.status(429), path="/api/*"),
-    "weights 503": lambda hub: hub.inject(faults.status(503), path=WEIGHTS, method="*"),
-}
-
-
-@pytest.mark.parametrize("outage", OUTAGES.values(), ids=OUTAGES)
-async def test_the_last_whole_snapshot_is_served_as_stale(
-    store: ModelStore, hub: Hub, repo: HubRepo, outage: Callable[[Hub], None]
-) -> None:
-    first = await download(store)
-    repo.commit({"model.safetensors": MODEL["model.safetensors"][:-1] + b"\0"})
-    outage(hub)
-    stale = await download(store)
-    assert stale.stale
-    assert stale.path == first.path
-    assert contents(stale.path) == {name: MODEL[name] for name in NEEDED}
-    hub.heal()
-    hub.stop()
-    hub.start()
-    fresh = await download(store)
-    assert not fresh.stale
-    assert fresh.commit != first.commit
 
 
 async def test_a_failed_update_leaves_the_old_snapshot_in_place(
