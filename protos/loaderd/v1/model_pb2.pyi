@@ -248,7 +248,7 @@ class LoadProgress(_message.Message):
     """RESOLVING, DOWNLOADING or LOADING."""
     @_builtins.property
     def download(self) -> _cache_pb2.DownloadProgress:
-        """Set while DOWNLOADING."""
+        """Set while DOWNLOADING, and while LOADING fetches damaged files again."""
 
     @_builtins.property
     def elapsed(self) -> _duration_pb2.Duration:

@@ -311,8 +311,9 @@ class CacheLimitError(LoaderdError):
 
     reason = "CACHE_LIMIT"
     text = (
-        "the download needs {needed_bytes} bytes of a cache that may hold {max_bytes}, and "
-        "{held_bytes} of it are in use; unload models, or raise --cache-max-bytes"
+        "the download needs {needed_bytes} bytes, the cache may hold {max_bytes}, and "
+        "{held_bytes} of it cannot be deleted now; unload models that use it, or raise "
+        "--cache-max-bytes"
     )
     needed_bytes: int
     max_bytes: int

@@ -14,12 +14,12 @@ import psutil
 
 from loaderd.server.store.hub_access import RetryPolicy
 from loaderd.server.store.names import HubName
+from loaderd.server.store.scan import SnapshotInfo
 from loaderd.server.store.store import (
     CachedSnapshot,
     DownloadPlan,
     DownloadProgress,
     ModelStore,
-    SnapshotInfo,
     StoreSettings,
 )
 from tests.hub import Hub, Response

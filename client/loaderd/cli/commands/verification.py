@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +14,10 @@ from loaderd.cli.session import session_of
 from loaderd.cli.units import count, size
 
 if TYPE_CHECKING:
-    from loaderd.client import FileProblem, VerifyReport
+    from collections.abc import Iterable
+
+    from loaderd.cli.progress import ProgressDisplay
+    from loaderd.client import FileProblem, VerifyReport, VerifyUpdate
 
 
 def verify(
@@ -21,7 +25,9 @@ def verify(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...", help="org/name or org/name@revision.", show_default=False
+            metavar="MODEL...",
+            help="org/name (its branch main) or org/name@revision.",
+            show_default=False,
         ),
     ],
     repair: Annotated[
@@ -37,10 +43,19 @@ def verify(
     reports = []
     with session.connect() as client:
         for model in models:
-            with progress_display(model) as display:
-                report = client.cache.verify(
-                    model, repair=repair, on_progress=display.verify, timeout=session.timeout
-                )
+            found: list[FileProblem] = []
+            try:
+                with progress_display(model) as display:
+                    report = client.cache.verify(
+                        model,
+                        repair=repair,
+                        on_progress=partial(_look, display, found),
+                        timeout=session.timeout,
+                    )
+            except Exception:
+                if not json:  # what was found is worth telling although the repair failed
+                    _show_problems(model, found)
+                raise
             reports.append(report)
             if not json:
                 _show(model, report)
@@ -50,9 +65,21 @@ def verify(
         raise typer.Exit(ExitCode.DATA_LOSS)
 
 
-def _show(model: str, report: VerifyReport) -> None:
-    for problem in report.problems:
+def _look(display: ProgressDisplay, found: list[FileProblem], update: VerifyUpdate) -> None:
+    from loaderd.client import FileProblem
+
+    if isinstance(update, FileProblem):
+        found.append(update)
+    display.verify(update)
+
+
+def _show_problems(model: str, problems: Iterable[FileProblem]) -> None:
+    for problem in problems:
         output.result(f"{model}: {_problem(problem)}")
+
+
+def _show(model: str, report: VerifyReport) -> None:
+    _show_problems(model, report.problems)
     for path in report.unverifiable_files:
         output.result(f"{model}: {path} has no known hash; it was not checked")
     sound = f"{count(report.verified_files, 'file')}, {size(report.verified_bytes)}"
@@ -62,7 +89,9 @@ def _show(model: str, report: VerifyReport) -> None:
     elif report.repaired:
         output.result(f"{model} is sound again: {bad} repaired")
     else:
-        output.result(f"{model} has {bad}; `loaderctl verify --repair {model}` fetches them again")
+        output.result(
+            f"{model} has {bad}; `loaderctl verify --repair {model}` fetches what is bad again"
+        )
 
 
 def _problem(problem: FileProblem) -> str:

@@ -19,6 +19,7 @@ from loaderd.server.single_flight import Publish, SingleFlight
 from loaderd.server.store.names import HubName, LocalName, parse_name
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder, NotCached
 from loaderd.server.store.store import DownloadProgress, ModelStore
+from loaderd.server.store.verifications import Proving
 from loaderd.server.store.verify import VerifyProgress
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.v1 import model_pb2
@@ -146,10 +147,7 @@ class Loads:
             self._registry.to(record, ModelState.LOADING)
             publish(_progress(record, None))
             if isinstance(files, CachedSnapshot):
-                await self._store.prove(
-                    files,
-                    lambda read: publish(replace(_progress(record, None), verification=read)),
-                )
+                await self._store.prove(files, lambda update: publish(_proving(record, update)))
                 publish(_progress(record, None))
             model = await self._supervisor.load(
                 worker_pb2.Load(
@@ -193,6 +191,12 @@ class Loads:
         self._registry.to(record, ModelState.FAILED, error)
         if unknown:  # watchers were told; a name that is no model need not stay in the list
             self._registry.to(record, ModelState.UNLOADED)
+
+
+def _proving(record: ModelRecord, update: Proving) -> LoadProgress:
+    if isinstance(update, VerifyProgress):
+        return replace(_progress(record, None), verification=update)
+    return _progress(record, update)
 
 
 def _progress(record: ModelRecord, download: DownloadProgress | None) -> LoadProgress:

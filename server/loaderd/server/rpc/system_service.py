@@ -22,8 +22,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 VERSION = version("loaderd")
 
 CAPABILITIES = (
+    "cache.delete",
     "cache.download",
+    "cache.prune",
     "cache.resolve",
+    "cache.verify",
     "generation.chat",
     "generation.stream",
     "models.watch",

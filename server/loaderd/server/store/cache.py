@@ -146,12 +146,18 @@ class RepoFolder:
 
         None when there is no such snapshot, or several commits begin so.
         """
-        commits = self.commits()
-        commit = self.commit_of(revision)
-        if commit is None and _COMMIT_BEGIN.fullmatch(revision):
-            begun = [each for each in commits if each.startswith(revision)]
-            commit = begun[0] if len(begun) == 1 else None
-        return commit if commit in commits else None
+        commit = self.commit_of(revision) or self.begun_commit(revision)
+        return commit if commit in self.commits() else None
+
+    def begun_commit(self, revision: str) -> str | None:
+        """The commit of the only snapshot whose commit begins so, if no branch or tag is so called.
+
+        At least seven hex digits; None when there is no such snapshot, or there are several.
+        """
+        if not _COMMIT_BEGIN.fullmatch(revision) or self.commit_of(revision) is not None:
+            return None
+        begun = [commit for commit in self.commits() if commit.startswith(revision)]
+        return begun[0] if len(begun) == 1 else None
 
     def refs(self) -> dict[str, list[str]]:
         """The names of branches and tags by their commit, sorted."""

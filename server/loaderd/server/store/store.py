@@ -18,6 +18,7 @@ from loaderd.server.errors import (
     OfflineNotCachedError,
     SnapshotIncompleteError,
     SnapshotNotFoundError,
+    UnsupportedOptionError,
 )
 from loaderd.server.single_flight import Flight, Publish, SingleFlight
 from loaderd.server.store import records
@@ -42,11 +43,9 @@ from loaderd.server.store.resolve import (
 )
 from loaderd.server.store.scan import SnapshotInfo, describe
 from loaderd.server.store.settings import StoreSettings
-from loaderd.server.store.verifications import Verifications, VerifyUpdate
-from loaderd.server.store.verify import VerifyProgress
+from loaderd.server.store.verifications import Proving, Verifications, VerifyUpdate
 
 __all__ = [
-    "CacheListing",
     "CachedSnapshot",
     "DownloadPlan",
     "DownloadProgress",
@@ -54,7 +53,6 @@ __all__ = [
     "LocalFolder",
     "ModelStore",
     "NotCached",
-    "SnapshotInfo",
     "StoreSettings",
 ]
 
@@ -98,9 +96,10 @@ class ModelStore:
 
     async def resolve(self, name: HubName | LocalName) -> Resolution:
         """Says where a name's files are, without asking the hub; see `resolve.resolve`."""
+        exact = await asyncio.to_thread(self._exact, name) if isinstance(name, HubName) else name
         return await asyncio.to_thread(
             resolve,
-            name,
+            exact,
             cache_dir=self.settings.cache_dir,
             local_roots=self.settings.local_roots,
             allow_pickle=self.allows_pickle(name),
@@ -126,6 +125,8 @@ class ModelStore:
             OfflineNotCachedError: The hub must not be asked, and the cache lacks the name.
             LoaderdError: As `resolve.resolve` and `hub.plan`.
         """
+        if isinstance(name, HubName):
+            name = await asyncio.to_thread(self._exact, name)
         found = await self.resolve(name)
         if isinstance(found, LocalFolder) or isinstance(name, LocalName):
             if isinstance(found, NotCached):
@@ -166,14 +167,17 @@ class ModelStore:
         Returns:
             How many waited; and the bytes of unfinished files, from which the next one goes on.
         """
-        flight = self._flights.flights.get(name)
-        if flight is None:
-            return 0, 0
-        waiters = flight.waiters
-        await self._flights.abort(name, DownloadCancelledError(str(name)))
-        plan = None if flight.latest is None else flight.latest.plan
-        kept = 0 if plan is None else await asyncio.to_thread(self._kept_bytes, plan)
-        return waiters, kept
+        error = DownloadCancelledError(str(name))
+        flights = await self._verifications.abort_repairs(self._repo(name), name.revision, error)
+        if name in self._flights.flights:
+            flight = self._flights.flights[name]
+            flights.append((flight, flight.waiters))
+            await self._flights.abort(name, error)
+        plans = [flight.latest.plan for flight, _ in flights if flight.latest is not None]
+        kept = [
+            await asyncio.to_thread(self._kept_bytes, plan) for plan in plans if plan is not None
+        ]
+        return sum(waiters for _, waiters in flights), sum(kept)
 
     async def hold(self, files: CachedSnapshot, holder: str) -> Pin:
         """Keeps a snapshot from being deleted until the pin is released; notes its use.
@@ -194,7 +198,7 @@ class ModelStore:
         contents = await self._keeper.contents()
         downloads = (
             Download(name, flight.latest or DownloadState(), flight.waiters)
-            for name, flight in self._flights.flights.items()
+            for name, flight in [*self._flights.flights.items(), *self._verifications.repairs()]
         )
         return CacheListing(
             snapshots=contents.snapshots,
@@ -234,9 +238,12 @@ class ModelStore:
 
         Raises:
             SnapshotNotFoundError: The cache has no snapshot of the name.
+            UnsupportedOptionError: A repair, and the hub must not be asked.
             CacheNotWritableError: The cache is not ours to look into.
             LoaderdError: The repair failed; as `download`.
         """
+        if repair and self.settings.offline:
+            raise UnsupportedOptionError("repair", "the daemon is offline and must not ask the hub")
         repo = self._repo(name)
         with writing(self.settings.cache_dir):  # reading needs as much of its owner's leave
             commit = await asyncio.to_thread(repo.cached_commit, name.revision)
@@ -252,12 +259,12 @@ class ModelStore:
         finally:
             pin.release()
 
-    async def prove(self, files: CachedSnapshot, publish: Publish[VerifyProgress]) -> None:
+    async def prove(self, files: CachedSnapshot, publish: Publish[Proving]) -> None:
         """Makes sure that a snapshot's content is what its hashes say; see `Verifications.prove`.
 
         Args:
             files: The snapshot.
-            publish: Told how far the reading is, if there is anything to be read.
+            publish: Told how far it is, if there is anything to be read or fetched.
         """
         name = HubName(files.repo_id, files.commit)
         await self._verifications.prove(
@@ -290,9 +297,15 @@ class ModelStore:
             return await flight.result()
 
     async def _download(self, name: HubName, publish: Publish[DownloadState]) -> CachedSnapshot:
+        def proving(update: Proving) -> None:
+            if isinstance(update, DownloadProgress):
+                publish(DownloadState(None, update))
+
+        name = await asyncio.to_thread(self._exact, name)
         if name.commit or self.settings.offline:
             found = await self.resolve(name)
             if isinstance(found, CachedSnapshot) and name.commit:
+                await self.prove(found, proving)
                 return found
             if self.settings.offline:
                 return await self._last_good(name, found)
@@ -304,6 +317,7 @@ class ModelStore:
         if not isinstance(found, CachedSnapshot):
             raise _problem(found) or SnapshotIncompleteError(str(name), "snapshot")
         files = replace(found, revision=name.revision)
+        await self.prove(files, proving)  # others may have brought a part of it
         await asyncio.to_thread(note_use, self.settings.cache_dir, files)
         return files
 
@@ -351,6 +365,11 @@ class ModelStore:
         if error is not None:
             _log.warning("%s is served as it is in the cache: %s", name, error)
         return replace(found, revision=name.revision, stale=name.commit is None)
+
+    def _exact(self, name: HubName) -> HubName:
+        """The name by its whole commit if it has the begin of a cached one."""
+        commit = self._repo(name).begun_commit(name.revision)
+        return name if commit is None else HubName(name.repo_id, commit)
 
     def _repo(self, name: HubName) -> RepoFolder:
         return RepoFolder(self.settings.cache_dir, name.repo_id)

@@ -66,6 +66,10 @@ VerifyUpdate = VerifyProgress | FileProblem | DownloadProgress | Verified
 """What a verification says: a `DownloadProgress` is that of the repair."""
 
 
+Proving = VerifyProgress | DownloadProgress
+"""How far a proof is: reading, or fetching what is damaged."""
+
+
 class Verifications:
     """Compares snapshots with their hashes, and mends what differs.
 
@@ -117,7 +121,7 @@ class Verifications:
         commit: str,
         *,
         allow_pickle: bool,
-        publish: Publish[VerifyProgress],
+        publish: Publish[Proving],
     ) -> None:
         """Makes sure that what loading needs is what its hashes say.
 
@@ -143,9 +147,27 @@ class Verifications:
             tried |= damaged
             try:
                 async with self._mending(repo, commit, damaged) as flight:
+                    async for state in flight.progress():
+                        publish(state.progress)
                     await flight.result()
             except (HubUnreachableError, HubRateLimitedError) as error:
                 raise damage from error
+
+    def repairs(self) -> list[tuple[HubName, Flight[DownloadState, str]]]:
+        """The repairs under way, by their exact names."""
+        return [(name, flight) for (name, _), flight in self._repairs.flights.items()]
+
+    async def abort_repairs(
+        self, repo: RepoFolder, revision: str, error: LoaderdError
+    ) -> list[tuple[Flight[DownloadState, str], int]]:
+        """Stops the repairs of a revision; returns them, and how many waited for each."""
+        commit = await asyncio.to_thread(repo.commit_of, revision)
+        aborted = []
+        for key, flight in list(self._repairs.flights.items()):
+            if key[0] == HubName(repo.repo_id, commit or revision):
+                aborted.append((flight, flight.waiters))
+                await self._repairs.abort(key, error)
+        return aborted
 
     def _mending(
         self, repo: RepoFolder, commit: str, damaged: frozenset[str]
