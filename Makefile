@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PORT ?= 50051
 ARGS ?=
+JOBS ?= 2
 PEERS ?=
 BUF_VERSION := 1.75.0
 
@@ -30,8 +31,8 @@ demo: $(SETUP) $(MODEL) ## From an empty cache to an answer: a hub, a daemon, a 
 run: $(SETUP) ## Run the daemon (PORT=50051, ARGS="more options")
 	$(BIN)/loaderd --port $(PORT) $(ARGS)
 
-test: $(SETUP) $(MODEL) ## Run the tests (ARGS="tests/unit -k name")
-	$(BIN)/pytest $(ARGS)
+test: $(SETUP) $(MODEL) ## Run the tests (ARGS="tests/unit -k name", JOBS=0: in one process)
+	$(BIN)/pytest -n $(JOBS) --dist loadscope $(ARGS)
 
 check: check-style check-types check-protos check-stubs ## Style, types, wire contract, stubs
 

@@ -174,7 +174,7 @@ def test_whatever_it_sends_the_answer_is_a_status_of_ours(
         {"messages": {"messages": []}},
         {"messages": {"messages": [{}]}},
         {"text": "x", "stop": [""]},
-        {"text": "x", "bad_words": ["x"]},
+        {"text": "x", "bad_words": [""]},
         {"text": "x", "chat_template_kwargs": {"a": 1}},
         {"messages": {"messages": [{"role": "x" * 100000}]}},
     ],

@@ -31,6 +31,12 @@ runpy.run_module("loaderd.cli", run_name="__main__")
 """
 
 
+def _environment() -> dict[str, str]:
+    """Without the size of the terminal that the tests run in, which would be believed."""
+    size = ("COLUMNS", "LINES")
+    return {k: v for k, v in os.environ.items() if k not in size} | {"TERM": "xterm"}
+
+
 class Terminal:
     """A running `loaderctl`, and what is typed and shown there."""
 
@@ -43,7 +49,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            env={**os.environ, "TERM": "xterm"},
+            env=_environment(),
         )
         os.close(slave)
         self._screen = fdspawn(master, encoding="utf-8", timeout=WAIT_S)

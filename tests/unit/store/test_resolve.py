@@ -29,6 +29,7 @@ from tests.unit.store.caches import (
     MadeUpRepo,
     index,
     made_up_repo,
+    open_to_all,
     safetensors,
     write_folder,
 )
@@ -305,8 +306,7 @@ except Exception as error:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can take another user's place")
 @pytest.mark.parametrize("unreadable", [".", "model.safetensors"])
 def test_what_the_daemons_user_may_not_read_is_said(tmp_path: Path, unreadable: str) -> None:
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
+    open_to_all(tmp_path)
     folder = write_folder(tmp_path / "model", SMALL_MODEL)
     (folder / unreadable).chmod(0)
     done = subprocess.run(

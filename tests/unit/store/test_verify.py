@@ -31,6 +31,7 @@ from tests.unit.store.caches import (
     entry,
     index,
     made_up_repo,
+    open_to_all,
     safetensors,
     write_folder,
 )
@@ -297,8 +298,7 @@ print(report.verified_files)
 def test_files_of_another_user_are_read_if_they_may_be(
     cache: Path, repo: MadeUpRepo, tmp_path: Path
 ) -> None:
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
+    open_to_all(tmp_path)
     repo.add(SMALL_MODEL)
     repo.blob(WEIGHTS).chmod(0)
     done = subprocess.run(

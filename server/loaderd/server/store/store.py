@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from loaderd.server.errors import (
     DownloadCancelledError,
@@ -168,16 +169,13 @@ class ModelStore:
             How many waited; and the bytes of unfinished files, from which the next one goes on.
         """
         error = DownloadCancelledError(str(name))
-        flights = await self._verifications.abort_repairs(self._repo(name), name.revision, error)
-        if name in self._flights.flights:
-            flight = self._flights.flights[name]
-            flights.append((flight, flight.waiters))
+        ended = await self._verifications.abort_repairs(self._repo(name), name.revision, error)
+        if flight := self._flights.flights.get(name):
+            ended.append((flight.latest, flight.waiters))
             await self._flights.abort(name, error)
-        plans = [flight.latest.plan for flight, _ in flights if flight.latest is not None]
-        kept = [
-            await asyncio.to_thread(self._kept_bytes, plan) for plan in plans if plan is not None
-        ]
-        return sum(waiters for _, waiters in flights), sum(kept)
+        plans = [state.plan for state, _ in ended if state is not None and state.plan is not None]
+        kept = [await asyncio.to_thread(self._kept_bytes, plan) for plan in plans]
+        return sum(waiters for _, waiters in ended), sum(kept)
 
     async def hold(self, files: CachedSnapshot, holder: str) -> Pin:
         """Keeps a snapshot from being deleted until the pin is released; notes its use.
@@ -196,15 +194,13 @@ class ModelStore:
     async def snapshots(self) -> CacheListing:
         """What the cache holds now, and what is on its way into it."""
         contents = await self._keeper.contents()
-        downloads = (
-            Download(name, flight.latest or DownloadState(), flight.waiters)
-            for name, flight in [*self._flights.flights.items(), *self._verifications.repairs()]
-        )
+        downloads = [_under_way(*each) for each in self._flights.flights.items()]
+        repairs = [_under_way(*each) for each in self._verifications.repairs()]
         return CacheListing(
             snapshots=contents.snapshots,
             total_bytes=contents.total_bytes,
             orphan_bytes=contents.orphan_bytes,
-            downloads=tuple(downloads),
+            downloads=(*downloads, *repairs),
             free_bytes=self._keeper.free_bytes(),
             max_bytes=self._keeper.max_bytes,
         )
@@ -394,6 +390,10 @@ class ModelStore:
             except (LoaderdError, OSError) as error:
                 _log.warning("left-overs of %s stay: %s", repo.repo_id, error)
         return freed
+
+
+def _under_way(name: HubName, flight: Flight[DownloadState, Any]) -> Download:
+    return Download(name, flight.latest or DownloadState(), flight.waiters)
 
 
 def _problem(found: Resolution) -> LoaderdError | None:

@@ -159,13 +159,13 @@ class Verifications:
 
     async def abort_repairs(
         self, repo: RepoFolder, revision: str, error: LoaderdError
-    ) -> list[tuple[Flight[DownloadState, str], int]]:
-        """Stops the repairs of a revision; returns them, and how many waited for each."""
+    ) -> list[tuple[DownloadState | None, int]]:
+        """Stops the repairs of a revision; returns where each stood, and how many waited."""
         commit = await asyncio.to_thread(repo.commit_of, revision)
-        aborted = []
+        aborted: list[tuple[DownloadState | None, int]] = []
         for key, flight in list(self._repairs.flights.items()):
             if key[0] == HubName(repo.repo_id, commit or revision):
-                aborted.append((flight, flight.waiters))
+                aborted.append((flight.latest, flight.waiters))
                 await self._repairs.abort(key, error)
         return aborted
 
