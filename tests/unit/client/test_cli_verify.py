@@ -37,7 +37,7 @@ def test_verify_names_each_bad_file(ctl: Ctl, daemon: FakeDaemon) -> None:
     assert result.exit_code == ExitCode.DATA_LOSS
     assert result.stdout.splitlines() == [
         "demo/chat: model.safetensors: content, expected sha256 aa, found sha256 bb",
-        "demo/chat has 1 bad file; `loaderctl verify --repair demo/chat` fetches that again",
+        "demo/chat has 1 bad file; `loaderctl verify --repair demo/chat` fetches what is bad again",
         "demo/base is sound: 3 files, 40.0 MB",
     ]
     as_json = ctl("verify", "demo/base", "demo/chat", "--json")
