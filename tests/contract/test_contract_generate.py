@@ -10,7 +10,8 @@ from loaderd.client import AsyncModel, FinishReason, Message, errors
 
 PROMPT = "The quick brown fox"
 CHAT = [{"role": "user", "content": "Say something."}]
-GREEDY: dict[str, Any] = {"temperature": 0.0}
+# Without known prefixes: in 16 bit a prompt that is computed in other pieces rounds otherwise.
+GREEDY: dict[str, Any] = {"temperature": 0.0, "bypass_prefix_cache": True}
 
 
 async def test_generate_answers_with_everything(model: AsyncModel) -> None:
@@ -45,8 +46,10 @@ async def test_greedy_is_deterministic(model: AsyncModel) -> None:
 
 
 async def test_the_seed_that_comes_back_gives_the_same_text(model: AsyncModel) -> None:
-    drawn = await model.generate(PROMPT, max_new_tokens=16, temperature=0.9)
-    again = await model.generate(PROMPT, max_new_tokens=16, temperature=0.9, seed=drawn.seed)
+    options: dict[str, Any] = {"max_new_tokens": 16, "temperature": 0.9}
+    options["bypass_prefix_cache"] = True  # as for GREEDY
+    drawn = await model.generate(PROMPT, **options)
+    again = await model.generate(PROMPT, seed=drawn.seed, **options)
 
     assert again.seed == drawn.seed
     assert again.text == drawn.text

@@ -22,6 +22,7 @@ DRAWN_SEED = 4711
 DEFAULT_MAX_NEW_TOKENS = 256
 INPUTS = {"text", "token_ids", "messages"}
 SUPPORTED = {
+    "bypass_prefix_cache",
     "request_id",
     "add_special_tokens",
     "do_sample",
