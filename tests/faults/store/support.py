@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +20,7 @@ from loaderd.server.store.store import (
     ModelStore,
     StoreSettings,
 )
-from tests.hub import Hub, Response
-from tests.hub.faults import Fault
+from tests.hub import Hub
 from tests.unit.store.caches import SMALL_MODEL, safetensors
 
 NAME = HubName("org/model")
@@ -113,14 +110,3 @@ def litter(cache: Path) -> list[Path]:
 def ranges(hub: Hub, path: str = "model.safetensors") -> list[str | None]:
     """What of a file was asked for, request by request; None is all."""
     return [r.range for r in hub.requests if "/resolve/" in r.path and r.path.endswith(path)]
-
-
-def rewrite(change: Callable[[Any], Any]) -> Fault:
-    """A fault that changes what a JSON answer says."""
-
-    def fault(response: Response, _stopped: threading.Event) -> Response:
-        answer = json.loads(b"".join(response.body))
-        kept = {k: v for k, v in response.headers.items() if k.lower() == "link"}
-        return Response.json(change(answer), kept)
-
-    return fault

@@ -35,7 +35,6 @@ from tests.faults.store.support import (
     litter,
     partial_files,
     plan,
-    rewrite,
     settings,
 )
 from tests.hub import Hub, HubRepo, Response, faults
@@ -80,22 +79,22 @@ def _large_files(count: int) -> list[dict[str, Any]]:
 
 
 CORRUPT: dict[str, tuple[Fault, str]] = {
-    "commit": (rewrite(_sha), INFO),
-    "no commit": (rewrite(_no_sha), INFO),
-    "path up": (rewrite(_entry(path=f"{EVIL}.json")), TREE),
-    "absolute path": (rewrite(_entry(path="/tmp/evil.json")), TREE),
-    "backslash": (rewrite(_entry(path="..\\evil.json")), TREE),
-    "inner path": (rewrite(_entry(path="a/../../evil.json")), TREE),
-    "long name": (rewrite(_entry(path="a" * 300 + ".json")), TREE),
-    "long name of few characters": (rewrite(_entry(path="\U0001f600" * 75 + ".json")), TREE),
-    "long path": (rewrite(_entry(path="a/" * 600 + "a.json")), TREE),
-    "half a character": (rewrite(_entry(path="\ud800.md")), TREE),
-    "control": (rewrite(_entry(path="a\nb.json")), TREE),
-    "blob": (rewrite(_entry(oid=EVIL)), TREE),
-    "sha256": (rewrite(_lfs(oid=EVIL)), TREE),
-    "negative size": (rewrite(_entry(size=-1)), TREE),
-    "endless size": (rewrite(_entry(path="a.md", size=1 << 70)), TREE),
-    "endless sizes": (rewrite(lambda tree: [*tree, *_large_files(8)]), TREE),
+    "commit": (faults.rewrite(_sha), INFO),
+    "no commit": (faults.rewrite(_no_sha), INFO),
+    "path up": (faults.rewrite(_entry(path=f"{EVIL}.json")), TREE),
+    "absolute path": (faults.rewrite(_entry(path="/tmp/evil.json")), TREE),
+    "backslash": (faults.rewrite(_entry(path="..\\evil.json")), TREE),
+    "inner path": (faults.rewrite(_entry(path="a/../../evil.json")), TREE),
+    "long name": (faults.rewrite(_entry(path="a" * 300 + ".json")), TREE),
+    "long name of few characters": (faults.rewrite(_entry(path="\U0001f600" * 75 + ".json")), TREE),
+    "long path": (faults.rewrite(_entry(path="a/" * 600 + "a.json")), TREE),
+    "half a character": (faults.rewrite(_entry(path="\ud800.md")), TREE),
+    "control": (faults.rewrite(_entry(path="a\nb.json")), TREE),
+    "blob": (faults.rewrite(_entry(oid=EVIL)), TREE),
+    "sha256": (faults.rewrite(_lfs(oid=EVIL)), TREE),
+    "negative size": (faults.rewrite(_entry(size=-1)), TREE),
+    "endless size": (faults.rewrite(_entry(path="a.md", size=1 << 70)), TREE),
+    "endless sizes": (faults.rewrite(lambda tree: [*tree, *_large_files(8)]), TREE),
     "other etag": (faults.alter_headers(x_linked_etag=f'"{"0" * 64}"'), WEIGHTS),
     "header commit": (faults.alter_headers(x_repo_commit=EVIL), WEIGHTS),
     "other commit": (faults.alter_headers(x_repo_commit="0" * 40), WEIGHTS),
@@ -157,7 +156,7 @@ async def test_entries_that_are_no_entries_are_refused(store: ModelStore, hub: H
     ]
     for shape in shapes:
         hub.heal()
-        hub.inject(rewrite(shape), path=TREE)
+        hub.inject(faults.rewrite(shape), path=TREE)
         with pytest.raises(LoaderdError) as caught:
             await download(store)
         assert type(caught.value) in {HubUnreachableError, SnapshotCorruptError}
@@ -226,7 +225,7 @@ async def test_a_listing_without_end_is_cut_off(store: ModelStore, hub: Hub) -> 
 async def test_a_model_larger_than_the_disk_is_refused_before_it_starts(
     store: ModelStore, hub: Hub, cache: Path
 ) -> None:
-    hub.inject(rewrite(_lfs(size=1 << 60)), path=TREE)
+    hub.inject(faults.rewrite(_lfs(size=1 << 60)), path=TREE)
     with pytest.raises(DiskFullError) as caught:
         await download(store)
     assert caught.value.needed_bytes > 1 << 60
@@ -247,7 +246,7 @@ async def test_a_commit_that_the_hub_tells_otherwise_now_stays_as_it_is(
     store: ModelStore, hub: Hub, lie: Callable[[list[dict[str, Any]]], Any]
 ) -> None:
     snapshot = await download(store)
-    hub.inject(rewrite(lie), path=TREE)
+    hub.inject(faults.rewrite(lie), path=TREE)
     with pytest.raises(SnapshotCorruptError):
         await download(store)
     assert await store.resolve(NAME) == snapshot

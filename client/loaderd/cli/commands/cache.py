@@ -198,13 +198,20 @@ def _planned_size(file: PlannedFile) -> str:
     return f"{size(file.size_bytes)}, of which {size(file.partial_bytes)} are there"
 
 
-def _row(snapshot: Snapshot) -> tuple[str, ...]:
+def snapshot_cells(snapshot: Snapshot) -> tuple[str, ...]:
+    """The cells that every table of snapshots begins with: which one, and how large."""
     return (
         snapshot.repo_id,
         ", ".join(snapshot.refs) or "-",
         snapshot.commit[:12],
         size(snapshot.size_bytes),
         size(snapshot.unique_bytes),
+    )
+
+
+def _row(snapshot: Snapshot) -> tuple[str, ...]:
+    return (
+        *snapshot_cells(snapshot),
         "complete" if snapshot.complete else "incomplete",
         age(snapshot.last_used_at),
         ", ".join(snapshot.in_use_by) or "-",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loaderd.cli import options, output
+from loaderd.cli.commands.cache import snapshot_cells
 from loaderd.cli.confirmation import is_confirmed, require_consent
 from loaderd.cli.exits import ExitCode
 from loaderd.cli.session import session_of
@@ -147,21 +148,14 @@ def _show_result(deletion: Deletion, *, json: bool) -> None:
 
 def _show_snapshots(plan: Deletion, file: TextIO) -> None:
     rows = [
-        *((*_row(snapshot), "goes") for snapshot in plan.snapshots),
-        *((*_row(snapshot), f"stays, in use by {_holders(snapshot)}") for snapshot in plan.kept),
+        *((*snapshot_cells(snapshot), "goes") for snapshot in plan.snapshots),
+        *(
+            (*snapshot_cells(snapshot), f"stays, in use by {_holders(snapshot)}")
+            for snapshot in plan.kept
+        ),
     ]
     if rows:
         output.table(("REPOSITORY", "REFS", "COMMIT", "SIZE", "UNIQUE", ""), rows, file)
-
-
-def _row(snapshot: Snapshot) -> tuple[str, ...]:
-    return (
-        snapshot.repo_id,
-        ", ".join(snapshot.refs) or "-",
-        snapshot.commit[:12],
-        size(snapshot.size_bytes),
-        size(snapshot.unique_bytes),
-    )
 
 
 def _amount(deletion: Deletion) -> str:

@@ -97,14 +97,7 @@ class ModelStore:
 
     async def resolve(self, name: HubName | LocalName) -> Resolution:
         """Says where a name's files are, without asking the hub; see `resolve.resolve`."""
-        exact = await asyncio.to_thread(self._exact, name) if isinstance(name, HubName) else name
-        return await asyncio.to_thread(
-            resolve,
-            exact,
-            cache_dir=self.settings.cache_dir,
-            local_roots=self.settings.local_roots,
-            allow_pickle=self.allows_pickle(name),
-        )
+        return await asyncio.to_thread(self._resolve, name)
 
     def allows_pickle(self, name: HubName | LocalName) -> bool:
         """Whether the operator allows weights in pickles for a name."""
@@ -361,6 +354,14 @@ class ModelStore:
         if error is not None:
             _log.warning("%s is served as it is in the cache: %s", name, error)
         return replace(found, revision=name.revision, stale=name.commit is None)
+
+    def _resolve(self, name: HubName | LocalName) -> Resolution:
+        return resolve(
+            self._exact(name) if isinstance(name, HubName) else name,
+            cache_dir=self.settings.cache_dir,
+            local_roots=self.settings.local_roots,
+            allow_pickle=self.allows_pickle(name),
+        )
 
     def _exact(self, name: HubName) -> HubName:
         """The name by its whole commit if it has the begin of a cached one."""

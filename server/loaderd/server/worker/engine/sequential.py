@@ -26,6 +26,7 @@ from loaderd.server.worker.engine.batching.sampler import BatchSampler
 from loaderd.server.worker.engine.clock import Clock
 from loaderd.server.worker.engine.completion import Completion, Tokenizer
 from loaderd.server.worker.engine.protocol import Emit, GenerationRequest, SampledToken
+from loaderd.server.worker.engine.supported import ALONE
 from loaderd.server.worker.failures import error_message, incident
 from loaderd.v1.generation_pb2 import (
     Finish,
@@ -112,41 +113,7 @@ class SequentialEngine:
     """
 
     name = "sequential"
-    supported_parameters = frozenset(
-        {
-            "text",
-            "token_ids",
-            "messages",
-            "add_special_tokens",
-            "truncate_prompt_tokens",
-            "do_sample",
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "typical_p",
-            "seed",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-            "no_repeat_ngram_size",
-            "logit_bias",
-            "allowed_token_ids",
-            "bad_words",
-            "max_new_tokens",
-            "min_new_tokens",
-            "stop",
-            "stop_token_ids",
-            "include_stop_str_in_output",
-            "ignore_eos",
-            "max_time",
-            "echo",
-            "skip_special_tokens",
-            "return_token_ids",
-            "logprobs",
-            "top_logprobs",
-        }
-    )
+    supported_parameters = ALONE
 
     def __init__(
         self,

@@ -25,9 +25,9 @@ from loaderd.server.worker.engine.batching.pace import Pace
 from loaderd.server.worker.engine.batching.runner import Feed, Runner
 from loaderd.server.worker.engine.batching.sampler import BatchSampler, prompt_logprobs
 from loaderd.server.worker.engine.batching.scheduler import Capacity, Piece, Scheduler, Ticket
-from loaderd.server.worker.engine.batching.supported import SUPPORTED
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.protocol import Emit, GenerationRequest
+from loaderd.server.worker.engine.supported import BATCHED
 from loaderd.server.worker.failures import incident
 from loaderd.worker.v1.worker_pb2 import Output
 
@@ -71,7 +71,7 @@ class BatchingEngine:
     """
 
     name = "batching"
-    supported_parameters = SUPPORTED
+    supported_parameters = BATCHED
 
     def __init__(
         self,

@@ -1,13 +1,12 @@
-"""Fields of StreamGenerateRequest that the batching engine honours."""
+"""Fields of StreamGenerateRequest that the engines honour."""
 
-SUPPORTED = frozenset(
+ALONE = frozenset(
     {
         "text",
         "token_ids",
         "messages",
         "add_special_tokens",
         "truncate_prompt_tokens",
-        "priority",
         "do_sample",
         "temperature",
         "top_k",
@@ -15,8 +14,6 @@ SUPPORTED = frozenset(
         "min_p",
         "typical_p",
         "seed",
-        "n",
-        "best_of",
         "repetition_penalty",
         "presence_penalty",
         "frequency_penalty",
@@ -36,8 +33,16 @@ SUPPORTED = frozenset(
         "return_token_ids",
         "logprobs",
         "top_logprobs",
-        "prompt_logprobs",
-        "bypass_prefix_cache",
-        "cache_salt",
     }
 )
+"""Those that make sense for one request at a time: every engine's."""
+
+BATCHED = ALONE | {
+    "priority",
+    "n",
+    "best_of",
+    "prompt_logprobs",
+    "bypass_prefix_cache",
+    "cache_salt",
+}
+"""Those of the batching engine."""
