@@ -402,34 +402,3 @@ def test_what_was_stopped_before_it_began_reads_nothing(large: RepoFolder) -> No
     with pytest.raises(VerificationStoppedError):
         Verification(large, COMMIT).run(updates.append, stopped)
     assert updates == []
-
-
-def test_what_was_read_since_it_was_last_written_need_not_be_read_again(repo: MadeUpRepo) -> None:
-    folder = repo.add(SMALL_MODEL, listing=SMALL_MODEL)
-    known = verify(repo).stamps
-    assert known.keys() == {entry(name, content).digest for name, content in SMALL_MODEL.items()}
-
-    def look() -> tuple[VerifyReport, int]:
-        """A further report, and how many files it took to read."""
-        updates: list[VerifyProgress | FileProblem] = []
-        further = Verification(repo.folder, COMMIT, known=known)
-        report = further.run(updates.append, threading.Event())
-        last = [update for update in updates if isinstance(update, VerifyProgress)][-1]
-        return report, last.total_files
-
-    assert look() == (right(SMALL_MODEL), 0)
-    weights = folder / WEIGHTS
-    before = weights.stat()
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # nobody can hide a change
-    report, files_read = look()
-    assert files_read == 1
-    assert [found.path for found in report.problems] == [WEIGHTS]
-
-
-def test_only_the_files_that_were_asked_for_are_read(repo: MadeUpRepo) -> None:
-    repo.add({**SMALL_MODEL, "README.md": b"hello"})
-    repo.blob("README.md").write_bytes(b"HELLO")
-    verification = Verification(repo.folder, COMMIT, paths=[WEIGHTS, "config.json"])
-    report = verification.run(lambda _: None, threading.Event())
-    assert (report.problems, report.verified_files) == ((), 2)
