@@ -6,19 +6,32 @@ from typing import Any
 import pytest
 import torch
 
-from loaderd.server.worker.engine.batching import linear
-from loaderd.server.worker.engine.batching.linear import HybridLinear, LinearPolicy, speed_up
+from loaderd.server.worker.engine.batching import kernels, linear
+from loaderd.server.worker.engine.batching.kernels import Copy, LinearPolicy, best_policy
+from loaderd.server.worker.engine.batching.linear import HybridLinear, speed_up
 from tests.unit.worker.engine_client import PROMPT, Client, build, reference
 
 _GLU = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-BOTH = LinearPolicy(native_few=True, reordered=True)
 PLENTY = 2**40
 
 
-@pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
+def is_there(form: Copy, dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies with such weights."""
+    try:
+        kernels.CopiedWeight(torch.ones(64, 64, dtype=dtype), None, form)
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.fixture(params=[Copy.REORDERED, Copy.WIDENED])
+def always(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LinearPolicy:
     """Trials of tiny layers say little: as if both had paid."""
-    monkeypatch.setattr(linear, "_try", lambda _weights: BOTH)
+    if not is_there(request.param, torch.bfloat16):
+        pytest.skip("this CPU has no instructions for it")
+    policy = LinearPolicy(native_few=True, copy=request.param)
+    monkeypatch.setattr(linear, "best_policy", lambda _weights: policy)
+    return policy
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -34,10 +47,15 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5])
-@pytest.mark.usefixtures("always")
 def test_logits_stay_the_same(
-    architecture: str, sizes: dict[str, Any], dtype: torch.dtype, tokens: int
+    architecture: str,
+    sizes: dict[str, Any],
+    dtype: torch.dtype,
+    tokens: int,
+    always: LinearPolicy,
 ) -> None:
+    if not is_there(always.copy, dtype):
+        pytest.skip("this CPU has no instructions for it")
     model = build(architecture, **sizes).to(dtype)
     weights = sum(parameter.numel() for parameter in model.parameters())
     ids = torch.tensor([PROMPT[:tokens]])
@@ -85,18 +103,52 @@ def test_what_torch_lacks_is_done_without(monkeypatch: pytest.MonkeyPatch) -> No
     def missing(*_: object) -> None:
         raise NotImplementedError("no such operator")
 
-    monkeypatch.setattr(linear, "_reordered", missing)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", missing)
     model = build("llama", **_GLU).to(torch.bfloat16)
-    assert speed_up(model, PLENTY) == LinearPolicy()
+    assert speed_up(model, PLENTY).copy is Copy.NONE
     assert type(model.get_output_embeddings()) is torch.nn.Linear
 
 
 def test_the_trial_is_for_the_kernels_of_this_cpu() -> None:
     weight = torch.randn(96, 64).to(torch.bfloat16)
-    with torch.inference_mode():
-        assert isinstance(linear._try([weight] * 3), LinearPolicy)
-    assert str(BOTH) == (
-        "linear layers: up to 2 rows as matrix-vector products, "
-        "more with weights reordered for oneDNN"
-    )
-    assert str(LinearPolicy()) == ""
+    assert isinstance(best_policy([weight] * 3), LinearPolicy)
+
+
+def test_widened_weights_sum_in_32_bits() -> None:
+    weight, bias = torch.randn(96, 64).to(torch.bfloat16), torch.randn(96).to(torch.bfloat16)
+    inputs = torch.randn(1, 5, 64).to(torch.bfloat16)
+    found = HybridLinear(weight, bias, Copy.WIDENED)(inputs)
+    exact = torch.nn.functional.linear(inputs.double(), weight.double(), bias.double())
+    assert found.dtype == torch.bfloat16
+    assert (found != exact.to(torch.bfloat16)).float().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        (LinearPolicy(), ""),
+        (
+            LinearPolicy(native_few=True, copy=Copy.REORDERED),
+            "linear layers: up to 2 rows as matrix-vector products, "
+            "more with weights reordered for oneDNN",
+        ),
+        (
+            LinearPolicy(copy=Copy.WIDENED),
+            "linear layers: more with weights widened to float32",
+        ),
+    ],
+)
+def test_a_policy_is_told_to_operators(policy: LinearPolicy, text: str) -> None:
+    assert str(policy) == text
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "expected"),
+    [
+        (Copy.NONE, torch.bfloat16, 0),
+        (Copy.REORDERED, torch.bfloat16, 200),
+        (Copy.WIDENED, torch.float16, 400),
+    ],
+)
+def test_copies_take_memory(form: Copy, dtype: torch.dtype, expected: int) -> None:
+    assert form.bytes_of(torch.zeros(10, 10, dtype=dtype)) == expected

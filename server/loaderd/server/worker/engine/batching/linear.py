@@ -1,74 +1,30 @@
-"""Linear layers of 16-bit models on a CPU: few rows go to one kernel, many to another.
+"""Linear layers of 16-bit models on a CPU, computed with the kernels that pay; see kernels.py.
 
-torch has a matrix-vector product that reads weights about as fast as memory gives them, but
-uses it for bfloat16 only while oneDNN is switched off; and oneDNN multiplies more rows about
-twice as fast when the weights were reordered for it before. So weights are kept twice: as they
-are, and reordered. Layers with the same input become one.
+Layers with the same input become one.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-logger = logging.getLogger(__name__)
-
-FEW = 2
-"""Rows up to which the matrix-vector product is used."""
+from loaderd.server.worker.engine.batching.kernels import (
+    PLAIN,
+    CopiedWeight,
+    Copy,
+    LinearPolicy,
+    best_policy,
+    uses_copies,
+)
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that have one input where a module has them all."""
-_TRIED_ROWS = 16
 _TRIED_BYTES = 32 * 2**20
-_TRIES = 4
-_GAIN = 1.1
-
-
-@dataclass(frozen=True, slots=True)
-class LinearPolicy:
-    """How a model's linear layers are computed.
-
-    Attributes:
-        native_few: Whether few rows are computed with oneDNN switched off.
-        reordered: Whether many rows are computed with reordered weights.
-    """
-
-    native_few: bool = False
-    reordered: bool = False
-
-    @contextmanager
-    def step(self, tokens: int) -> Iterator[None]:
-        """A forward pass of so many tokens."""
-        if self.native_few and tokens <= FEW:
-            with _without_onednn():
-                yield
-        else:
-            yield
-
-    def __str__(self) -> str:
-        parts = [
-            text
-            for holds, text in (
-                (self.native_few, f"up to {FEW} rows as matrix-vector products"),
-                (self.reordered, "more with weights reordered for oneDNN"),
-            )
-            if holds
-        ]
-        return "linear layers: " + ", ".join(parts) if parts else ""
-
-
-PLAIN = LinearPolicy()
-"""As torch does it."""
 
 
 def speed_up(model: nn.Module, free_bytes: int) -> LinearPolicy:
@@ -76,7 +32,7 @@ def speed_up(model: nn.Module, free_bytes: int) -> LinearPolicy:
 
     Args:
         model: Changed in place, unless it is spread over devices.
-        free_bytes: What reordered copies of the weights may take.
+        free_bytes: What copies of the weights may take.
 
     Returns:
         What was done, for `Runner`.
@@ -86,9 +42,9 @@ def speed_up(model: nn.Module, free_bytes: int) -> LinearPolicy:
     policy = _policy(model, free_bytes)
     with torch.no_grad():
         for module in list(model.modules()):
-            _fuse(module, reorder=policy.reordered)
-            if policy.reordered:
-                _reorder(module)
+            _fuse(module, policy.copy)
+            if policy.copy is not Copy.NONE:
+                _copy_weights(module, policy.copy)
     return policy
 
 
@@ -97,9 +53,8 @@ def _policy(model: nn.Module, free_bytes: int) -> LinearPolicy:
     weights = [layer.weight for layer in layers]
     if not weights or not all(map(_is_ours, weights)):
         return PLAIN
-    with torch.inference_mode():
-        policy = _try(_typical(layers))
-    if policy.reordered and sum(weight.nbytes for weight in weights) > free_bytes:
+    policy = best_policy(_typical(layers))
+    if sum(map(policy.copy.bytes_of, weights)) > free_bytes:
         return LinearPolicy(native_few=policy.native_few)
     return policy
 
@@ -122,19 +77,19 @@ def _typical(layers: Sequence[nn.Module]) -> list[torch.Tensor]:
 
 
 class HybridLinear(nn.Module):  # type: ignore[misc]
-    """A linear layer, maybe with its weights in both forms.
+    """A linear layer, maybe with its weights in a second form.
 
     Args:
         weight: [outputs, inputs].
         bias: [outputs], or None.
-        reorder: Whether to have both.
+        form: The second one, if any.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, reorder: bool) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, form: Copy) -> None:
         super().__init__()
         self.weight = _parameter(weight)
         self.bias = None if bias is None else _parameter(bias)
-        self._reordered = _reordered(weight) if reorder else None
+        self._copy = None if form is Copy.NONE else CopiedWeight(weight, bias, form)
 
     @property
     def in_features(self) -> int:
@@ -148,9 +103,9 @@ class HybridLinear(nn.Module):  # type: ignore[misc]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """The layer's outputs."""
-        if self._reordered is None or not torch._C._get_mkldnn_enabled():
+        if self._copy is None or not uses_copies():
             return functional.linear(inputs, self.weight, self.bias)
-        return _multiply(inputs, self._reordered, self.bias)
+        return self._copy.multiply(inputs)
 
 
 class Siblings:
@@ -158,17 +113,17 @@ class Siblings:
 
     Args:
         layers: The layers, in the order in which they are called.
-        reorder: See `HybridLinear`.
+        form: See `HybridLinear`.
 
     Attributes:
         whole: All of them; their outputs side by side.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], *, reorder: bool) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], form: Copy) -> None:
         biases = [layer.bias for layer in layers]
         bias = None if biases[0] is None else torch.cat(biases)
         weight = torch.cat([layer.weight for layer in layers])
-        self.whole = HybridLinear(weight, bias, reorder=reorder)
+        self.whole = HybridLinear(weight, bias, form)
         self._sizes = [layer.out_features for layer in layers]
         self._inputs: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []
@@ -214,22 +169,22 @@ class _Part(nn.Module):  # type: ignore[misc]
         return self.siblings.output(inputs, self._index)
 
 
-def _fuse(module: nn.Module, *, reorder: bool) -> None:
+def _fuse(module: nn.Module, form: Copy) -> None:
     for names in _SIBLINGS:
         layers = [module._modules.get(name) for name in names]
         if _are_siblings(layers):
-            parts = Siblings(layers, reorder=reorder).parts()
+            parts = Siblings(layers, form).parts()
             for name, part in zip(names, parts, strict=True):
                 setattr(module, name, part)
 
 
-def _reorder(module: nn.Module) -> None:
+def _copy_weights(module: nn.Module, form: Copy) -> None:
     for name, child in list(module.named_children()):
         if type(child) is nn.Linear:
-            setattr(module, name, HybridLinear(child.weight, child.bias, reorder=True))
+            setattr(module, name, HybridLinear(child.weight, child.bias, form))
         elif type(child) is Conv1D:
             weight = child.weight.t().contiguous()
-            setattr(module, name, HybridLinear(weight, child.bias, reorder=True))
+            setattr(module, name, HybridLinear(weight, child.bias, form))
 
 
 def _are_siblings(layers: Sequence[nn.Module | None]) -> bool:
@@ -244,79 +199,8 @@ def _is_ours(weight: torch.Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in {torch.bfloat16, torch.float16}
 
 
-def _try(weights: Sequence[torch.Tensor]) -> LinearPolicy:
-    """Times the kernels, for a part of a second."""
-    one, many = (weights[0].new_ones(1, rows, weights[0].shape[1]) for rows in (1, _TRIED_ROWS))
-    try:
-        reordered = [_reordered(weight) for weight in weights]
-        expected = functional.linear(many, weights[0]).float()
-        if not torch.allclose(expected, _multiply(many, reordered[0], None).float(), 0.05, 0.05):
-            raise RuntimeError("reordered weights give other results")
-        with _without_onednn():
-            functional.linear(one, weights[0])
-    except (AttributeError, RuntimeError) as error:
-        # Not in this build of torch, or not for this CPU.
-        logger.warning("linear layers are left as they are: %s", str(error).partition("\n")[0])
-        return PLAIN
-
-    def plain(rows: torch.Tensor) -> None:
-        for weight in weights:
-            functional.linear(rows, weight)
-
-    def packed(rows: torch.Tensor) -> None:
-        for weight in reordered:
-            _multiply(rows, weight, None)
-
-    def native(rows: torch.Tensor) -> None:
-        with _without_onednn():
-            plain(rows)
-
-    slow, fast = _seconds([lambda: plain(many), lambda: packed(many)])
-    few = _seconds([lambda: native(one), lambda: plain(one), lambda: packed(one)])
-    is_reordered = slow > _GAIN * fast
-    return LinearPolicy(native_few=few[2 if is_reordered else 1] > few[0], reordered=is_reordered)
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    # The public switch touches other switches too, and warns of them.
-    was = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(was)
-
-
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:
     """Tied weights stay one parameter."""
     if isinstance(tensor, nn.Parameter):
         return tensor
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def _seconds(works: Sequence[Callable[[], None]]) -> list[float]:
-    """The shortest of some runs of each, in turns: what slows the box down slows all of them."""
-    best = [math.inf] * len(works)
-    for _ in range(_TRIES):
-        for index, work in enumerate(works):
-            begin = time.perf_counter()
-            work()
-            best[index] = min(best[index], time.perf_counter() - begin)
-    return best
-
-
-def _reordered(weight: torch.Tensor) -> torch.Tensor:
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(
-        weight.detach().contiguous(), _TRIED_ROWS
-    )
-    return packed
-
-
-def _multiply(
-    inputs: torch.Tensor, reordered: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-        inputs, reordered, bias, "none", [], ""
-    )
-    return product

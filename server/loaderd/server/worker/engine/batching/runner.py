@@ -9,8 +9,8 @@ import torch
 
 from loaderd.server.worker.engine.batching.attention import Chunk, StepAttention
 from loaderd.server.worker.engine.batching.forward import Forward
+from loaderd.server.worker.engine.batching.kernels import PLAIN, LinearPolicy
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
-from loaderd.server.worker.engine.batching.linear import PLAIN, LinearPolicy
 
 
 @dataclass(frozen=True, slots=True)
