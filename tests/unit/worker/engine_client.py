@@ -57,7 +57,7 @@ class Client:
     def _engine(self, name: str, **options: Any) -> Engine:
         tokenizer = Tokenizer(Numbers(), TOKENIZER_SPECIAL_IDS)
         if name == "batching":
-            engine, _ = batching_engine(
+            engine, self.reason = batching_engine(
                 self.model,
                 tokenizer,
                 "org/name",

@@ -22,6 +22,7 @@ from loaderd.server.worker import devices
 from loaderd.server.worker.dtype import choose_dtype, cpu_flags
 from loaderd.server.worker.engine.batching.build import batching_engine
 from loaderd.server.worker.engine.batching.suitability import UnsuitableError
+from loaderd.server.worker.engine.batching.trials import Trials, default_folder
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.parameters import ModelFacts, check_supported, typed_request
 from loaderd.server.worker.engine.protocol import Engine
@@ -168,6 +169,7 @@ class ModelHost:
                 on_death=_end_process,
                 context_length=facts.context_length,
                 device_map=device_map,
+                trials=Trials(default_folder()),
             )
         except UnsuitableError as error:
             logger.info("%s is served one request at a time: %s", name, error)

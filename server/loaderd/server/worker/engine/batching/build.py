@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from loaderd.server.worker import devices
+from loaderd.server.worker.engine.batching.attention import NAME
 from loaderd.server.worker.engine.batching.engine import BatchingEngine
 from loaderd.server.worker.engine.batching.forward import (
     FlatForward,
@@ -16,6 +17,7 @@ from loaderd.server.worker.engine.batching.forward import (
     ModuleForward,
     can_flatten,
 )
+from loaderd.server.worker.engine.batching.kernels import LinearPolicy
 from loaderd.server.worker.engine.batching.kv_cache import BLOCK, KvCache
 from loaderd.server.worker.engine.batching.linear import speed_up
 from loaderd.server.worker.engine.batching.memory import Memory
@@ -24,11 +26,11 @@ from loaderd.server.worker.engine.batching.runner import Feed, Runner
 from loaderd.server.worker.engine.batching.sampler import BatchSampler
 from loaderd.server.worker.engine.batching.scheduler import Capacity
 from loaderd.server.worker.engine.batching.suitability import (
-    Findings,
     UnsuitableError,
     examine,
     input_device,
 )
+from loaderd.server.worker.engine.batching.trials import UNREMEMBERED, Outcome, Trials, identity_of
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.protocol import Emit
 
@@ -64,6 +66,7 @@ def batching_engine(
     context_length: int,
     device_map: str = devices.AUTO,
     settings: EngineSettings = EngineSettings(),
+    trials: Trials = UNREMEMBERED,
 ) -> tuple[BatchingEngine, str]:
     """Makes the engine, if the model computes the same in it.
 
@@ -76,6 +79,7 @@ def batching_engine(
         context_length: Most tokens of a sequence; 0 for no limit.
         device_map: Where the model is, as it was asked for.
         settings: Bounds.
+        trials: What was found out before.
 
     Returns:
         The engine, and what makes it fit, for operators.
@@ -83,15 +87,16 @@ def batching_engine(
     Raises:
         UnsuitableError: The model is not for this engine.
     """
-    findings = examine(model)
+    own_attention = model.config._attn_implementation
+    spare = int(devices.free_bytes(device_map) * settings.memory_share)
     try:
-        linears = speed_up(model, int(devices.free_bytes(device_map) * settings.memory_share))
-        forward, how = _forward(model, findings)
-        cache, capacity = _memory(model, findings, context_length, device_map, settings)
+        outcome, linears = _prepare(model, trials, spare)
+        forward, how = _forward(model, outcome)
+        cache, capacity = _memory(model, outcome, context_length, device_map, settings)
         runner = Runner(forward, cache, input_device(model), linears)
         _fill(runner)
     except UnsuitableError:
-        model.set_attn_implementation(findings.own_attention)
+        model.set_attn_implementation(own_attention)
         raise
     engine = BatchingEngine(
         runner=runner,
@@ -109,13 +114,13 @@ def batching_engine(
 
 def _memory(
     model: PreTrainedModel,
-    findings: Findings,
+    outcome: Outcome,
     context_length: int,
     device_map: str,
     settings: EngineSettings,
 ) -> tuple[KvCache, Capacity]:
     free = int(devices.free_bytes(device_map) * settings.memory_share)
-    tokens = min(free, settings.max_memory_bytes) // findings.bytes_per_token
+    tokens = min(free, settings.max_memory_bytes) // outcome.bytes_per_token
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     blocks, capacity = _sizes(tokens, context_length, settings, lazy=on_cpu)
     if capacity.slots < 1 or capacity.slot_tokens < 1:
@@ -124,11 +129,26 @@ def _memory(
     return KvCache(capacity.slots, capacity.slot_tokens, blocks, idle_tokens=idle), capacity
 
 
-def _forward(model: PreTrainedModel, findings: Findings) -> tuple[Forward, str]:
-    if can_flatten(model):
-        flat = FlatForward(model, findings.windows)
-        if findings.agree(model, flat):
-            return flat, "as one sequence of operators"
+def _prepare(
+    model: PreTrainedModel, trials: Trials, spare_bytes: int
+) -> tuple[Outcome, LinearPolicy]:
+    """Gives the model our attention and our linear layers, and tries it if that was never done."""
+    identity = identity_of(model)
+    known = trials.find(identity)
+    if known is not None:
+        model.set_attn_implementation(NAME)
+        return known, speed_up(model, spare_bytes)
+    findings = examine(model)
+    linears = speed_up(model, spare_bytes)
+    is_flat = can_flatten(model) and findings.agree(model, FlatForward(model, findings.windows))
+    outcome = Outcome(findings.bytes_per_token, findings.windows, is_flat)
+    trials.keep(identity, outcome)
+    return outcome, linears
+
+
+def _forward(model: PreTrainedModel, outcome: Outcome) -> tuple[Forward, str]:
+    if outcome.is_flat and can_flatten(model):
+        return FlatForward(model, outcome.windows), "as one sequence of operators"
     return ModuleForward(model), "module by module"
 
 

@@ -36,12 +36,10 @@ class Findings:
     Attributes:
         bytes_per_token: Of keys and values, over all layers.
         windows: By layer, how far it looks back; None for all the way.
-        own_attention: The attention function that it had before.
     """
 
     bytes_per_token: int
     windows: Mapping[int, int | None]
-    own_attention: str
     _expected: list[torch.Tensor]
 
     def agree(self, model: PreTrainedModel, forward: Forward) -> bool:
@@ -67,7 +65,7 @@ def examine(model: PreTrainedModel) -> Findings:
         model.set_attn_implementation(NAME)
         cache, windows = _try(model, ModuleForward(model), expected)
         _check_windows(windows, config)
-        return Findings(cache.bytes_per_token, windows, own, expected)
+        return Findings(cache.bytes_per_token, windows, expected)
     except UnsuitableError:
         model.set_attn_implementation(own)
         raise

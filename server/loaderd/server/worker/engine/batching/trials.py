@@ -1,0 +1,131 @@
+"""What trying models brought, on disk, so that the next load of such a model need not try again.
+
+A trial is forward passes of the whole model, which take seconds where the model is large or the
+CPU slow. What it finds out depends on the code that runs and on the model's configuration, not on
+its weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_MOST = 256
+"""Outcomes that are kept; the oldest ones go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What trying a model brought.
+
+    Attributes:
+        bytes_per_token: Of keys and values, over all layers.
+        windows: By layer, how far it looks back; None for all the way.
+        is_flat: Whether it computes the same as one sequence of operators.
+    """
+
+    bytes_per_token: int
+    windows: Mapping[int, int | None]
+    is_flat: bool
+
+
+class Trials:
+    """Remembers outcomes.
+
+    Args:
+        folder: Where; None to remember nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def find(self, identity: str) -> Outcome | None:
+        """The outcome for a model, if it was tried before and the note of it can be read."""
+        if self._folder is None:
+            return None
+        try:
+            noted = json.loads((self._folder / f"{identity}.json").read_bytes())
+            outcome = Outcome(
+                bytes_per_token=int(noted["bytes_per_token"]),
+                windows={int(layer): _window(value) for layer, value in noted["windows"].items()},
+                is_flat=bool(noted["is_flat"]),
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            logger.warning("what was tried before cannot be read: %r", error)
+            return None
+        return outcome if outcome.bytes_per_token > 0 else None
+
+    def keep(self, identity: str, outcome: Outcome) -> None:
+        """Remembers an outcome, as far as the disk allows."""
+        if self._folder is None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            scratch = self._folder / f"{identity}.{secrets.token_hex(4)}.tmp"
+            scratch.write_text(json.dumps(asdict(outcome)))
+            scratch.replace(self._folder / f"{identity}.json")
+            notes = sorted(self._folder.iterdir(), key=lambda note: note.stat().st_mtime)
+            for note in notes[:-_MOST]:
+                note.unlink(missing_ok=True)
+        except OSError as error:
+            logger.info("what was tried is not remembered: %s", error)
+
+
+UNREMEMBERED = Trials(None)
+"""Every model is tried."""
+
+
+def default_folder() -> Path | None:
+    """Below the user's folder for caches; None where there is none."""
+    try:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    except RuntimeError:
+        return None
+    return Path(caches, "loaderd", "trials")
+
+
+def identity_of(model: PreTrainedModel) -> str:
+    """A digest of all that an outcome depends on: the model's configuration and the code."""
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    facts: dict[str, Any] = {
+        "class": type(model).__name__,
+        "config": model.config.to_json_string(use_diff=False),
+        "dtype": str(model.dtype),
+        "device_map": getattr(model, "hf_device_map", None),
+        "devices": sorted(devices),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "engine": _code(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _window(value: object) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int):
+        raise TypeError("a window is a number of tokens")
+    return value
+
+
+def _code() -> str:
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
