@@ -19,6 +19,7 @@ from tests.faults.store.support import (
     MODEL,
     NAME,
     NEEDED,
+    WEIGHTS,
     contents,
     download,
     gets,
@@ -26,7 +27,7 @@ from tests.faults.store.support import (
     plan,
     settings,
 )
-from tests.hub import Hub
+from tests.hub import Hub, faults
 
 FILE = "model.safetensors"
 
@@ -149,9 +150,20 @@ async def test_a_link_to_another_content_of_the_same_size_is_put_right(
     assert gets(hub) == sorted(NEEDED)  # the right blob was still there
 
 
-async def test_damage_while_the_hub_is_gone_is_the_hubs_error(store: ModelStore, hub: Hub) -> None:
+@pytest.mark.parametrize(("damage", "error"), [d[:2] for d in DAMAGES.values()], ids=DAMAGES)
+async def test_damage_is_told_as_damage_also_while_the_hub_is_gone(
+    store: ModelStore, hub: Hub, damage: Damage, error: type[LoaderdError]
+) -> None:
     snapshot = await download(store)
-    _cut(snapshot.path / FILE)
+    damage(snapshot.path / FILE)
     hub.stop()
-    with pytest.raises(HubUnreachableError):
+    with pytest.raises(error) as caught:
         await download(store)
+    assert caught.value.metadata["file"] == FILE
+
+
+async def test_what_never_was_whole_waits_for_the_hub(store: ModelStore, hub: Hub) -> None:
+    hub.inject(faults.reset(after_bytes=0), path=WEIGHTS)
+    for _ in range(2):
+        with pytest.raises(HubUnreachableError):
+            await download(store)

@@ -17,6 +17,7 @@ from loaderd.server.errors import (
     HubUnreachableError,
     LoaderdError,
     OfflineNotCachedError,
+    SnapshotCorruptError,
     SnapshotIncompleteError,
     SnapshotNotFoundError,
     UnsupportedOptionError,
@@ -344,13 +345,21 @@ class ModelStore:
 
         That is what the name is in the cache, or, when that is not whole, for example because
         another program's update failed, the last commit that was.
+
+        Raises:
+            SnapshotIncompleteError, SnapshotCorruptError: What was whole is damaged.
+            LoaderdError: `error`, or OfflineNotCachedError without one: there is nothing whole.
         """
+        commit: str | None = None
         if isinstance(found, NotCached) and name.commit is None:
             commit = await asyncio.to_thread(records.last_complete, self._repo(name), name.revision)
             if commit is not None:
                 found = await self.resolve(HubName(name.repo_id, commit))
         if not isinstance(found, CachedSnapshot):
-            raise error or _problem(found) or OfflineNotCachedError(str(name))
+            problem = _problem(found)
+            if problem and (commit is not None or isinstance(problem, SnapshotCorruptError)):
+                raise problem  # a hub that comes back does not make this a matter of waiting
+            raise error or problem or OfflineNotCachedError(str(name))
         if error is not None:
             _log.warning("%s is served as it is in the cache: %s", name, error)
         return replace(found, revision=name.revision, stale=name.commit is None)
