@@ -92,11 +92,22 @@ def test_without_memory_for_a_copy_the_weights_stay_as_they_are() -> None:
     assert type(model.get_output_embeddings()) is torch.nn.Linear
 
 
-@pytest.mark.usefixtures("always")
-def test_models_of_32_bits_stay_as_they_are() -> None:
-    model = build("llama", **_GLU)
+def test_weights_of_other_types_stay_as_they_are() -> None:
+    model = build("llama", **_GLU).to(torch.float64)
     assert speed_up(model, PLENTY) == LinearPolicy()
     assert type(model.get_output_embeddings()) is torch.nn.Linear
+
+
+def test_weights_of_32_bits_are_reordered_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama", **_GLU)
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        expected = model(ids).logits
+        monkeypatch.setattr(linear, "best_policy", lambda _: LinearPolicy(copy=Copy.REORDERED))
+        speed_up(model, PLENTY)
+        found = model(ids).logits
+    assert isinstance(model.get_output_embeddings(), HybridLinear)
+    assert (found - expected).abs().max() < 1e-4 * expected.std()
 
 
 def test_what_torch_lacks_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,9 +120,11 @@ def test_what_torch_lacks_is_done_without(monkeypatch: pytest.MonkeyPatch) -> No
     assert type(model.get_output_embeddings()) is torch.nn.Linear
 
 
-def test_the_trial_is_for_the_kernels_of_this_cpu() -> None:
-    weight = torch.randn(96, 64).to(torch.bfloat16)
-    assert isinstance(best_policy([weight] * 3), LinearPolicy)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_trial_is_for_the_kernels_of_this_cpu(dtype: torch.dtype) -> None:
+    policy = best_policy([torch.randn(96, 64).to(dtype)] * 3)
+    assert policy.copy is Copy.NONE or is_there(policy.copy, dtype)
+    assert dtype != torch.float32 or policy.copy is not Copy.WIDENED
 
 
 def test_widened_weights_sum_in_32_bits() -> None:

@@ -1,11 +1,11 @@
-"""Which matrix kernels of torch to use for 16-bit weights on a CPU, found out by trying.
+"""Which matrix kernels of torch to use for a model's weights on a CPU, found out by trying.
 
 torch has a matrix-vector product that reads weights about as fast as memory gives them, but uses
 it for bfloat16 only while oneDNN is switched off. For more rows oneDNN is about twice as fast when
-the weights were reordered for it before. On a CPU without instructions for 16-bit numbers it has
-nothing for them, and torch's own loops are five times slower than a float32 product; there the
-weights are widened to float32, which changes no result but that sums are rounded once, at the end.
-Reordered and widened weights are copies: the others stay, for few rows.
+the weights were reordered for it before, those of float32 too. On a CPU without instructions for
+16-bit numbers it has nothing for them, and torch's own loops are five times slower than a float32
+product; there the weights are widened to float32, which changes no result but that sums are
+rounded once, at the end. Reordered and widened weights are copies: the others stay, for few rows.
 """
 
 from __future__ import annotations
@@ -150,10 +150,13 @@ def _copies(weights: Sequence[torch.Tensor], rows: torch.Tensor) -> dict[Copy, _
     """Products with the forms that are to be had and give the same results; small ones first."""
     works: dict[Copy, _Work] = {}
     expected = functional.linear(rows, weights[0]).float()
-    for form in (Copy.REORDERED, Copy.WIDENED):
+    is_wide = weights[0].dtype == torch.float32
+    tolerance = 1e-3 if is_wide else 0.05
+    for form in (Copy.REORDERED,) if is_wide else (Copy.REORDERED, Copy.WIDENED):
         try:
             copies = [CopiedWeight(weight, None, form) for weight in weights]
-            same = torch.allclose(expected, copies[0].multiply(rows).float(), 0.05, 0.05)
+            found = copies[0].multiply(rows).float()
+            same = torch.allclose(expected, found, tolerance, tolerance)
         except (AttributeError, RuntimeError) as error:
             logger.info("no weights %s: %s", form.value, str(error).partition("\n")[0])
             continue

@@ -1,4 +1,4 @@
-"""Linear layers of 16-bit models on a CPU, computed with the kernels that pay; see kernels.py.
+"""Linear layers on a CPU, computed with the kernels that pay; see kernels.py.
 
 Layers with the same input become one.
 """
@@ -24,6 +24,7 @@ from loaderd.server.worker.engine.batching.kernels import (
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that have one input where a module has them all."""
+_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _TRIED_BYTES = 32 * 2**20
 
 
@@ -196,7 +197,7 @@ def _are_siblings(layers: Sequence[nn.Module | None]) -> bool:
 
 
 def _is_ours(weight: torch.Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype in {torch.bfloat16, torch.float16}
+    return weight.device.type == "cpu" and weight.dtype in _DTYPES
 
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:
