@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import platform
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -38,6 +39,7 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in options.peers:
         PEERS[name].installation.install()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the servers end with this process
     results = asyncio.run(_measure(options))
     results.save(options.json)
     options.json.with_suffix(".md").write_text(results.markdown())
