@@ -6,10 +6,13 @@ import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from loaderd.server.worker import devices
+from loaderd.server.worker.engine.batching.cuda_graphs import CudaGraphs
 from loaderd.server.worker.engine.batching.engine import BatchingEngine
+from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import (
     FlatForward,
     Forward,
@@ -20,9 +23,10 @@ from loaderd.server.worker.engine.batching.kv_cache import BLOCK, KvCache
 from loaderd.server.worker.engine.batching.linear import speed_up
 from loaderd.server.worker.engine.batching.memory import Memory
 from loaderd.server.worker.engine.batching.prefix_cache import PrefixCache
-from loaderd.server.worker.engine.batching.runner import Feed, Runner
+from loaderd.server.worker.engine.batching.runner import Runner
 from loaderd.server.worker.engine.batching.sampler import BatchSampler
 from loaderd.server.worker.engine.batching.scheduler import Capacity
+from loaderd.server.worker.engine.batching.static_step import Graphs, StaticSteps
 from loaderd.server.worker.engine.batching.suitability import (
     Findings,
     UnsuitableError,
@@ -62,7 +66,6 @@ def batching_engine(
     on_death: Callable[[], None],
     *,
     context_length: int,
-    device_map: str = devices.AUTO,
     settings: EngineSettings = EngineSettings(),
 ) -> tuple[BatchingEngine, str]:
     """Makes the engine, if the model computes the same in it.
@@ -74,7 +77,6 @@ def batching_engine(
         emit: Takes outputs.
         on_death: Called at the end of everything.
         context_length: Most tokens of a sequence; 0 for no limit.
-        device_map: Where the model is, as it was asked for.
         settings: Bounds.
 
     Returns:
@@ -85,10 +87,14 @@ def batching_engine(
     """
     findings = examine(model)
     try:
-        linears = speed_up(model, int(devices.free_bytes(device_map) * settings.memory_share))
+        linears = speed_up(model, int(devices.free_bytes(devices.CPU) * settings.memory_share))
         forward, how = _forward(model, findings)
-        cache, capacity = _memory(model, findings, context_length, device_map, settings)
-        runner = Runner(forward, cache, input_device(model), linears)
+        graphs, decoding = _graphs(model, findings, forward)
+        spare = graphs is not None
+        cache, capacity = _memory(findings, context_length, settings, spare=spare)
+        device = input_device(model)
+        static = StaticSteps(forward, cache, device, graphs) if graphs else None
+        runner = Runner(forward, cache, device, linears, static)
         _fill(runner)
     except UnsuitableError:
         model.set_attn_implementation(findings.own_attention)
@@ -103,25 +109,27 @@ def batching_engine(
         emit=emit,
         on_death=on_death,
     )
-    reasons = [f"it computes the same in batches, {how}", str(linears)]
+    reasons = [f"it computes the same in batches, {how}", decoding, str(linears)]
     return engine, "; ".join(filter(None, reasons))
 
 
 def _memory(
-    model: PreTrainedModel,
-    findings: Findings,
-    context_length: int,
-    device_map: str,
-    settings: EngineSettings,
+    findings: Findings, context_length: int, settings: EngineSettings, *, spare: bool
 ) -> tuple[KvCache, Capacity]:
-    free = int(devices.free_bytes(device_map) * settings.memory_share)
-    tokens = min(free, settings.max_memory_bytes) // findings.bytes_per_token
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    blocks, capacity = _sizes(tokens, context_length, settings, lazy=on_cpu)
+    devices.release_cached_memory()  # or it would count as taken
+    sizes = findings.bytes_per_token
+    rooms = [
+        int(devices.free_bytes(str(device)) * settings.memory_share) // size
+        for device, size in sizes.items()
+    ]
+    tokens = min(*rooms, settings.max_memory_bytes // sum(sizes.values()))
+    on_cpu = all(device.type == "cpu" for device in sizes)
+    blocks, capacity = _sizes(tokens, context_length, settings, lazy=on_cpu, spare=spare)
     if capacity.slots < 1 or capacity.slot_tokens < 1:
         raise UnsuitableError(_NO_MEMORY)
     idle = capacity.tokens // 8
-    return KvCache(capacity.slots, capacity.slot_tokens, blocks, idle_tokens=idle), capacity
+    cache = KvCache(capacity.slots, capacity.slot_tokens, blocks, idle_tokens=idle, spare=spare)
+    return cache, capacity
 
 
 def _forward(model: PreTrainedModel, findings: Findings) -> tuple[Forward, str]:
@@ -130,6 +138,28 @@ def _forward(model: PreTrainedModel, findings: Findings) -> tuple[Forward, str]:
         if findings.agree(model, flat):
             return flat, "as one sequence of operators"
     return ModuleForward(model), "module by module"
+
+
+def _graphs(
+    model: PreTrainedModel, findings: Findings, forward: Forward
+) -> tuple[Graphs | None, str]:
+    """What records decode steps, if anything does, and what to tell of it."""
+    places = _devices(model)
+    if all(place.type != "cuda" for place in places):
+        return None, ""
+    try:
+        if len(places) > 1:
+            raise UnsuitableError("its layers are on several devices")
+        device = places.pop()
+        findings.check_static(model, forward, CudaGraphs(device))
+    except UnsuitableError as error:
+        return None, f"decode steps not replayed as CUDA graphs: {error}"
+    # Not those of the trial: their memory goes with them.
+    return CudaGraphs(device), "decode steps replayed as CUDA graphs"
+
+
+def _devices(model: PreTrainedModel) -> set[torch.device]:
+    return {parameter.device for parameter in model.parameters()}
 
 
 def _fill(runner: Runner) -> None:
@@ -144,7 +174,7 @@ def _fill(runner: Runner) -> None:
 
 
 def _sizes(
-    tokens: int, context_length: int, settings: EngineSettings, *, lazy: bool
+    tokens: int, context_length: int, settings: EngineSettings, *, lazy: bool, spare: bool
 ) -> tuple[int, Capacity]:
     """Divides the memory.
 
@@ -156,6 +186,6 @@ def _sizes(
     if lazy:
         slots, length = settings.max_slots, min(context_length or tokens, tokens)
         return blocks, Capacity(slots, length, tokens, settings.max_queue)
-    length = min(context_length or tokens, max(tokens // 32, 8192), tokens)
-    slots = min(tokens // max(length, 1), settings.max_slots)
+    length = min(context_length or tokens, max(tokens // 32, 8192), tokens - spare)
+    slots = min(tokens // max(length + spare, 1), settings.max_slots)
     return blocks, Capacity(slots, length, slots * length, settings.max_queue)

@@ -19,10 +19,11 @@ from loaderd.server.errors import (
     QueueFullError,
 )
 from loaderd.server.worker import devices
+from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.job import Job, Row
 from loaderd.server.worker.engine.batching.memory import Memory
 from loaderd.server.worker.engine.batching.pace import Pace
-from loaderd.server.worker.engine.batching.runner import Feed, Runner
+from loaderd.server.worker.engine.batching.runner import Runner
 from loaderd.server.worker.engine.batching.sampler import BatchSampler, prompt_logprobs
 from loaderd.server.worker.engine.batching.scheduler import Capacity, Piece, Scheduler, Ticket
 from loaderd.server.worker.engine.completion import Tokenizer

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from loaderd.server.worker.engine.batching.attention import Rule, StepAttention, attending
+from loaderd.server.worker.engine.batching.attention import Attention, Rule, attending
 from loaderd.server.worker.engine.batching.linear import Siblings
 
 _LAYERS = frozenset(
@@ -34,7 +34,7 @@ class Forward(Protocol):
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        step: StepAttention,
+        step: Attention,
         wanted: torch.Tensor | None,
     ) -> torch.Tensor:
         """One forward pass.
@@ -65,7 +65,7 @@ class ModuleForward:
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        step: StepAttention,
+        step: Attention,
         wanted: torch.Tensor | None,
     ) -> torch.Tensor:
         """See `Forward`."""
@@ -104,7 +104,7 @@ class FlatForward:
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        step: StepAttention,
+        step: Attention,
         wanted: torch.Tensor | None,
     ) -> torch.Tensor:
         """See `Forward`."""
@@ -158,7 +158,7 @@ class _Layer:
     down: _Step
 
     def __call__(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: StepAttention
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: Attention
     ) -> torch.Tensor:
         """Changes `hidden` in place, and gives it back."""
         heads, both = self.heads, self.heads + self.key_heads
