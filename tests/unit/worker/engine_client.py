@@ -49,6 +49,7 @@ class Client:
         self.model = model
         self.facts = model_facts(model)
         self.steps = 0
+        self.reason = ""
         self.died = threading.Event()
         self._outputs: dict[int, Outputs] = {}
         self._changed = threading.Condition()
@@ -57,7 +58,7 @@ class Client:
     def _engine(self, name: str, **options: Any) -> Engine:
         tokenizer = Tokenizer(Numbers(), TOKENIZER_SPECIAL_IDS)
         if name == "batching":
-            engine, _ = batching_engine(
+            engine, self.reason = batching_engine(
                 self.model,
                 tokenizer,
                 "org/name",
