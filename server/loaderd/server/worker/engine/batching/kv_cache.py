@@ -73,6 +73,12 @@ class KvCache:
             for buffer in (layer.keys, layer.values):
                 buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
+    def wipe(self, slot: int, tokens: int) -> None:
+        """Sets a slot's first tokens to zeros."""
+        for layer in self._layers.values():
+            for buffer in (layer.keys, layer.values):
+                buffer[slot, :, :tokens] = 0.0
+
     def free(self, slot: int, tokens: int) -> None:
         """A slot of so many tokens is not needed now; it can be written to again at any time."""
         self._idle[slot] = max(tokens, self._idle.get(slot, 0))
