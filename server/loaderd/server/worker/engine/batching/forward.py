@@ -60,6 +60,7 @@ class ModuleForward:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._selects = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._is_spread = len({parameter.device for parameter in model.parameters()}) > 1
 
     def __call__(
         self,
@@ -69,7 +70,10 @@ class ModuleForward:
         wanted: torch.Tensor | None,
     ) -> torch.Tensor:
         """See `Forward`."""
-        selection = {"logits_to_keep": wanted} if self._selects and wanted is not None else {}
+        selection: dict[str, Any] = {}
+        if self._selects and wanted is not None:
+            # A tensor would be where the first layer is, and be needed where the last one is.
+            selection["logits_to_keep"] = wanted.tolist() if self._is_spread else wanted
         with attending(step):
             logits: torch.Tensor = self._model(
                 input_ids=token_ids.unsqueeze(0),

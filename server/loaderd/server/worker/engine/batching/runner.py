@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.attention import Chunk, StepAttention
 from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import Forward
@@ -58,7 +59,12 @@ class Runner:
         """
         with torch.inference_mode():
             logits = None if self._static is None else self._static.run(feeds)
-            return self._run(feeds) if logits is None else logits
+            if logits is None:
+                logits = self._run(feeds)
+        if not len(logits):
+            # Else nobody would, and the engine's clock would see launches alone.
+            devices.wait_for(logits.device)
+        return logits
 
     def _run(self, feeds: Sequence[Feed]) -> torch.Tensor:
         # Neighbouring slots in one run, so that their attention is one call.
