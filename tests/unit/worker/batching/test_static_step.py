@@ -74,13 +74,13 @@ def some_texts(texts: Texts) -> Texts:
     for slot, prompt in ((3, LONG[:12]), (0, LONG[:1]), (1, LONG[5:10]), (6, LONG[:29])):
         texts.piece(slot, 0, prompt, is_last=True)
     texts.piece(4, 0, LONG[:9], is_last=False)
-    texts.decode([3, 0, 6, 1], 3)
+    texts.decode([3, 0, 6, 1], 2)
     texts.piece(4, 9, LONG[9:16], is_last=False)
-    texts.decode([1, 3, 0], 4)
+    texts.decode([1, 3, 0], 3)
     texts.piece(4, 16, LONG[16:19], is_last=True)
-    texts.decode([0, 1, 3, 4, 6], 12)
+    texts.decode([0, 1, 3, 4, 6], 5)
     texts.piece(9, 0, LONG[7:10], is_last=True)
-    texts.decode([9, 4, 1], 6)
+    texts.decode([9, 4, 1], 2)
     texts.decode([0])
     return texts
 
@@ -127,7 +127,7 @@ def test_flat_models_have_them_too(architecture: str) -> None:
     findings.check_static(model, flat, Recording())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.dictionaries(st.integers(0, SLOTS - 1), st.integers(1, TOKENS - 8), min_size=1), st.data()
 )
@@ -135,7 +135,7 @@ def test_any_slots_of_any_lengths(
     llama: ModuleForward, lengths: dict[int, int], data: st.DataObject
 ) -> None:
     numbers = random.Random(len(lengths))
-    found, expected = Texts(llama, Recording()), Texts(llama)
+    found, expected = Texts(llama, Repeating()), Texts(llama)
     for slot, length in lengths.items():
         prompt = numbers.choices(range(VOCABULARY), k=length)
         for texts in (found, expected):
