@@ -22,9 +22,17 @@ from loaderd.server.worker.engine.batching.linear import speed_up
 from loaderd.server.worker.engine.batching.runner import Runner
 from loaderd.server.worker.engine.batching.static_step import StaticSteps
 from loaderd.server.worker.engine.batching.suitability import examine
+from loaderd.v1.errors_pb2 import ErrorReason
 from tests.unit.worker.batching.recording import Failing, Recording, Repeating
 from tests.unit.worker.batching.test_architectures import ARCHITECTURES, PROMPTS
-from tests.unit.worker.engine_client import VOCABULARY, Client, build, fail_once, reference
+from tests.unit.worker.engine_client import (
+    PROMPT,
+    VOCABULARY,
+    Client,
+    before_each_pass,
+    build,
+    reference,
+)
 
 CPU = torch.device("cpu")
 SLOTS, TOKENS = 11, 60
@@ -229,7 +237,6 @@ class OnCuda:
 
         monkeypatch.setattr(building, "CudaGraphs", make)
         monkeypatch.setattr(building, "_devices", lambda _model: {torch.device("cuda", 0)})
-        monkeypatch.setattr(static_step, "_PATIENCE", 0)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss", "gpt2", "mixtral"])
@@ -286,15 +293,30 @@ def test_nothing_is_said_of_graphs_on_a_cpu() -> None:
 
 
 def test_a_replay_that_fails_fails_like_any_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    OnCuda(Repeating, monkeypatch)
+    cuda = OnCuda(Repeating, monkeypatch)
     model = build("llama")
-    expected = reference(copy.deepcopy(model), do_sample=False, max_new_tokens=6, eos_token_id=None)
+    expected = reference(copy.deepcopy(model), do_sample=False, max_new_tokens=9, eos_token_id=None)
     client = Client(model, "batching")
-    options: dict[str, Any] = {"do_sample": False, "ignore_eos": True, "max_new_tokens": 6}
+    options: dict[str, Any] = {"do_sample": False, "ignore_eos": True, "max_new_tokens": 9}
     assert client.token_ids(**options) == expected
-    fail_once(model, MemoryError(), monkeypatch)
-    assert client.generate(**options).error is not None
+    graphs = cuda.made[-1]
+    replayed: list[int] = []
+
+    def fail(positions: torch.Tensor) -> None:
+        if positions.max() == len(PROMPT) + 5 and not replayed:
+            replayed.append(graphs.replayed)
+            raise MemoryError
+
+    before = graphs.replayed
+    before_each_pass(model, monkeypatch, fail)
+    outputs = client.generate(**options)
+    assert outputs.error is not None
+    assert outputs.error.reason == ErrorReason.ERROR_REASON_DEVICE_MEMORY
+    (in_vain,) = replayed
+    assert in_vain > before
     assert client.token_ids(**options) == expected
+    assert graphs.replayed > in_vain
+    assert graphs.captured == 2
     client.engine.close()
 
 
