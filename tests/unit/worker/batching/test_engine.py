@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from loaderd.server.errors import InvalidArgumentError, QueueFullError
+from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.build import EngineSettings
 from loaderd.v1.errors_pb2 import ErrorReason
 from loaderd.v1.generation_pb2 import FinishReason, TokenIds
@@ -239,6 +241,27 @@ def test_a_failed_step_fails_only_those_that_fail_alone(
     for key, n in zip(good, (3, 9), strict=True):
         expected = reference(plain, LONG[:n], do_sample=False, max_new_tokens=5, eos_token_id=None)
         assert client.wait(key).token_ids == expected
+
+
+def test_memory_of_a_failed_step_is_free_before_it_is_given_back(
+    plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    still_held: list[bool] = []
+
+    def fail(_positions: torch.Tensor) -> None:
+        tensor = torch.empty(1)
+        held.append(weakref.ref(tensor))
+        raise MemoryError
+
+    client = limited(plain)
+    before_each_pass(client.model, monkeypatch, fail)
+    monkeypatch.setattr(
+        devices, "release_cached_memory", lambda: still_held.append(held[-1]() is not None)
+    )
+    assert client.generate(max_new_tokens=3).error is not None
+    client.engine.close()
+    assert still_held == [False]
 
 
 def test_what_a_failed_request_left_spoils_no_other(plain: Any) -> None:

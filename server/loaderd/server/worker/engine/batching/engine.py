@@ -370,6 +370,7 @@ class BatchingEngine:
         else:
             failure = incident(error, f"{doing} for request {request_id}")
         self._end(job, failure)
+        error.__traceback__ = None  # its frames hold what the step had computed
         devices.release_cached_memory()
 
     def _end(self, job: Job, failure: LoaderdError) -> None:
