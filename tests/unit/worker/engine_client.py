@@ -49,6 +49,7 @@ class Client:
         self.model = model
         self.facts = model_facts(model)
         self.steps = 0
+        self.reason = ""
         self.died = threading.Event()
         self._outputs: dict[int, Outputs] = {}
         self._changed = threading.Condition()

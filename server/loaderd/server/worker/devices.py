@@ -79,6 +79,12 @@ def release_cached_memory() -> None:
         torch.accelerator.empty_cache()
 
 
+def wait_for(device: torch.device) -> None:
+    """Waits until a device has computed all that was asked of it."""
+    if device.type in _ACCELERATORS:
+        torch.accelerator.synchronize(device)
+
+
 def check_device_map(device_map: str) -> None:
     """Checks LoadOptions.device_map.
 

@@ -146,18 +146,13 @@ class ModelHost:
         weights.FromNanoseconds(round((time.monotonic() - begin) * 1e9))
         facts = model_facts(model)
         completions = Tokenizer(tokenizer, special_ids(tokenizer))
-        engine, reason = self._engine(model, completions, command.model, facts, device_map)
+        engine, reason = self._engine(model, completions, command.model, facts)
         self._hosted = _Hosted(facts, engine, Tokenization(tokenizer, facts.vocabulary_size))
         details = model_details(model, tokenizer, dtype, engine, reason)
         return worker_pb2.Loaded(details=details, weights=weights)
 
     def _engine(
-        self,
-        model: PreTrainedModel,
-        tokenizer: Tokenizer,
-        name: str,
-        facts: ModelFacts,
-        device_map: str,
+        self, model: PreTrainedModel, tokenizer: Tokenizer, name: str, facts: ModelFacts
     ) -> tuple[Engine, str]:
         """The best engine that can serve the model, and why it is this one."""
         try:
@@ -168,7 +163,6 @@ class ModelHost:
                 self._emit,
                 on_death=_end_process,
                 context_length=facts.context_length,
-                device_map=device_map,
                 trials=Trials(default_folder()),
             )
         except UnsuitableError as error:

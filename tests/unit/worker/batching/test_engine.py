@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from loaderd.server.errors import InvalidArgumentError, QueueFullError
+from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.build import EngineSettings
 from loaderd.v1.errors_pb2 import ErrorReason
 from loaderd.v1.generation_pb2 import FinishReason, TokenIds
@@ -239,6 +241,68 @@ def test_a_failed_step_fails_only_those_that_fail_alone(
     for key, n in zip(good, (3, 9), strict=True):
         expected = reference(plain, LONG[:n], do_sample=False, max_new_tokens=5, eos_token_id=None)
         assert client.wait(key).token_ids == expected
+
+
+def test_memory_of_a_failed_step_is_free_before_it_is_given_back(
+    plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    still_held: list[bool] = []
+
+    def fail(_positions: torch.Tensor) -> None:
+        tensor = torch.empty(1)
+        held.append(weakref.ref(tensor))
+        raise MemoryError
+
+    client = limited(plain)
+    before_each_pass(client.model, monkeypatch, fail)
+    monkeypatch.setattr(
+        devices, "release_cached_memory", lambda: still_held.append(held[-1]() is not None)
+    )
+    assert client.generate(max_new_tokens=3).error is not None
+    client.engine.close()
+    assert still_held == [False]
+
+
+def test_what_a_failed_request_left_spoils_no_other(plain: Any) -> None:
+    model = copy.deepcopy(plain)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[96] = torch.nan
+    client = Client(model, "batching")
+    prompts = [[token for token in LONG if token != 96][:n] for n in (3, 50)]
+    outputs = client.generate([96] * 60, max_new_tokens=5)
+    assert outputs.error is not None
+    keys = [client.start(prompt, max_new_tokens=9, **GREEDY) for prompt in prompts]
+    for key, prompt in zip(keys, prompts, strict=True):
+        expected = reference(plain, prompt, do_sample=False, max_new_tokens=9, eos_token_id=None)
+        outputs = client.wait(key)
+        assert outputs.error is None
+        assert outputs.token_ids == expected
+    client.engine.close()
+
+
+def test_a_failed_request_frees_only_what_it_still_has(
+    plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of its completions has ended, and another request is in that one's slot."""
+
+    def fail(positions: torch.Tensor) -> None:
+        if positions.max() >= 70:
+            raise MemoryError
+
+    client = limited(plain, max_slots=2, max_memory_bytes=56 * 2**10, prefix_share=0.0)
+    sampled: dict[str, Any] = {"n": 2, "seed": 3, "temperature": 2.0, "ignore_eos": True}
+    trial = client.generate(LONG[:40], max_new_tokens=40, return_token_ids=True, **sampled)
+    rows = [[t for d in trial.deltas if d.index == i for t in d.token_ids] for i in range(2)]
+    stop = next(token for token in rows[1] if token not in rows[0])
+    assert rows[1].index(stop) < 20
+    before_each_pass(client.model, monkeypatch, fail)
+    bad = client.start(LONG[:40], max_new_tokens=40, stop_token_ids=[stop], **sampled)
+    other = client.start(LONG[:9], max_new_tokens=50, **GREEDY)
+    assert client.wait(bad).error is not None
+    expected = reference(plain, LONG[:9], do_sample=False, max_new_tokens=50, eos_token_id=None)
+    assert client.wait(other).token_ids == expected
+    client.engine.close()
 
 
 def test_masks_that_leave_nothing_fail_their_request_alone(client: Client) -> None:

@@ -9,10 +9,11 @@ import torch
 
 from loaderd.server.worker.engine.batching import forward
 from loaderd.server.worker.engine.batching.build import batching_engine
+from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import FlatForward, ModuleForward, can_flatten
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
 from loaderd.server.worker.engine.batching.linear import speed_up
-from loaderd.server.worker.engine.batching.runner import Feed, Runner
+from loaderd.server.worker.engine.batching.runner import Runner
 from loaderd.server.worker.engine.batching.suitability import examine
 from loaderd.server.worker.engine.completion import Tokenizer
 from tests.unit.worker.engine_client import CONTEXT, Numbers, build

@@ -47,7 +47,7 @@ def test_a_copy_is_as_long_as_asked_for() -> None:
 
 
 def test_tokens_have_the_size_that_they_take() -> None:
-    assert cache_of(1).bytes_per_token == 2 * HEADS * DIMENSIONS * 4
+    assert cache_of(1).bytes_per_token == {torch.device("cpu"): 2 * HEADS * DIMENSIONS * 4}
 
 
 def test_memory_of_free_slots_is_given_back() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,15 @@ from loaderd.server.worker.engine.batching.trials import (
 )
 from tests.unit.worker.engine_client import Client, build, reference
 
-OUTCOME = Outcome(bytes_per_token=64, windows={0: None, 1: 8}, is_flat=True)
+OUTCOME = Outcome({"cuda:0": 64, "cpu": 8}, {0: None, 1: 8}, is_flat=True, no_graphs="why")
+DAMAGES: list[dict[str, Any]] = [
+    {"bytes_per_token": 64},
+    {"bytes_per_token": {}},
+    {"bytes_per_token": {"cpu": 0}},
+    {"windows": []},
+    {"windows": {"0": "far"}},
+    {"windows": {"a": 1}},
+]
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt2": {},
@@ -93,10 +103,7 @@ def test_outcomes_are_kept(tmp_path: Path) -> None:
         b"[]",
         b"{}",
         b"\xff",
-        b'{"bytes_per_token": 0, "windows": {}, "is_flat": true}',
-        b'{"bytes_per_token": 64, "windows": [], "is_flat": true}',
-        b'{"bytes_per_token": 64, "windows": {"0": "far"}, "is_flat": true}',
-        b'{"bytes_per_token": 64, "windows": {"a": 1}, "is_flat": true}',
+        *(json.dumps(asdict(OUTCOME) | damage).encode() for damage in DAMAGES),
     ],
 )
 def test_a_damaged_note_is_no_note(content: bytes, tmp_path: Path) -> None:

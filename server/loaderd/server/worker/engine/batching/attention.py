@@ -6,13 +6,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
+from loaderd.server.worker.engine.batching.transfer import sent
 
 NAME = "loaderd"
 """What the function is registered as; no mask is, so that models make none."""
@@ -55,8 +56,33 @@ class Rule:
     sinks: torch.Tensor | None = None
 
 
+class Attention(Protocol):
+    """The attention of one step, which all layers ask."""
+
+    def attend(
+        self,
+        layer_index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rule: Rule,
+    ) -> torch.Tensor:
+        """Attention of all tokens of the step.
+
+        Args:
+            layer_index: Of the layer.
+            query: [tokens, heads, dimensions].
+            key: [tokens, key heads, dimensions]; goes into the cache.
+            value: As `key`.
+            rule: How.
+
+        Returns:
+            [tokens, heads, dimensions].
+        """
+
+
 class StepAttention:
-    """The attention of one step: which tokens there are, and what each may see.
+    """The attention of any step: which tokens there are, and what each may see.
 
     Index tensors and masks are made at their first use and shared by all layers.
 
@@ -80,18 +106,7 @@ class StepAttention:
         value: torch.Tensor,
         rule: Rule,
     ) -> torch.Tensor:
-        """Attention of all tokens of the step.
-
-        Args:
-            layer_index: Of the layer.
-            query: [tokens, heads, dimensions].
-            key: [tokens, key heads, dimensions]; goes into the cache.
-            value: As `key`.
-            rule: How.
-
-        Returns:
-            [tokens, heads, dimensions].
-        """
+        """See `Attention`."""
         self.windows[layer_index] = rule.window
         layer = self._cache.layer(layer_index, key, value)
         self._write(layer.keys, key)
@@ -118,7 +133,7 @@ class StepAttention:
     def _places(self, _key: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         slots = [chunk.slot for chunk in self._chunks for _ in range(chunk.count)]
         positions = [chunk.begin + i for chunk in self._chunks for i in range(chunk.count)]
-        both = torch.tensor([slots, positions], device=device)
+        both = sent(torch.tensor([slots, positions]), device)
         return both[0], both[1]
 
 
@@ -143,20 +158,11 @@ class _Decodes:
         begin = _begin(min(self._positions), rule.window)
         keys = keys[self._slots, :, begin : self._end]
         values = values[self._slots, :, begin : self._end]
-        key_heads = keys.shape[1]
-        # The heads that share keys stand where the queries of one head would.
-        grouped = query.unflatten(1, (key_heads, -1))
         mask = None
         if not self._equal:
             key = (self, begin, rule.window, query.dtype, query.device)
             mask = _once(memory, key, self._mask)
-        if rule.softcap is None and rule.sinks is None:
-            output = scaled_dot_product_attention(
-                grouped, keys, values, attn_mask=mask, scale=rule.scaling
-            )
-        else:
-            output = _attention(grouped.unsqueeze(3), keys, values, mask, rule).squeeze(3)
-        return output.flatten(1, 2)
+        return attend_rows(query, keys, values, mask, rule)
 
     def _mask(
         self,
@@ -166,8 +172,8 @@ class _Decodes:
         dtype: torch.dtype,
         device: torch.device,
     ) -> torch.Tensor:
-        positions = torch.tensor(self._positions, device=device).view(-1, 1, 1, 1)
-        return _mask(positions, begin, self._end, window, dtype)
+        positions = sent(torch.tensor(self._positions), device).view(-1, 1, 1, 1)
+        return seen_mask(positions, begin, self._end, window, dtype)
 
 
 class _Prompt:
@@ -221,11 +227,11 @@ class _Prompt:
         device: torch.device,
     ) -> torch.Tensor:
         positions = torch.arange(self._chunk.begin, self._end, device=device).view(1, 1, -1, 1)
-        return _mask(positions, begin, self._end, window, dtype)
+        return seen_mask(positions, begin, self._end, window, dtype)
 
 
 @contextmanager
-def attending(step: StepAttention) -> Iterator[None]:
+def attending(step: Attention) -> Iterator[None]:
     """Forward passes of this thread are this step's."""
     _thread.step = step
     try:
@@ -250,7 +256,7 @@ def _function(
     """As transformers calls it."""
     if attention_mask is not None:
         raise ValueError("the model makes a mask of its own")
-    step: StepAttention = _thread.step
+    step: Attention = _thread.step
     rule = Rule(scaling, sliding_window, softcap, s_aux)
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     output = step.attend(module.layer_idx, queries, keys, values, rule)
@@ -293,16 +299,57 @@ def _begin(position: int, window: int | None) -> int:
     return 0 if window is None else max(position - window + 1, 0)
 
 
-def _mask(
+def seen_mask(
     positions: torch.Tensor, begin: int, end: int, window: int | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """0 where a token may look, else minus infinity."""
+    """0 where a token may look, else minus infinity.
+
+    Args:
+        positions: [..., 1]; of the tokens.
+        begin: Position of the first key.
+        end: Behind that of the last one.
+        window: See `Rule`.
+        dtype: Of the mask.
+
+    Returns:
+        [..., keys].
+    """
     others = torch.arange(begin, end, device=positions.device)
     seen = others <= positions
     if window is not None:
         seen &= others > positions - window
     mask = torch.zeros(seen.shape, dtype=dtype, device=positions.device)
     return mask.masked_fill_(~seen, -torch.inf)
+
+
+def attend_rows(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    rule: Rule,
+) -> torch.Tensor:
+    """Attention of one token in each of some rows.
+
+    Args:
+        query: [rows, heads, dimensions].
+        keys: [rows, key heads, tokens before and itself, dimensions].
+        values: As `keys`.
+        mask: [rows, 1, 1, keys], or None.
+        rule: How.
+
+    Returns:
+        [rows, heads, dimensions].
+    """
+    # The heads that share keys stand where the queries of one head would.
+    grouped = query.unflatten(1, (keys.shape[1], -1))
+    if rule.softcap is None and rule.sinks is None:
+        output = scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=mask, scale=rule.scaling
+        )
+    else:
+        output = _attention(grouped.unsqueeze(3), keys, values, mask, rule).squeeze(3)
+    return output.flatten(1, 2)
 
 
 def _attention(

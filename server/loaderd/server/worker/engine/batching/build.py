@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from transformers import PreTrainedModel
 
 from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.attention import NAME
+from loaderd.server.worker.engine.batching.cuda_graphs import CudaGraphs
 from loaderd.server.worker.engine.batching.engine import BatchingEngine
+from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import (
     FlatForward,
     Forward,
@@ -22,10 +25,12 @@ from loaderd.server.worker.engine.batching.kv_cache import BLOCK, KvCache
 from loaderd.server.worker.engine.batching.linear import speed_up
 from loaderd.server.worker.engine.batching.memory import Memory
 from loaderd.server.worker.engine.batching.prefix_cache import PrefixCache
-from loaderd.server.worker.engine.batching.runner import Feed, Runner
+from loaderd.server.worker.engine.batching.runner import Runner
 from loaderd.server.worker.engine.batching.sampler import BatchSampler
 from loaderd.server.worker.engine.batching.scheduler import Capacity
+from loaderd.server.worker.engine.batching.static_step import Graphs, StaticSteps
 from loaderd.server.worker.engine.batching.suitability import (
+    Findings,
     UnsuitableError,
     examine,
     input_device,
@@ -64,7 +69,6 @@ def batching_engine(
     on_death: Callable[[], None],
     *,
     context_length: int,
-    device_map: str = devices.AUTO,
     settings: EngineSettings = EngineSettings(),
     trials: Trials = UNREMEMBERED,
 ) -> tuple[BatchingEngine, str]:
@@ -77,7 +81,6 @@ def batching_engine(
         emit: Takes outputs.
         on_death: Called at the end of everything.
         context_length: Most tokens of a sequence; 0 for no limit.
-        device_map: Where the model is, as it was asked for.
         settings: Bounds.
         trials: What was found out before.
 
@@ -88,12 +91,15 @@ def batching_engine(
         UnsuitableError: The model is not for this engine.
     """
     own_attention = model.config._attn_implementation
-    spare = int(devices.free_bytes(device_map) * settings.memory_share)
     try:
-        outcome, linears = _prepare(model, trials, spare)
+        outcome, linears = _prepare(model, trials, settings)
+        graphs, decoding = _graphs(model, outcome)
         forward, how = _forward(model, outcome)
-        cache, capacity = _memory(model, outcome, context_length, device_map, settings)
-        runner = Runner(forward, cache, input_device(model), linears)
+        spare = graphs is not None
+        cache, capacity = _memory(outcome, context_length, settings, spare=spare)
+        device = input_device(model)
+        static = StaticSteps(forward, cache, device, graphs) if graphs else None
+        runner = Runner(forward, cache, device, linears, static)
         _fill(runner)
     except UnsuitableError:
         model.set_attn_implementation(own_attention)
@@ -108,48 +114,88 @@ def batching_engine(
         emit=emit,
         on_death=on_death,
     )
-    reasons = [f"it computes the same in batches, {how}", str(linears)]
+    reasons = [f"it computes the same in batches, {how}", decoding, str(linears)]
     return engine, "; ".join(filter(None, reasons))
 
 
 def _memory(
-    model: PreTrainedModel,
-    outcome: Outcome,
-    context_length: int,
-    device_map: str,
-    settings: EngineSettings,
+    outcome: Outcome, context_length: int, settings: EngineSettings, *, spare: bool
 ) -> tuple[KvCache, Capacity]:
-    free = int(devices.free_bytes(device_map) * settings.memory_share)
-    tokens = min(free, settings.max_memory_bytes) // outcome.bytes_per_token
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    blocks, capacity = _sizes(tokens, context_length, settings, lazy=on_cpu)
+    devices.release_cached_memory()  # or it would count as taken
+    sizes = outcome.bytes_per_token
+    rooms = [
+        int(devices.free_bytes(device) * settings.memory_share) // size
+        for device, size in sizes.items()
+    ]
+    tokens = min(*rooms, settings.max_memory_bytes // sum(sizes.values()))
+    blocks, capacity = _sizes(
+        tokens, context_length, settings, lazy=sizes.keys() == {devices.CPU}, spare=spare
+    )
     if capacity.slots < 1 or capacity.slot_tokens < 1:
         raise UnsuitableError(_NO_MEMORY)
     idle = capacity.tokens // 8
-    return KvCache(capacity.slots, capacity.slot_tokens, blocks, idle_tokens=idle), capacity
+    cache = KvCache(capacity.slots, capacity.slot_tokens, blocks, idle_tokens=idle, spare=spare)
+    return cache, capacity
 
 
 def _prepare(
-    model: PreTrainedModel, trials: Trials, spare_bytes: int
+    model: PreTrainedModel, trials: Trials, settings: EngineSettings
 ) -> tuple[Outcome, LinearPolicy]:
     """Gives the model our attention and our linear layers, and tries it if that was never done."""
     identity = identity_of(model)
+    for_copies = int(devices.free_bytes(devices.CPU) * settings.memory_share)
     known = trials.find(identity)
     if known is not None:
         model.set_attn_implementation(NAME)
-        return known, speed_up(model, spare_bytes)
+        return known, speed_up(model, for_copies)
     findings = examine(model)
-    linears = speed_up(model, spare_bytes)
-    is_flat = can_flatten(model) and findings.agree(model, FlatForward(model, findings.windows))
-    outcome = Outcome(findings.bytes_per_token, findings.windows, is_flat)
+    linears = speed_up(model, for_copies)
+    outcome = _outcome(model, findings)
     trials.keep(identity, outcome)
     return outcome, linears
+
+
+def _outcome(model: PreTrainedModel, findings: Findings) -> Outcome:
+    is_flat = can_flatten(model) and findings.agree(model, FlatForward(model, findings.windows))
+    sizes = {str(device): size for device, size in findings.bytes_per_token.items()}
+    outcome = Outcome(sizes, findings.windows, is_flat)
+    forward, _ = _forward(model, outcome)
+    return replace(outcome, no_graphs=_no_graphs(model, findings, forward))
 
 
 def _forward(model: PreTrainedModel, outcome: Outcome) -> tuple[Forward, str]:
     if outcome.is_flat and can_flatten(model):
         return FlatForward(model, outcome.windows), "as one sequence of operators"
     return ModuleForward(model), "module by module"
+
+
+def _no_graphs(model: PreTrainedModel, findings: Findings, forward: Forward) -> str | None:
+    """Why decode steps cannot be recorded; None where they can, or where nothing records."""
+    places = _devices(model)
+    if all(place.type != "cuda" for place in places):
+        return None
+    if len(places) > 1:
+        return "its layers are on several devices"
+    try:
+        # Not those of the engine: the memory of these goes with them.
+        findings.check_static(model, forward, CudaGraphs(places.pop()))
+    except UnsuitableError as error:
+        return str(error)
+    return None
+
+
+def _graphs(model: PreTrainedModel, outcome: Outcome) -> tuple[Graphs | None, str]:
+    """What records decode steps, if anything does, and what to tell of it."""
+    places = _devices(model)
+    if all(place.type != "cuda" for place in places):
+        return None, ""
+    if outcome.no_graphs is not None:
+        return None, f"decode steps not replayed as CUDA graphs: {outcome.no_graphs}"
+    return CudaGraphs(places.pop()), "decode steps replayed as CUDA graphs"
+
+
+def _devices(model: PreTrainedModel) -> set[torch.device]:
+    return {parameter.device for parameter in model.parameters()}
 
 
 def _fill(runner: Runner) -> None:
@@ -164,7 +210,7 @@ def _fill(runner: Runner) -> None:
 
 
 def _sizes(
-    tokens: int, context_length: int, settings: EngineSettings, *, lazy: bool
+    tokens: int, context_length: int, settings: EngineSettings, *, lazy: bool, spare: bool
 ) -> tuple[int, Capacity]:
     """Divides the memory.
 
@@ -176,6 +222,6 @@ def _sizes(
     if lazy:
         slots, length = settings.max_slots, min(context_length or tokens, tokens)
         return blocks, Capacity(slots, length, tokens, settings.max_queue)
-    length = min(context_length or tokens, max(tokens // 32, 8192), tokens)
-    slots = min(tokens // max(length, 1), settings.max_slots)
+    length = min(context_length or tokens, max(tokens // 32, 8192), tokens - spare)
+    slots = min(tokens // max(length + spare, 1), settings.max_slots)
     return blocks, Capacity(slots, length, slots * length, settings.max_queue)

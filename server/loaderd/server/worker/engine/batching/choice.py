@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loaderd.server.worker.engine.batching.transfer import sent
 from loaderd.server.worker.engine.protocol import Sampling
 
 KEY_BITS = 63
@@ -76,17 +77,18 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], keys: Sequence[int]) -> 
     vocabulary = logits.shape[1]
     limits = _Limits.of(samplings, vocabulary, logits.device)
     logits.div_(limits.temperature)
-    row_keys = torch.tensor(keys, dtype=torch.int64).to(logits.device)[:, None]
+    row_keys = sent(torch.tensor(keys, dtype=torch.int64), logits.device)[:, None]
     token_ids = torch.empty(len(samplings), dtype=torch.int64, device=logits.device)
     left = list(range(len(samplings)))
     for width in (*(width for width in _WIDTHS if width < vocabulary), vocabulary):
-        scores, those, own = _rows(logits, left), limits.rows(left), _rows(row_keys, left)
+        rows = sent(torch.tensor(left), logits.device)
+        scores, those, own = _rows(logits, rows), limits.rows(left, rows), _rows(row_keys, rows)
         values, candidates = _highest(scores, width)
         total = scores.logsumexp(-1, keepdim=True)
         kept, holds = _limit(values, total, those)
         best_score, winner = (kept + _noise(own, candidates)).max(-1, keepdim=True)
         exists = best_score.isfinite()
-        token_ids[left] = torch.where(exists, candidates.gather(1, winner), -1).squeeze(1)
+        token_ids[rows] = torch.where(exists, candidates.gather(1, winner), -1).squeeze(1)
         if width == vocabulary:
             break
         # In a row without limits, all other tokens run together as one; if they win, the race
@@ -98,8 +100,7 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], keys: Sequence[int]) -> 
         done = (torch.where(those.any, holds, wins) | ~exists).squeeze(1).tolist()
         if all(done):
             break
-        rows = torch.tensor(left, device=logits.device)[:, None]
-        logits[rows, candidates] = torch.where(those.any, values, -math.inf)
+        logits[rows[:, None], candidates] = torch.where(those.any, values, -math.inf)
         left = [row for row, ready in zip(left, done, strict=True) if not ready]
     return token_ids
 
@@ -133,12 +134,21 @@ def _highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class _Limits:
-    """The options of some rows as columns, [rows, 1]."""
+    """The options of some rows as columns, [rows, 1].
 
-    def __init__(self, table: Tensor) -> None:
+    Args:
+        samplings: Of the rows.
+        table: [rows, 5], of the same.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling], table: Tensor) -> None:
+        self._samplings = samplings
         self._table = table
         self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p = table.split(1, 1)
         self.any = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0) | (self.typical_p < 1)
+        # Known without asking the device.
+        self.some_top_p = any(sampling.top_p < 1 for sampling in samplings)
+        self.some_typical_p = any(sampling.typical_p < 1 for sampling in samplings)
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], vocabulary: int, device: torch.device) -> _Limits:
@@ -152,13 +162,14 @@ class _Limits:
             )
             for sampling in samplings
         ]
-        return cls(torch.tensor(table, dtype=torch.float32).to(device))
+        return cls(samplings, sent(torch.tensor(table, dtype=torch.float32), device))
 
-    def rows(self, rows: Sequence[int]) -> _Limits:
-        return _Limits(_rows(self._table, rows))
+    def rows(self, rows: Sequence[int], index: Tensor) -> _Limits:
+        """Of fewer rows, which `index` says on the device."""
+        return _Limits([self._samplings[row] for row in rows], _rows(self._table, index))
 
 
-def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor if len(rows) == len(tensor) else tensor[rows]
 
 
@@ -181,7 +192,7 @@ def _limit(values: Tensor, total: Tensor, limits: _Limits) -> tuple[Tensor, Tens
     complete = torch.where(has_k, (limits.top_k <= width) & (lowest < kth), False)  # ties stay
     kept = values.masked_fill(values < kth, -math.inf)
 
-    if bool(has_p.any()):
+    if limits.some_top_p:
         # The probabilities are among the top_k tokens, if there is such a limit.
         among = torch.where(has_k, kept.logsumexp(-1, keepdim=True), total)
         probabilities = (kept - among).exp()
@@ -195,7 +206,7 @@ def _limit(values: Tensor, total: Tensor, limits: _Limits) -> tuple[Tensor, Tens
     kept = kept.masked_fill(values < floor, -math.inf)
     complete |= ~has_k & (lowest < floor)
 
-    if bool((limits.typical_p < 1).any()):
+    if limits.some_typical_p:
         kept = kept.masked_fill(_untypical(kept, limits.typical_p), -math.inf)
     return kept, complete
 

@@ -19,12 +19,14 @@ from loaderd.server.errors import (
     QueueFullError,
 )
 from loaderd.server.worker import devices
+from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.job import Job, Row
 from loaderd.server.worker.engine.batching.memory import Memory
 from loaderd.server.worker.engine.batching.pace import Pace
-from loaderd.server.worker.engine.batching.runner import Feed, Runner
+from loaderd.server.worker.engine.batching.runner import Runner
 from loaderd.server.worker.engine.batching.sampler import BatchSampler, prompt_logprobs
 from loaderd.server.worker.engine.batching.scheduler import Capacity, Piece, Scheduler, Ticket
+from loaderd.server.worker.engine.batching.transfer import sent
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.protocol import Emit, GenerationRequest
 from loaderd.server.worker.engine.supported import BATCHED
@@ -282,7 +284,7 @@ class BatchingEngine:
             places += [place - 1] * len(targets)
         if rows:
             if places != list(range(len(logits))):
-                logits = logits[places]
+                logits = logits.index_select(0, sent(torch.tensor(places), logits.device))
             self._sample(logits, rows)
 
     def _advance_prompt(self, one: _Work) -> list[Row]:
@@ -368,12 +370,14 @@ class BatchingEngine:
         else:
             failure = incident(error, f"{doing} for request {request_id}")
         self._end(job, failure)
+        error.__traceback__ = None  # its frames hold what the step had computed
         devices.release_cached_memory()
 
     def _end(self, job: Job, failure: LoaderdError) -> None:
         for row in job.rows:
             self._sampler.retire(row.key)
-            self._memory.free(row)
+            if not row.has_ended:  # else its slot may be another's by now
+                self._memory.wipe(row)
         with self._changed:
             self._scheduler.end(job.request.key)
         self._forget(job)

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from loaderd.server.worker.engine.batching.attention import Rule, StepAttention, attending
+from loaderd.server.worker.engine.batching.attention import Attention, Rule, attending
 from loaderd.server.worker.engine.batching.linear import Siblings
 
 _LAYERS = frozenset(
@@ -34,7 +34,7 @@ class Forward(Protocol):
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        step: StepAttention,
+        step: Attention,
         wanted: torch.Tensor | None,
     ) -> torch.Tensor:
         """One forward pass.
@@ -60,16 +60,20 @@ class ModuleForward:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._selects = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._is_spread = len({parameter.device for parameter in model.parameters()}) > 1
 
     def __call__(
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        step: StepAttention,
+        step: Attention,
         wanted: torch.Tensor | None,
     ) -> torch.Tensor:
         """See `Forward`."""
-        selection = {"logits_to_keep": wanted} if self._selects and wanted is not None else {}
+        selection: dict[str, Any] = {}
+        if self._selects and wanted is not None:
+            # A tensor would be where the first layer is, and be needed where the last one is.
+            selection["logits_to_keep"] = wanted.tolist() if self._is_spread else wanted
         with attending(step):
             logits: torch.Tensor = self._model(
                 input_ids=token_ids.unsqueeze(0),
@@ -104,7 +108,7 @@ class FlatForward:
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        step: StepAttention,
+        step: Attention,
         wanted: torch.Tensor | None,
     ) -> torch.Tensor:
         """See `Forward`."""
@@ -158,7 +162,7 @@ class _Layer:
     down: _Step
 
     def __call__(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: StepAttention
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: Attention
     ) -> torch.Tensor:
         """Changes `hidden` in place, and gives it back."""
         heads, both = self.heads, self.heads + self.key_heads

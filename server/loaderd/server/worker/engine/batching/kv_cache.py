@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+
+from loaderd.server.worker.engine.batching.transfer import sent
 
 BLOCK = 16
 """Tokens of a block, the unit in which prefixes are kept."""
@@ -26,20 +29,30 @@ class KvCache:
         tokens: Most tokens of a slot.
         blocks: Blocks for prefixes.
         idle_tokens: Tokens of free slots whose memory is not given back, for those that come next.
+        spare: Whether each slot has a place more that is written to and never read.
+
+    Attributes:
+        spare_place: Where in each slot that is; None without.
     """
 
-    def __init__(self, slots: int, tokens: int, blocks: int, idle_tokens: int = 0) -> None:
+    def __init__(
+        self, slots: int, tokens: int, blocks: int, idle_tokens: int = 0, *, spare: bool = False
+    ) -> None:
         self.slots = slots
         self.tokens = tokens
         self.blocks = blocks
+        self.spare_place = tokens if spare else None
         self._layers: dict[int, _Layer] = {}
         self._idle_tokens = idle_tokens
         self._idle: dict[int, int] = {}
 
     @property
-    def bytes_per_token(self) -> int:
-        """Of all layers that have been written to."""
-        return sum(layer.bytes_per_token for layer in self._layers.values())
+    def bytes_per_token(self) -> Mapping[torch.device, int]:
+        """By device, of all its layers that have been written to."""
+        sizes = Counter[torch.device]()
+        for layer in self._layers.values():
+            sizes[layer.keys.device] += layer.bytes_per_token
+        return sizes
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> _Layer:
         """The buffers of a layer, which its first keys and values shape.
@@ -60,6 +73,12 @@ class KvCache:
             for buffer in (layer.keys, layer.values):
                 buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
+    def wipe(self, slot: int, tokens: int) -> None:
+        """Sets a slot's first tokens to zeros."""
+        for layer in self._layers.values():
+            for buffer in (layer.keys, layer.values):
+                buffer[slot, :, :tokens] = 0.0
+
     def free(self, slot: int, tokens: int) -> None:
         """A slot of so many tokens is not needed now; it can be written to again at any time."""
         self._idle[slot] = max(tokens, self._idle.get(slot, 0))
@@ -77,8 +96,7 @@ class KvCache:
             blocks: Where to, in order.
         """
         count = len(blocks) * BLOCK
-        for layer in self._layers.values():
-            index = torch.tensor(blocks, device=layer.keys.device)
+        for layer, index in self._layers_with(blocks):
             for buffer, kept in layer.pairs():
                 # [heads, tokens, d] -> [blocks, heads, BLOCK, d]
                 tokens = buffer[slot, :, first : first + count].unflatten(1, (-1, BLOCK))
@@ -87,19 +105,29 @@ class KvCache:
     def take(self, slot: int, blocks: Sequence[int]) -> None:
         """Copies blocks to the beginning of a slot."""
         count = len(blocks) * BLOCK
-        for layer in self._layers.values():
-            index = torch.tensor(blocks, device=layer.keys.device)
+        for layer, index in self._layers_with(blocks):
             for buffer, kept in layer.pairs():
                 tokens = kept.index_select(0, index).transpose(0, 1).flatten(1, 2)
                 buffer[slot, :, :count] = tokens
+
+    def _layers_with(self, blocks: Sequence[int]) -> Iterator[tuple[_Layer, torch.Tensor]]:
+        """The layers, each with the numbers of blocks on its device."""
+        numbers = torch.tensor(blocks)
+        indexes: dict[torch.device, torch.Tensor] = {}
+        for layer in self._layers.values():
+            device = layer.keys.device
+            if device not in indexes:
+                indexes[device] = sent(numbers, device)
+            yield layer, indexes[device]
 
 
 class _Layer:
     """One layer's buffers."""
 
     def __init__(self, cache: KvCache, key: torch.Tensor, value: torch.Tensor) -> None:
+        places = cache.tokens + (cache.spare_place is not None)
         (self.keys, keys_memory), (self.values, values_memory) = (
-            _buffer(cache.slots, cache.tokens, new) for new in (key, value)
+            _buffer(cache.slots, places, new) for new in (key, value)
         )
         self._memories = [memory for memory in (keys_memory, values_memory) if memory is not None]
         (self._kept_keys, _), (self._kept_values, _) = (

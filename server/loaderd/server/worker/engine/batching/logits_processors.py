@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loaderd.server.worker.engine.batching.history import History, TokenIds
+from loaderd.server.worker.engine.batching.transfer import sent
 
 
 def process(logits: Tensor, rows: Sequence[tuple[int, History]]) -> None:
@@ -49,7 +50,7 @@ class _Entries:
 
     def tensor(self, array: NDArray[np.int64] | NDArray[np.float32]) -> Tensor:
         """The array on the matrix's device."""
-        return torch.from_numpy(array).to(self.values.device)
+        return sent(torch.from_numpy(array), self.values.device)
 
 
 def _add_bias(entries: _Entries, rows: Sequence[tuple[int, History]]) -> None:

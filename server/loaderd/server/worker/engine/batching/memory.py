@@ -52,6 +52,14 @@ class Memory:
         self._cache.free(row.slot, row.length)
         row.slot = slot
 
+    def wipe(self, row: Row) -> None:
+        """Its slot is not needed any more, and may hold what is no number.
+
+        The next ones there mask what they do not use of it, but no product hides that.
+        """
+        self._cache.wipe(row.slot, len(row.token_ids))
+        self._cache.free(row.slot, len(row.token_ids))
+
     def free(self, row: Row) -> None:
         """Its slot is not needed any more."""
         self._cache.free(row.slot, row.length)

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.attention import Chunk, StepAttention
+from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import Forward
 from loaderd.server.worker.engine.batching.kernels import PLAIN, LinearPolicy
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
-
-
-@dataclass(frozen=True, slots=True)
-class Feed:
-    """What one request puts into a step.
-
-    Attributes:
-        slot: Of its keys and values.
-        begin: Position of its first token in this step.
-        token_ids: One when it decodes, else a piece of its prompt.
-        wants: How many of its last tokens are to have logits.
-    """
-
-    slot: int
-    begin: int
-    token_ids: Sequence[int]
-    wants: int
+from loaderd.server.worker.engine.batching.static_step import StaticSteps
+from loaderd.server.worker.engine.batching.transfer import sent
 
 
 class Runner:
@@ -41,15 +27,25 @@ class Runner:
         cache: For keys and values.
         device: Of the token ids.
         linears: How the model's linear layers are computed.
+        static: Takes the steps that it can; None for none.
+
+    Attributes:
+        windows: By layer, how far it looks back; None for all the way.
     """
 
     def __init__(
-        self, forward: Forward, cache: KvCache, device: torch.device, linears: LinearPolicy = PLAIN
+        self,
+        forward: Forward,
+        cache: KvCache,
+        device: torch.device,
+        linears: LinearPolicy = PLAIN,
+        static: StaticSteps | None = None,
     ) -> None:
         self._forward = forward
         self._cache = cache
         self._linears = linears
         self._device = device
+        self._static = static
         self.windows: dict[int, int | None] = {}
 
     def run(self, feeds: Sequence[Feed]) -> torch.Tensor:
@@ -61,6 +57,16 @@ class Runner:
         Returns:
             Logits in float32 [wanted tokens, vocabulary], in the order of the feeds.
         """
+        with torch.inference_mode():
+            logits = None if self._static is None else self._static.run(feeds)
+            if logits is None:
+                logits = self._run(feeds)
+        if not len(logits):
+            # Else nobody would, and the engine's clock would see launches alone.
+            devices.wait_for(logits.device)
+        return logits
+
+    def _run(self, feeds: Sequence[Feed]) -> torch.Tensor:
         # Neighbouring slots in one run, so that their attention is one call.
         order = sorted(
             range(len(feeds)), key=lambda i: (len(feeds[i].token_ids) > 1, feeds[i].slot)
@@ -68,7 +74,7 @@ class Runner:
         ordered = [feeds[i] for i in order]
         chunks = [Chunk(feed.slot, feed.begin, len(feed.token_ids)) for feed in ordered]
         ends = [chunk.begin + chunk.count for chunk in chunks]
-        inputs = torch.tensor(
+        table = torch.tensor(
             [
                 [token for feed in ordered for token in feed.token_ids],
                 [
@@ -76,16 +82,16 @@ class Runner:
                     for c, end in zip(chunks, ends, strict=True)
                     for position in range(c.begin, end)
                 ],
-            ],
-            device=self._device,
+            ]
         )
+        inputs = sent(table, self._device)
         step = StepAttention(self._cache, chunks)
         wanted = _wanted(feeds, order)
         # Models cannot compute logits of nothing.
         some = wanted or [0]
         every = some == list(range(inputs.shape[1]))
-        keep = None if every else torch.tensor(some, device=self._device)
-        with torch.inference_mode(), self._linears.step(inputs.shape[1]):
+        keep = None if every else sent(torch.tensor(some), self._device)
+        with self._linears.step(inputs.shape[1]):
             logits = self._forward(inputs[0], inputs[1], step, keep)
             self.windows = step.windows
             return logits[: len(wanted)].float()

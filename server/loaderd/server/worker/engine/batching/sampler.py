@@ -13,6 +13,7 @@ from loaderd.server.errors import InvalidArgumentError, LoaderdError
 from loaderd.server.worker.engine.batching import choice
 from loaderd.server.worker.engine.batching.history import History
 from loaderd.server.worker.engine.batching.logits_processors import process
+from loaderd.server.worker.engine.batching.transfer import sent
 from loaderd.server.worker.engine.protocol import GenerationRequest, SampledToken, Sampling
 from loaderd.server.worker.failures import incident
 
@@ -80,7 +81,7 @@ class BatchSampler:
         told = [place for place, row in enumerate(rows) if row.top_logprobs is not None]
         changed = [(place, row.history) for place, row in enumerate(rows) if row.history]
         with torch.inference_mode():  # or its tensors could not be overwritten
-            logprobs = logits[told].log_softmax(-1) if told else None
+            logprobs = _rows(logits, told).log_softmax(-1) if told else None
             if changed:
                 process(logits, changed)
             token_ids = self._choose(logits, rows).tolist()
@@ -108,8 +109,8 @@ class BatchSampler:
         if len(drawn) == len(rows):
             return choice.draw(logits, samplings, keys)
         token_ids = choice.best(logits)
-        token_ids[drawn] = choice.draw(logits[drawn], samplings, keys)
-        return token_ids
+        drawn_ids = choice.draw(_rows(logits, drawn), samplings, keys)
+        return token_ids.index_copy_(0, _index(drawn, logits.device), drawn_ids)
 
 
 def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[SampledToken]:
@@ -124,7 +125,7 @@ def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[
 
 
 def _tell(logprobs: Tensor, token_ids: Sequence[int], tops: Sequence[int]) -> list[SampledToken]:
-    index = torch.tensor(token_ids, device=logprobs.device)[:, None]
+    index = _index(token_ids, logprobs.device)[:, None]
     own = logprobs.gather(1, index).squeeze(1).tolist()
     values, best = logprobs.topk(min(max(tops, default=0), logprobs.shape[1]))
     alternatives = zip(best.tolist(), values.tolist(), strict=True)
@@ -134,6 +135,15 @@ def _tell(logprobs: Tensor, token_ids: Sequence[int], tops: Sequence[int]) -> li
             token_ids, own, tops, alternatives, strict=True
         )
     ]
+
+
+def _rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """A copy of some rows."""
+    return logits.index_select(0, _index(rows, logits.device))
+
+
+def _index(numbers: Sequence[int], device: torch.device) -> Tensor:
+    return sent(torch.tensor(numbers), device)
 
 
 def _no_token(row: _Row, logits: Tensor) -> LoaderdError:

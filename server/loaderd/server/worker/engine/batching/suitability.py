@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 
 from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.attention import NAME
+from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import Forward, ModuleForward
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
-from loaderd.server.worker.engine.batching.runner import Feed, Runner
+from loaderd.server.worker.engine.batching.runner import Runner
+from loaderd.server.worker.engine.batching.static_step import Graphs, StaticSteps
 
 _PROMPTS = (range(1009, 5000, 331), range(2003, 9000, 719))
 """Token ids to try it with, modulo the vocabulary: no runs of special tokens, which models
@@ -34,21 +36,33 @@ class Findings:
     """What trying a model brought.
 
     Attributes:
-        bytes_per_token: Of keys and values, over all layers.
+        bytes_per_token: Of keys and values, over all layers of a device.
         windows: By layer, how far it looks back; None for all the way.
     """
 
-    bytes_per_token: int
+    bytes_per_token: Mapping[torch.device, int]
     windows: Mapping[int, int | None]
     _expected: list[torch.Tensor]
 
     def agree(self, model: PreTrainedModel, forward: Forward) -> bool:
         """Whether another way to run the model computes the same."""
         try:
-            _try(model, forward, self._expected)
+            _try(model, Runner(forward, _cache(model), input_device(model)), self._expected)
         except UnsuitableError:
             return False
         return True
+
+    def check_static(self, model: PreTrainedModel, forward: Forward, graphs: Graphs) -> None:
+        """Checks that decode steps can be recorded, and compute the same when they are replayed.
+
+        Raises:
+            UnsuitableError: They cannot, or do not.
+        """
+        cache, device = _cache(model, spare=True), input_device(model)
+        static = StaticSteps(forward, cache, device, graphs, patience=0)
+        _try(model, Runner(forward, cache, device, static=static), self._expected)
+        if static.failure is not None:
+            raise UnsuitableError(static.failure)
 
 
 def examine(model: PreTrainedModel) -> Findings:
@@ -60,12 +74,14 @@ def examine(model: PreTrainedModel) -> Findings:
     config = model.config.get_text_config(decoder=True)
     _check_claims(model, config)
     own = model.config._attn_implementation
-    expected = [_own_logits(model, prompt) for prompt in _prompts(config)]
+    expected = [_own_logits(model, prompt) for prompt in _prompts(model)]
     try:
         model.set_attn_implementation(NAME)
-        cache, windows = _try(model, ModuleForward(model), expected)
-        _check_windows(windows, config)
-        return Findings(cache.bytes_per_token, windows, expected)
+        cache = _cache(model)
+        runner = Runner(ModuleForward(model), cache, input_device(model))
+        _try(model, runner, expected)
+        _check_windows(runner.windows, config)
+        return Findings(cache.bytes_per_token, runner.windows, expected)
     except UnsuitableError:
         model.set_attn_implementation(own)
         raise
@@ -98,8 +114,9 @@ def _rope_types(parameters: object) -> Iterator[str]:
             yield from _rope_types(nested)
 
 
-def _prompts(config: Any) -> list[list[int]]:
-    return [[token % config.vocab_size for token in prompt] for prompt in _PROMPTS]
+def _prompts(model: PreTrainedModel) -> list[list[int]]:
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return [[token % vocabulary for token in prompt] for prompt in _PROMPTS]
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -114,27 +131,28 @@ def _own_logits(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits[0].float()
 
 
-def _try(
-    model: PreTrainedModel, forward: Forward, expected: list[torch.Tensor]
-) -> tuple[KvCache, Mapping[int, int | None]]:
+def _cache(model: PreTrainedModel, *, spare: bool = False) -> KvCache:
+    prompts = _prompts(model)
+    return KvCache(len(prompts), max(map(len, prompts)), blocks=0, spare=spare)
+
+
+def _try(model: PreTrainedModel, runner: Runner, expected: list[torch.Tensor]) -> None:
     """The prompts side by side: two pieces each, then token by token."""
-    prompts = _prompts(model.config.get_text_config(decoder=True))
-    cache = KvCache(len(prompts), max(map(len, prompts)), blocks=0)
-    runner = Runner(forward, cache, input_device(model))
-    found: list[list[torch.Tensor]] = [[] for _ in prompts]
+    prompts = _prompts(model)
     shortest = min(map(len, prompts))
     cuts = [0, shortest // 2, shortest - 3, *range(shortest - 2, shortest + 1)]
+    found: list[torch.Tensor] = []
+    own: list[torch.Tensor] = []
     for begin, end in itertools.pairwise(cuts):
         feeds = [
             Feed(slot, begin, prompt[begin:end], wants=end - begin)
             for slot, prompt in enumerate(prompts)
         ]
-        logits = runner.run(feeds)
-        for part, logits_of_prompt in zip(found, logits.split(end - begin), strict=True):
-            part.append(logits_of_prompt)
-    everything = torch.cat([part for parts in found for part in parts])
-    _compare(everything, torch.cat([own[:shortest] for own in expected]), model.dtype)
-    return cache, runner.windows
+        found.append(runner.run(feeds))
+        own.append(torch.cat([logits[begin:end] for logits in expected]))
+    # Apart, because the fewer could be wrong among the many.
+    for pieces in (slice(2), slice(2, None)):
+        _compare(torch.cat(found[pieces]), torch.cat(own[pieces]), model.dtype)
 
 
 def _compare(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:

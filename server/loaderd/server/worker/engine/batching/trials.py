@@ -32,14 +32,17 @@ class Outcome:
     """What trying a model brought.
 
     Attributes:
-        bytes_per_token: Of keys and values, over all layers.
+        bytes_per_token: Of keys and values, over all layers of a device, by its name.
         windows: By layer, how far it looks back; None for all the way.
         is_flat: Whether it computes the same as one sequence of operators.
+        no_graphs: Why decode steps cannot be recorded; None where they can, or where nothing
+            records.
     """
 
-    bytes_per_token: int
+    bytes_per_token: Mapping[str, int]
     windows: Mapping[int, int | None]
     is_flat: bool
+    no_graphs: str | None = None
 
 
 class Trials:
@@ -57,18 +60,12 @@ class Trials:
         if self._folder is None:
             return None
         try:
-            noted = json.loads((self._folder / f"{identity}.json").read_bytes())
-            outcome = Outcome(
-                bytes_per_token=int(noted["bytes_per_token"]),
-                windows={int(layer): _window(value) for layer, value in noted["windows"].items()},
-                is_flat=bool(noted["is_flat"]),
-            )
+            return _read(json.loads((self._folder / f"{identity}.json").read_bytes()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             logger.warning("what was tried before cannot be read: %r", error)
             return None
-        return outcome if outcome.bytes_per_token > 0 else None
 
     def keep(self, identity: str, outcome: Outcome) -> None:
         """Remembers an outcome, as far as the disk allows."""
@@ -116,12 +113,20 @@ def identity_of(model: PreTrainedModel) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _window(value: object) -> int | None:
-    if value is None:
-        return None
-    if not isinstance(value, int):
-        raise TypeError("a window is a number of tokens")
-    return value
+def _read(noted: Any) -> Outcome:
+    sizes = {str(device): int(size) for device, size in noted["bytes_per_token"].items()}
+    if not sizes or min(sizes.values()) < 1:
+        raise ValueError("keys and values take memory")
+    no_graphs = noted["no_graphs"]
+    return Outcome(
+        bytes_per_token=sizes,
+        windows={
+            int(layer): None if tokens is None else int(tokens)
+            for layer, tokens in noted["windows"].items()
+        },
+        is_flat=bool(noted["is_flat"]),
+        no_graphs=None if no_graphs is None else str(no_graphs),
+    )
 
 
 def _code() -> str:

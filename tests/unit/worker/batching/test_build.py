@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loaderd.server.worker import devices
+from loaderd.server.worker.engine.batching.build import EngineSettings, _memory, _sizes
+from loaderd.server.worker.engine.batching.kv_cache import BLOCK
+from loaderd.server.worker.engine.batching.suitability import UnsuitableError
+from loaderd.server.worker.engine.batching.trials import Outcome
+
+SETTINGS = EngineSettings()
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6), st.booleans())
+def test_slots_and_their_spare_places_are_no_more_than_there_is(
+    tokens: int, context: int, spare: bool
+) -> None:
+    blocks, capacity = _sizes(tokens, context, SETTINGS, lazy=False, spare=spare)
+    places = capacity.slots * (capacity.slot_tokens + spare)
+    assert places + blocks * BLOCK <= tokens
+    assert capacity.tokens == capacity.slots * capacity.slot_tokens
+    if tokens - blocks * BLOCK > 1:
+        assert capacity.slots > 0
+        assert capacity.slot_tokens > 0
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What the devices have."""
+    free = {"cpu": 2**40, "cuda:0": 3 * 2**30, "cuda:1": 2**30}
+    monkeypatch.setattr(devices, "free_bytes", free.__getitem__)
+    return free
+
+
+def tried(first: int, second: int) -> Outcome:
+    by_device = {"cuda:0": first, "cuda:1": second}
+    return Outcome({d: size for d, size in by_device.items() if size}, {}, is_flat=True)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "tokens"),
+    [
+        (2**10, 0, 3 * 2**19),
+        (2**10, 2**10, 2**19),  # the second one has less
+        (2**10, 2**8, 3 * 2**19),
+        (2**18, 0, 3 * 2**11),
+    ],
+)
+def test_the_fullest_device_says_how_many_tokens_there_are(
+    free: dict[str, int], first: int, second: int, tokens: int
+) -> None:
+    cache, capacity = _memory(tried(first=first, second=second), 0, SETTINGS, spare=True)
+    used = capacity.slots * (capacity.slot_tokens + 1) + cache.blocks * BLOCK
+    assert 0.8 * tokens < used <= tokens
+    assert cache.spare_place == capacity.slot_tokens
+
+
+def test_memory_of_other_devices_does_not_help(free: dict[str, int]) -> None:
+    free["cuda:0"] = 100
+    with pytest.raises(UnsuitableError, match="too little memory"):
+        _memory(tried(first=2**10, second=0), 0, SETTINGS, spare=True)
