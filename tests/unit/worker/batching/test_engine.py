@@ -262,7 +262,7 @@ def test_what_can_never_fit_is_refused_at_once(plain: Any) -> None:
 def test_more_than_fit_wait_for_their_turn_and_know_their_place(
     plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loaderd.server.worker.engine.batching.engine._TELL_SECONDS", 0.0)
+    monkeypatch.setattr("loaderd.server.worker.engine.reception._TELL_SECONDS", 0.0)
     client = limited(plain, max_slots=2)
     gate = Gate(client.model, monkeypatch)
     keys = [client.start(max_new_tokens=6, **GREEDY)]
