@@ -69,8 +69,9 @@ class Row:
 
     @property
     def score(self) -> float:
-        """Mean log probability of its tokens."""
-        return self.logprob / max(self.completion.generated_tokens, 1)
+        """Mean log probability of its tokens; none is worse than any."""
+        count = self.completion.generated_tokens
+        return self.logprob / count if count else -math.inf
 
     def common(self, other: Row) -> int:
         """Tokens that it begins with as the other one does, and whose keys and values it has."""
