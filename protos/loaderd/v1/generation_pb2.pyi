@@ -256,13 +256,13 @@ class StreamGenerateRequest(_message.Message):
     the answer.
     """
     n: _builtins.int
-    """Independent completions of the prompt; 1 to 32. Default 1. With num_beams the
-    outputs that are returned, at most num_beams.
+    """Independent completions of the prompt; 1 to 32. Default 1. With num_beams: the
+    outputs that are returned, at most that many.
     """
     best_of: _builtins.int
     """Candidates of which the best `n` are returned: those of the highest mean log
     probability of their tokens. From n to 32; default n. Above n, all text comes
-    at the end, and num_beams is INVALID_ARGUMENT.
+    at the end. Does not go with num_beams above 1.
     """
     repetition_penalty: _builtins.float
     """Divides (above 1) the logits of tokens that are in the prompt or output;
@@ -309,11 +309,11 @@ class StreamGenerateRequest(_message.Message):
     """
     num_beams: _builtins.int
     """Beam search with this many beams; 1 to 32. Default 1: none. Gives the `n` best
-    outputs, best first, all text at the end; at max_time or a cancel, the best so
-    far. Each beam takes the memory of a completion. Penalties and masks apply to
-    log probabilities. Ends at tokens only, and does not sample: with `stop`,
-    `logprobs`, `top_logprobs`, `do_sample` or what implies it, INVALID_ARGUMENT.
-    So too, of `n`, when masks leave fewer outputs.
+    outputs, best first, all text at the end; at max_time or a cancel the best so
+    far. A beam takes the memory of a completion. Penalties and masks apply to log
+    probabilities; INVALID_ARGUMENT also later, when they leave fewer than `n`
+    outputs. Does not sample, has no stop strings and tells no log probabilities of
+    its tokens: what asks for these is INVALID_ARGUMENT.
     """
     length_penalty: _builtins.float
     """Exponent of the length by which an output's log probability is divided for its
