@@ -265,6 +265,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         given = {field.name: value for field, value in request.ListFields()}
         if not 1 <= given.get("num_beams", 1) <= 32:
             raise FailureError("INVALID_ARGUMENT", field="num_beams", problem="not 1 to 32")
+        refused: list[str]
         if request.num_beams <= 1:
             refused = [name for name in ("length_penalty", "early_stopping") if name in given]
         elif request.n > request.num_beams:

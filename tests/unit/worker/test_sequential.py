@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 
 from loaderd.server.errors import QueueFullError
 from loaderd.v1.errors_pb2 import ErrorReason
-from loaderd.v1.generation_pb2 import TokenIds
+from loaderd.v1.generation_pb2 import FinishReason, StreamGenerateRequest, TokenIds
 from tests.unit.worker.batching.beams import outputs_by_index, reference_beams
 from tests.unit.worker.engine_client import (
     EOS,
@@ -192,6 +192,19 @@ def test_beams_are_those_of_transformers(client: Client, options: dict[str, Any]
         expected = reference_beams(client.model, PROMPT, eos_token_id=[EOS, *stops], **asked)
         outputs = client.generate(stop_token_ids=stops, return_token_ids=True, **asked)
         assert outputs_by_index(outputs) == expected
+
+
+def test_candidates_that_time_leaves_out_are_not_computed(llama: Client) -> None:
+    request = StreamGenerateRequest()
+    request.max_time.FromNanoseconds(1)
+    options: dict[str, Any] = {"max_time": request.max_time, "return_token_ids": True}
+    outputs = llama.generate(n=3, temperature=1.0, max_new_tokens=9, **options)
+    assert outputs.finished is not None
+    reasons = [finish.reason for finish in outputs.finished.finishes]
+    assert reasons == [FinishReason.FINISH_REASON_TIME] * 3
+    assert [len(tokens) for tokens in outputs_by_index(outputs)] == [1, 0, 0]
+    ranked = llama.generate(n=1, best_of=3, temperature=1.0, max_new_tokens=9, **options)
+    assert len(ranked.token_ids) == 1
 
 
 def test_the_queue_goes_by_priority(llama: Client, monkeypatch: pytest.MonkeyPatch) -> None:

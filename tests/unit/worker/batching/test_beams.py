@@ -241,6 +241,20 @@ def test_fewer_tokens_than_beams_are_enough_for_fewer_outputs(llama: Client) -> 
     assert {token for output in outputs for token in output} == {7, 8}
 
 
+def test_logits_that_are_no_numbers_fail_the_search(
+    llama: Client, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            llama.model.lm_head.weight, "data", llama.model.lm_head.weight * float("nan")
+        )
+        outputs = llama.generate(num_beams=3, max_new_tokens=4, bypass_prefix_cache=True)
+    assert outputs.error is not None
+    assert outputs.error.reason == ErrorReason.ERROR_REASON_INTERNAL
+    expected = reference_beams(plain, PROMPT, num_beams=3, max_new_tokens=4)
+    assert search(llama, PROMPT, num_beams=3, max_new_tokens=4) == expected
+
+
 def test_time_runs_out(llama: Client, plain: Any) -> None:
     request = StreamGenerateRequest()
     request.max_time.FromNanoseconds(1)

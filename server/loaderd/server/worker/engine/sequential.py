@@ -34,6 +34,7 @@ from loaderd.server.worker.engine.protocol import Emit, GenerationRequest
 from loaderd.server.worker.engine.reception import Admitted, Reception
 from loaderd.server.worker.engine.supported import HONOURED
 from loaderd.server.worker.failures import incident
+from loaderd.v1.generation_pb2 import FinishReason
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +241,9 @@ class SequentialEngine:
             beams = {"num_beams": len(job.rows)}
             self._generate(job, _BeamChooser(job), prompt, mask | beams)
             return
-        for row in job.rows:
+        for place, row in enumerate(job.rows):
+            if place and job.is_late:
+                job.stop(FinishReason.FINISH_REASON_TIME)
             if not row.has_ended:
                 self._generate(job, _TokenChooser(job, row), prompt, mask)
 
@@ -258,7 +261,7 @@ class SequentialEngine:
         # A stopping criterion is asked after each token, before the next one is computed.
         def is_enough(input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
             if not chooser.has_ended and (job.cancelled or self._reception.closed):
-                job.cancel()
+                job.stop(FinishReason.FINISH_REASON_CANCELLED)
             self._reception.tell_places()
             return torch.full(input_ids.shape[:1], chooser.has_ended, device=input_ids.device)
 

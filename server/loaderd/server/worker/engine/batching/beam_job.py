@@ -59,11 +59,9 @@ class BeamJob(Job):
         """
         self.clock.token()
         chosen = self._sampler.advance(logits)
-        if not self._sampler.is_over and self.is_late:
-            self._sampler.cut()
-        if not self._sampler.is_over:
+        if not self._sampler.is_over and not self.is_late:
             return chosen
-        self._conclude(FinishReason.FINISH_REASON_TIME)
+        self.stop(FinishReason.FINISH_REASON_TIME)
         return []
 
     def place(self, chosen: Sequence[Candidate], follow: Callable[[Row, Row], None]) -> None:
@@ -81,21 +79,15 @@ class BeamJob(Job):
         for row, candidate in zip(self.beams, chosen, strict=True):
             row.token_ids.append(candidate.token_id)
 
-    def cancel(self) -> None:
-        """Ends the search with what there is."""
-        self._sampler.cut()
-        self._conclude(FinishReason.FINISH_REASON_CANCELLED)
-
-    def _best(self) -> list[Row]:
-        return self.rows[: self.request.n]
-
-    def _conclude(self, reason: FinishReason.ValueType) -> None:
+    def stop(self, reason: FinishReason.ValueType) -> None:
         """Tells the best outputs; `reason` is why those ended that did not end by themselves."""
+        self._sampler.cut()
         best = [beam.token_ids for beam in self._sampler.ended[: self.request.n]]
         for index, row in enumerate(self._best()):
             self._show(index, row, row.completion.echo())
             for token_id in best[index] if index < len(best) else ():
                 self._show(index, row, row.completion.push(SampledToken(token_id)))
-        for index, row in enumerate(self.rows):
-            if not row.has_ended:
-                self._show(index, row, row.completion.close(reason))
+        super().stop(reason)
+
+    def _best(self) -> list[Row]:
+        return self.rows[: self.request.n]

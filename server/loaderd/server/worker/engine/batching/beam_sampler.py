@@ -68,13 +68,15 @@ class BeamSampler:
         return chosen
 
     def cut(self) -> None:
-        """Ends it here, with what there is."""
+        """Ends it here, with what there is, if it is not over."""
         self._search.cut()
 
     def _candidates(self, scores: Tensor) -> list[Candidate]:
         count = min(self._search.wanted, scores.numel())
         values, places = choice.highest(scores.view(1, -1), count)
         finite = values.isfinite()
+        if not bool(finite.all()) and bool(scores.isnan().any()):
+            raise self._too_few(scores)
         return [
             Candidate(place // scores.shape[1], place % scores.shape[1], score)
             for place, score in zip(places[finite].tolist(), values[finite].tolist(), strict=True)
@@ -96,6 +98,6 @@ class BeamSampler:
         self._histories = histories
 
     def _too_few(self, scores: Tensor) -> LoaderdError:
-        if not self.ended:
+        if not self.ended or bool(scores.isnan().any()):
             return no_token(self._request.sampling, scores, masked=bool(self._histories))
         return InvalidArgumentError("n", f"masks leave no more than {len(self.ended)} outputs")

@@ -100,8 +100,9 @@ class BeamSearch:
         return chosen
 
     def cut(self) -> None:
-        """Ends it here: what runs counts as if it had ended."""
-        self._end([beam for beam in self.running if beam.token_ids])
+        """Ends it here, if it is not over: what runs counts as if it had ended."""
+        if not self.is_over:
+            self._end([beam for beam in self.running if beam.token_ids])
         self.is_over = True
 
     def _extended(self, candidate: Candidate) -> Beam:

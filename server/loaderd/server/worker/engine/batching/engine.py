@@ -29,6 +29,7 @@ from loaderd.server.worker.engine.protocol import Emit, GenerationRequest
 from loaderd.server.worker.engine.reception import Reception
 from loaderd.server.worker.engine.supported import HONOURED
 from loaderd.server.worker.failures import incident
+from loaderd.v1.generation_pb2 import FinishReason
 from loaderd.worker.v1.worker_pb2 import Output
 
 logger = logging.getLogger(__name__)
@@ -308,7 +309,7 @@ class BatchingEngine:
 
     def _cancel(self, job: Job) -> None:
         live = [row for row in job.rows if not row.has_ended]
-        job.cancel()
+        job.stop(FinishReason.FINISH_REASON_CANCELLED)
         for row in live:
             self._retire(row)
         self._finish(job)

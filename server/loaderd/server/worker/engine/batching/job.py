@@ -173,11 +173,11 @@ class Job:
         if not row.has_ended and self.is_late:
             self._show(index, row, row.completion.close(FinishReason.FINISH_REASON_TIME))
 
-    def cancel(self) -> None:
+    def stop(self, reason: FinishReason.ValueType) -> None:
         """Ends the completions that go on."""
         for index, row in enumerate(self.rows):
             if not row.has_ended:
-                self._show(index, row, row.completion.close(FinishReason.FINISH_REASON_CANCELLED))
+                self._show(index, row, row.completion.close(reason))
 
     def finish(self) -> None:
         """Sends the last output; every completion has ended."""
