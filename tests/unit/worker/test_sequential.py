@@ -194,6 +194,34 @@ def test_beams_are_those_of_transformers(client: Client, options: dict[str, Any]
         assert outputs_by_index(outputs) == expected
 
 
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [
+        ("rwkv", {"attention_hidden_size": 32, "intermediate_size": 64, "context_length": 128}),
+        (
+            "recurrent_gemma",
+            {
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "intermediate_size": 64,
+                "attention_window_size": 16,
+                "lru_width": 32,
+            },
+        ),
+    ],
+)
+def test_beams_of_a_model_whose_state_cannot_follow_them(
+    architecture: str, sizes: dict[str, Any]
+) -> None:
+    client = Client(build(architecture, **sizes))
+    options: dict[str, Any] = {"num_beams": 4, "n": 3, "max_new_tokens": 12}
+    outputs = client.generate(return_token_ids=True, ignore_eos=True, **options)
+    client.engine.close()
+    assert outputs_by_index(outputs) == reference_beams(
+        client.model, PROMPT, use_cache=False, eos_token_id=None, **options
+    )
+
+
 def test_candidates_that_time_leaves_out_are_not_computed(llama: Client) -> None:
     request = StreamGenerateRequest()
     request.max_time.FromNanoseconds(1)

@@ -8,6 +8,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -154,7 +155,7 @@ class SequentialEngine:
         on_death: Callable[[], None],
     ) -> None:
         self._model = model
-        self._takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
+        self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._tokenizer = tokenizer
         self._model_name = model_name
         self._on_death = on_death
@@ -233,12 +234,14 @@ class SequentialEngine:
 
     def _generate_all(self, job: Job) -> None:
         prompt = torch.tensor([job.request.prompt], device=self._model.device)
-        mask = {"attention_mask": torch.ones_like(prompt)} if self._takes_mask else {}
+        mask = (
+            {"attention_mask": torch.ones_like(prompt)} if "attention_mask" in self._takes else {}
+        )
         if job.request.prompt_logprobs is not None:
             self._tell_prompt(job, self._model(prompt, **mask).logits[0])
         job.echo()
         if isinstance(job, BeamJob):
-            beams = {"num_beams": len(job.rows)}
+            beams = {"num_beams": len(job.rows), "use_cache": self._can_reorder}
             self._generate(job, _BeamChooser(job), prompt, mask | beams)
             return
         for place, row in enumerate(job.rows):
@@ -246,6 +249,18 @@ class SequentialEngine:
                 job.stop(FinishReason.FINISH_REASON_TIME)
             if not row.has_ended:
                 self._generate(job, _TokenChooser(job, row), prompt, mask)
+
+    @cached_property
+    def _can_reorder(self) -> bool:
+        """Whether what the model keeps of the tokens before can follow beams that change places.
+
+        Where it cannot, all tokens of a beam are computed in every step.
+        """
+        if "use_cache" not in self._takes:
+            return False
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self._model.device)
+        kept = self._model(token, use_cache=True).values()
+        return any(hasattr(value, "reorder_cache") for value in kept)
 
     def _tell_prompt(self, job: Job, logits: torch.Tensor) -> None:
         prompt = job.request.prompt

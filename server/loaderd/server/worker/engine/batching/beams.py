@@ -1,6 +1,6 @@
 """Which outputs a beam search goes on with, and which it ends up with. Pure: no torch, no clock.
 
-The same as transformers' beam search of one prompt, tie for tie where scores differ at all.
+The same as transformers' beam search of one prompt, but for which of equal scores goes first.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class BeamSearch:
     Attributes:
         running: The beams that go on, best first; at first one that is empty.
         ended: The best outputs that have ended, best first; at most `count`.
-        is_over: Whether nothing that would come changes the result.
+        is_over: Whether it has ended: `ended` is the result.
     """
 
     def __init__(self, beams: Beams, stopping: Stopping) -> None:
@@ -85,16 +85,9 @@ class BeamSearch:
         count, length = self._beams.count, len(self.running[0].token_ids) + 1
         full = length == self._stopping.max_new_tokens
         stops = self._stops if length >= self._stopping.min_new_tokens else frozenset()
-        self._end(
-            [
-                self._extended(candidate)
-                for candidate in candidates[:count]
-                if full or candidate.token_id in stops
-            ]
-        )
-        chosen = [
-            candidate for candidate in candidates if not full and candidate.token_id not in stops
-        ][:count]
+        ending = [one for one in candidates[:count] if full or one.token_id in stops]
+        chosen = [one for one in candidates if not full and one.token_id not in stops][:count]
+        self._end([self._extended(candidate) for candidate in ending])
         self.running = [self._extended(candidate) for candidate in chosen]
         self.is_over = not self.running or (len(self.ended) == count and not self._can_improve())
         return chosen
