@@ -1,4 +1,4 @@
-"""Several completions of a prompt, and how probable their tokens are."""
+"""Several completions of a prompt, beams, and how probable tokens are."""
 
 from __future__ import annotations
 
@@ -119,3 +119,42 @@ async def test_the_best_of_several_completions(model: AsyncModel) -> None:
     ]
     assert [completion.index for completion in best.completions] == [0, 1]
     assert best.usage.generated_tokens == every.usage.generated_tokens
+
+
+async def test_the_best_outputs_of_a_beam_search(model: AsyncModel) -> None:
+    require(model, "num_beams", "length_penalty", "early_stopping")
+    options: dict[str, Any] = {"num_beams": 4, "length_penalty": 0.5, "early_stopping": True}
+    options |= {"max_new_tokens": 8, "return_token_ids": True, "bypass_prefix_cache": True}
+
+    four = await model.generate(PROMPT, n=4, **options)
+    stream = model.stream(PROMPT, n=2, **options)
+    async for _ in stream:
+        pass
+
+    assert [completion.index for completion in four.completions] == [0, 1, 2, 3]
+    assert len({completion.token_ids for completion in four.completions}) == 4
+    assert stream.result.completions == four.completions[:2]
+    assert (await model.generate(PROMPT, **options)).completions == four.completions[:1]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        ({"num_beams": 33}, "num_beams"),
+        ({"num_beams": 2, "n": 3}, "n"),
+        ({"num_beams": 2, "best_of": 2}, "best_of"),
+        ({"num_beams": 2, "temperature": 0.7}, "temperature"),
+        ({"num_beams": 2, "top_k": 5}, "top_k"),
+        ({"num_beams": 2, "stop": "x"}, "stop"),
+        ({"num_beams": 2, "logprobs": True}, "logprobs"),
+        ({"length_penalty": 2.0}, "length_penalty"),
+        ({"early_stopping": True}, "early_stopping"),
+    ],
+)
+async def test_what_does_not_go_with_beams_is_refused(
+    model: AsyncModel, parameters: dict[str, Any], field: str
+) -> None:
+    require(model, "num_beams", *parameters)
+    with pytest.raises(errors.InvalidArgumentError) as caught:
+        await model.generate(PROMPT, **parameters)
+    assert caught.value.field == field

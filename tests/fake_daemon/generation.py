@@ -43,8 +43,12 @@ SUPPORTED = {
     "logprobs",
     "top_logprobs",
     "prompt_logprobs",
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
 }
 SAMPLING: tuple[Literal["top_k", "top_p", "seed"], ...] = ("top_k", "top_p", "seed")
+NO_BEAMS = {"do_sample", "top_k", "top_p", "stop", "logprobs", "top_logprobs"}
 LETTERS = b"abcdefghijklmnopqrstuvwxyz     "
 
 
@@ -197,9 +201,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             seed = request.seed if request.HasField("seed") else DRAWN_SEED
             writers = [
                 Writer(request, prompt, index, seed if sampled else 0)
-                for index in range(request.best_of or request.n or 1)
+                for index in range(max(request.num_beams, request.best_of or request.n or 1))
             ]
-            held: list[generation_pb2.GenerationDelta] | None = [] if request.best_of else None
+            ranked = request.best_of or request.num_beams > 1
+            held: list[generation_pb2.GenerationDelta] | None = [] if ranked else None
             started = generation_pb2.GenerationStarted(
                 request_id=request.request_id or "r-1",
                 model_id=model.id,
@@ -253,7 +258,24 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             raise FailureError("INVALID_ARGUMENT", field="max_new_tokens", problem="below 1")
         if request.top_logprobs and request.HasField("logprobs") and not request.logprobs:
             raise FailureError("INVALID_ARGUMENT", field="top_logprobs", problem="contradicts")
+        self._check_beams(request)
         self._check_input(request, model)
+
+    def _check_beams(self, request: generation_pb2.StreamGenerateRequest) -> None:
+        given = {field.name: value for field, value in request.ListFields()}
+        if not 1 <= given.get("num_beams", 1) <= 32:
+            raise FailureError("INVALID_ARGUMENT", field="num_beams", problem="not 1 to 32")
+        refused: list[str]
+        if request.num_beams <= 1:
+            refused = [name for name in ("length_penalty", "early_stopping") if name in given]
+        elif request.n > request.num_beams:
+            refused = ["n"]
+        else:
+            refused = [name for name in sorted(NO_BEAMS) if given.get(name)]
+            refused += ["temperature"] if request.temperature > 0 else []
+            refused += ["best_of"] if request.best_of > (request.n or 1) else []
+        if refused:
+            raise FailureError("INVALID_ARGUMENT", field=refused[0], problem="beams")
 
     def _check_input(self, request: Any, model: model_pb2.Model) -> None:
         kind = request.WhichOneof("input")

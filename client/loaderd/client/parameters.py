@@ -47,7 +47,7 @@ class GenerationParameters(TypedDict, total=False):
     seed: int | None
     """Same seed, same request, same tokens. Default: drawn by the daemon; it is in the answer."""
     n: int | None
-    """Independent completions of the prompt; 1 to 32. Default 1."""
+    """Independent completions of the prompt, or the best of `num_beams`; 1 to 32. Default 1."""
     best_of: int | None
     """Candidates of which the best `n` are returned, at the end. From n to 32; default n."""
 
@@ -95,11 +95,14 @@ class GenerationParameters(TypedDict, total=False):
     """Log probabilities of the prompt's tokens, with this many alternatives; at most 20."""
 
     num_beams: int | None
-    """Beam search with this many beams. Default 1: none."""
+    """Beam search with this many beams, all text at the end; 1 to 32. Default 1: none.
+
+    It does not sample, has no stop strings and tells no log probabilities of its tokens.
+    """
     length_penalty: float | None
-    """Exponent of the length by which a beam's score is divided. Default 1."""
+    """Exponent of the length by which an output's score is divided; -2 to 2. Default 1."""
     early_stopping: bool | None
-    """Whether beam search ends as soon as there are `num_beams` candidates."""
+    """Whether beam search ends as soon as `num_beams` outputs have ended. Default false."""
 
     bypass_prefix_cache: bool | None
     """Compute the whole prompt, whatever is cached of it. Default false."""

@@ -256,11 +256,13 @@ class StreamGenerateRequest(_message.Message):
     the answer.
     """
     n: _builtins.int
-    """Independent completions of the prompt; 1 to 32. Default 1."""
+    """Independent completions of the prompt; 1 to 32. Default 1. With num_beams: the
+    outputs that are returned, at most that many.
+    """
     best_of: _builtins.int
     """Candidates of which the best `n` are returned: those of the highest mean log
     probability of their tokens. From n to 32; default n. Above n, all text comes
-    at the end.
+    at the end. Does not go with num_beams above 1.
     """
     repetition_penalty: _builtins.float
     """Divides (above 1) the logits of tokens that are in the prompt or output;
@@ -306,11 +308,23 @@ class StreamGenerateRequest(_message.Message):
     is computed, as with bypass_prefix_cache. Default: none at all.
     """
     num_beams: _builtins.int
-    """Beam search with this many beams. Default 1: none."""
+    """Beam search with this many beams; 1 to 32. Default 1: none. Gives the `n` best
+    outputs, best first, all text at the end; at max_time or a cancel the best so
+    far. A beam takes the memory of a completion. Penalties and masks apply to log
+    probabilities; INVALID_ARGUMENT also later, when they leave fewer than `n`
+    outputs. Does not sample, has no stop strings and tells no log probabilities of
+    its tokens: what asks for these is INVALID_ARGUMENT.
+    """
     length_penalty: _builtins.float
-    """Exponent of the length by which a beam's score is divided. Default 1."""
+    """Exponent of the length by which an output's log probability is divided for its
+    rank; above 0 favours long ones. -2 to 2; default 1. Goes with num_beams above
+    1 only.
+    """
     early_stopping: _builtins.bool
-    """Whether beam search ends as soon as there are num_beams candidates."""
+    """Whether beam search ends as soon as num_beams outputs have ended, rather than
+    when none that goes on is better than the last of them. Default false. Goes
+    with num_beams above 1 only.
+    """
     bypass_prefix_cache: _builtins.bool
     """Compute the whole prompt, whatever is cached of it. Default false."""
     cache_salt: _builtins.str

@@ -30,6 +30,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 64, "num_key_value_heads": 2, "num_attention_heads": 4},
     "gpt2": {"n_head": 4, "n_inner": 64},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "num_attention_heads": 4},
+    "falcon": {"num_attention_heads": 4, "initializer_range": 0.5},
     "mamba": {"state_size": 8, "num_heads": 4},
 }
 TOKENIZER_SPECIAL_IDS = frozenset({EOS})

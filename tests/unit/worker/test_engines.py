@@ -3,12 +3,14 @@
 import logging
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from loaderd.v1.errors_pb2 import ErrorReason
-from loaderd.v1.generation_pb2 import FinishReason, StreamGenerateRequest
+from loaderd.v1.generation_pb2 import FinishReason, StreamGenerateRequest, TokenIds
+from tests.unit.worker.batching.beams import outputs_by_index, reference_beams
 from tests.unit.worker.engine_client import (
     EOS,
     PROMPT,
@@ -24,6 +26,12 @@ from tests.unit.worker.engine_client import (
 def engine(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
+
+
+@pytest.fixture(scope="module")
+def own() -> Any:
+    """The model as transformers runs it."""
+    return build("llama")
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +79,93 @@ def test_time_runs_out_between_tokens(llama: Client) -> None:
     assert outputs.finish.reason == FinishReason.FINISH_REASON_TIME
     assert outputs.finished is not None
     assert outputs.finished.usage.generated_tokens == 1
+
+
+def test_completions_have_seeds_that_follow_one_another(llama: Client) -> None:
+    options: dict[str, Any] = {"temperature": 1.5, "max_new_tokens": 8, "ignore_eos": True}
+    outputs = llama.generate(n=3, seed=2**64 - 2, return_token_ids=True, **options)
+    assert outputs.finished is not None
+    assert outputs.finished.usage.generated_tokens == 24
+    tokens = outputs_by_index(outputs)
+    assert len({tuple(one) for one in tokens}) == 3
+    singles = [llama.token_ids(seed=seed, **options) for seed in (2**64 - 2, 2**64 - 1, 0)]
+    assert tokens == singles
+
+
+def test_the_best_of_several_are_given_best_first(llama: Client) -> None:
+    options: dict[str, Any] = {"temperature": 2.0, "seed": 3, "max_new_tokens": 6}
+    options |= {"ignore_eos": True, "return_token_ids": True}
+    every = llama.generate(n=6, logprobs=True, **options)
+    best = llama.generate(n=2, best_of=6, **options)
+    assert best.finished is not None
+    assert best.finished.usage.generated_tokens == 36
+    assert not any(delta.logprobs for delta in best.deltas), "they were not asked for"
+    scores = [
+        sum(told.logprob for delta in every.deltas if delta.index == index
+            for told in delta.logprobs)
+        for index in range(6)
+    ]  # fmt: skip
+    ranked = sorted(zip(scores, outputs_by_index(every), strict=True), reverse=True)
+    assert outputs_by_index(best) == [tokens for _, tokens in ranked[:2]]
+
+
+def test_log_probabilities_of_the_prompt_are_those_of_the_model(llama: Client, own: Any) -> None:
+    prompt = [*PROMPT * 30, 7]
+    with torch.no_grad():
+        logprobs = own(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    outputs = llama.generate(prompt, prompt_logprobs=2, max_new_tokens=1)
+    told = outputs.prompt_logprobs
+    assert [one.token_id for one in told] == prompt[1:]
+    assert [one.logprob for one in told] == pytest.approx(
+        [float(logprobs[place, token]) for place, token in enumerate(prompt[1:])], abs=1e-4
+    )
+    assert [top.token_id for top in told[0].top] == logprobs[0].topk(2).indices.tolist()
+    assert llama.generate([5], prompt_logprobs=2, max_new_tokens=1).prompt_logprobs == []
+
+
+def test_beams_of_both_engines_are_alike(llama: Client, own: Any) -> None:
+    options: dict[str, Any] = {"num_beams": 4, "n": 3, "max_new_tokens": 15}
+    outputs = llama.generate(return_token_ids=True, **options)
+    assert outputs_by_index(outputs) == reference_beams(own, PROMPT, **options)
+
+
+def test_masks_that_leave_too_few_outputs_are_refused(llama: Client) -> None:
+    outputs = llama.generate(
+        num_beams=3, n=3, allowed_token_ids=TokenIds(ids=[7, 8]), no_repeat_ngram_size=1,
+        max_new_tokens=2,
+    )  # fmt: skip
+    assert outputs.error is not None
+    assert outputs.error.metadata["field"] == "n"
+
+
+def test_a_search_without_time_gives_what_it_has(llama: Client, own: Any) -> None:
+    request = StreamGenerateRequest()
+    request.max_time.FromNanoseconds(1)
+    options: dict[str, Any] = {"max_time": request.max_time, "return_token_ids": True}
+    outputs = llama.generate(num_beams=3, n=2, max_new_tokens=50, **options)
+    assert outputs.finished is not None
+    reasons = [finish.reason for finish in outputs.finished.finishes]
+    assert reasons == [FinishReason.FINISH_REASON_TIME] * 2
+    assert outputs_by_index(outputs) == reference_beams(
+        own, PROMPT, n=2, num_beams=3, max_new_tokens=1
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{"n": 3}, {"n": 2, "best_of": 3}, {"num_beams": 4, "n": 2, "ignore_eos": True}]
+)
+def test_all_completions_of_a_request_are_cancelled(
+    llama: Client, gate: Gate, options: dict[str, Any]
+) -> None:
+    key = llama.start(max_new_tokens=200, return_token_ids=True, **options)
+    assert gate.entered.wait(TIMEOUT)
+    llama.engine.cancel(key)
+    gate.open.set()
+    outputs = llama.wait(key)
+    assert outputs.finished is not None
+    reasons = [finish.reason for finish in outputs.finished.finishes]
+    assert reasons == [FinishReason.FINISH_REASON_CANCELLED] * options["n"]
+    assert len(outputs_by_index(outputs)[0]) == 1
 
 
 @pytest.fixture

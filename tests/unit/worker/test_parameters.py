@@ -14,7 +14,7 @@ from loaderd.server.worker.engine.parameters import (
     check_supported,
     typed_request,
 )
-from loaderd.server.worker.engine.protocol import GenerationRequest
+from loaderd.server.worker.engine.protocol import Beams, GenerationRequest
 from loaderd.server.worker.engine.sequential import SequentialEngine
 from loaderd.v1.generation_pb2 import StreamGenerateRequest, TokenIds
 
@@ -24,20 +24,11 @@ FACTS = ModelFacts(
 OWN_SAMPLING = SamplingDefaults(do_sample=True, temperature=0.6, top_k=20, top_p=0.9)
 SUPPORTED = SequentialEngine.supported_parameters
 
-# A value other than the default for every field that the sequential engine does not honour.
+# A value for every field that no engine honours.
 REFUSED: dict[str, Any] = {
     "chat_template_kwargs": Struct(),
-    "priority": 1,
     "keep_alive": Duration(seconds=1),
     "lease_id": "lease",
-    "n": 2,
-    "best_of": 2,
-    "prompt_logprobs": 0,
-    "num_beams": 2,
-    "length_penalty": 2.0,
-    "early_stopping": True,
-    "bypass_prefix_cache": True,
-    "cache_salt": "salt",
 }
 ACCEPTED_AT_DEFAULT: dict[str, Any] = {
     "priority": 0,
@@ -224,14 +215,15 @@ def test_bounds_belong_to_the_range(fields: dict[str, Any]) -> None:
         ("top_logprobs", [21]),
         ("prompt_logprobs", [21]),
         ("cache_salt", ["x" * 257]),
+        ("num_beams", [0, 33]),
     ],
 )
-def test_the_batching_engines_options_have_bounds_too(field: str, values: list[Any]) -> None:
+def test_further_options_have_bounds_too(field: str, values: list[Any]) -> None:
     for value in values:
         assert refused_field(replace(FACTS, vocabulary_size=2000), **{field: value}) == field
 
 
-def test_the_batching_engines_options_are_as_asked_for() -> None:
+def test_further_options_are_as_asked_for() -> None:
     request = typed(
         n=2,
         best_of=32,
@@ -264,6 +256,69 @@ def test_options_that_were_not_asked_for_ask_for_nothing() -> None:
 def test_best_of_is_n_and_never_below() -> None:
     assert typed(n=3).best_of == 3
     assert refused_field(n=3, best_of=2) == "best_of"
+
+
+def test_beams_are_as_asked_for() -> None:
+    plain = typed(num_beams=2)
+    assert plain.beams == Beams(2, 1.0, early_stopping=False)
+    assert (plain.n, plain.best_of, plain.sequences) == (1, 1, 2)
+    most = typed(num_beams=32, n=32, best_of=32, length_penalty=-2, early_stopping=True)
+    assert most.beams == Beams(32, -2.0, early_stopping=True)
+    assert typed(num_beams=2, length_penalty=2).beams == Beams(2, 2.0, early_stopping=False)
+
+
+def test_one_beam_is_none() -> None:
+    request = typed(num_beams=1, length_penalty=1, early_stopping=False, n=3)
+    assert (request.beams, request.sequences) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("length_penalty", [-2.1, 2.1, NAN, INF]),
+        ("n", [3]),
+        ("best_of", [2]),
+        ("stop", [["x"]]),
+        ("logprobs", [True]),
+        ("top_logprobs", [1]),
+        ("do_sample", [True]),
+        ("temperature", [0.5]),
+        ("top_k", [0, 5]),
+        ("top_p", [1.0]),
+        ("min_p", [0.0]),
+        ("typical_p", [1.0]),
+    ],
+)
+def test_what_does_not_go_with_beams_is_refused_by_name(field: str, values: list[Any]) -> None:
+    for value in values:
+        assert refused_field(num_beams=2, **{field: value}) == field
+
+
+def test_best_of_is_refused_by_its_own_name_with_beams() -> None:
+    assert refused_field(num_beams=4, n=2, best_of=4) == "best_of"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"do_sample": False},
+        {"temperature": 0.0},
+        {"temperature": 0.0, "top_p": 0.9},
+        {"seed": 3},
+        {"logprobs": False, "top_logprobs": 0},
+        {"prompt_logprobs": 2},
+        {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2},
+    ],
+)
+def test_beams_do_not_sample_whatever_the_models_own_default(fields: dict[str, Any]) -> None:
+    facts = replace(FACTS, defaults=OWN_SAMPLING)
+    assert not typed(facts, num_beams=2, **fields).sampling.do_sample
+
+
+@pytest.mark.parametrize("fields", [{"length_penalty": 2.0}, {"early_stopping": True}])
+@pytest.mark.parametrize("one", [{}, {"num_beams": 1}])
+def test_options_of_beams_need_beams(fields: dict[str, Any], one: dict[str, Any]) -> None:
+    assert [refused_field(**fields, **one)] == list(fields)
 
 
 @pytest.mark.parametrize(

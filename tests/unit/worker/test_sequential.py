@@ -5,9 +5,20 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from loaderd.server.errors import QueueFullError
 from loaderd.v1.errors_pb2 import ErrorReason
-from loaderd.v1.generation_pb2 import TokenIds
-from tests.unit.worker.engine_client import EOS, PROMPT, SIZES, Client, build, reference
+from loaderd.v1.generation_pb2 import FinishReason, StreamGenerateRequest, TokenIds
+from tests.unit.worker.batching.beams import outputs_by_index, reference_beams
+from tests.unit.worker.engine_client import (
+    EOS,
+    PROMPT,
+    SIZES,
+    TIMEOUT,
+    Client,
+    Gate,
+    build,
+    reference,
+)
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -166,7 +177,100 @@ def test_a_drawn_seed_can_be_given_back(llama: Client) -> None:
     assert llama.token_ids(temperature=3.0, max_new_tokens=20) != again
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"num_beams": 4, "n": 3, "length_penalty": 0.0, "early_stopping": True},
+        {"num_beams": 3, "n": 3, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    ],
+)
+def test_beams_are_those_of_transformers(client: Client, options: dict[str, Any]) -> None:
+    free = reference_beams(client.model, PROMPT, max_new_tokens=12, eos_token_id=None, num_beams=3)
+    asked: dict[str, Any] = {"max_new_tokens": 12, **options}
+    for stops in ([], free[0][5:7]):
+        expected = reference_beams(client.model, PROMPT, eos_token_id=[EOS, *stops], **asked)
+        outputs = client.generate(stop_token_ids=stops, return_token_ids=True, **asked)
+        assert outputs_by_index(outputs) == expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [
+        ("rwkv", {"attention_hidden_size": 32, "intermediate_size": 64, "context_length": 128}),
+        (
+            "recurrent_gemma",
+            {
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "intermediate_size": 64,
+                "attention_window_size": 16,
+                "lru_width": 32,
+            },
+        ),
+    ],
+)
+def test_beams_of_a_model_whose_state_cannot_follow_them(
+    architecture: str, sizes: dict[str, Any]
+) -> None:
+    client = Client(build(architecture, **sizes))
+    options: dict[str, Any] = {"num_beams": 4, "n": 3, "max_new_tokens": 12}
+    outputs = client.generate(return_token_ids=True, ignore_eos=True, **options)
+    client.engine.close()
+    assert outputs_by_index(outputs) == reference_beams(
+        client.model, PROMPT, use_cache=False, eos_token_id=None, **options
+    )
+
+
+def test_candidates_that_time_leaves_out_are_not_computed(llama: Client) -> None:
+    request = StreamGenerateRequest()
+    request.max_time.FromNanoseconds(1)
+    options: dict[str, Any] = {"max_time": request.max_time, "return_token_ids": True}
+    outputs = llama.generate(n=3, temperature=1.0, max_new_tokens=9, **options)
+    assert outputs.finished is not None
+    reasons = [finish.reason for finish in outputs.finished.finishes]
+    assert reasons == [FinishReason.FINISH_REASON_TIME] * 3
+    assert [len(tokens) for tokens in outputs_by_index(outputs)] == [1, 0, 0]
+    ranked = llama.generate(n=1, best_of=3, temperature=1.0, max_new_tokens=9, **options)
+    assert len(ranked.token_ids) == 1
+
+
+def test_the_queue_goes_by_priority(llama: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loaderd.server.worker.engine.reception._TELL_SECONDS", 0.0)
+    gate = Gate(llama.model, monkeypatch)
+    llama.start(max_new_tokens=3, ignore_eos=True)
+    assert gate.entered.wait(TIMEOUT)
+    last = llama.start(max_new_tokens=3, ignore_eos=True)
+    next_one = llama.start(max_new_tokens=3, ignore_eos=True, priority=1)
+    gate.open.set()
+    assert llama.wait(last).positions == [1, 0]
+    assert llama.wait(next_one).positions == [0]
+
+
+def test_a_full_queue_refuses(llama: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(llama.model, monkeypatch)
+    keys = [llama.start(max_new_tokens=1)]
+    assert gate.entered.wait(TIMEOUT)
+    keys += [llama.start(max_new_tokens=1) for _ in range(1024)]
+    with pytest.raises(QueueFullError):
+        llama.start(max_new_tokens=1)
+    for key in keys:
+        llama.engine.cancel(key)
+    gate.open.set()
+    assert all(llama.wait(key).finished is not None for key in keys)
+
+
+def test_what_concerns_a_prefix_cache_changes_nothing(llama: Client) -> None:
+    plain = llama.token_ids(do_sample=False, max_new_tokens=5)
+    options: dict[str, Any] = {"cache_salt": "salt", "bypass_prefix_cache": True}
+    outputs = llama.generate(do_sample=False, max_new_tokens=5, return_token_ids=True, **options)
+    assert outputs.finished is not None
+    assert outputs.finished.usage.cached_prompt_tokens == 0
+    assert outputs.token_ids == plain
+
+
 def test_generate_says_nothing(llama: Client, recwarn: pytest.WarningsRecorder) -> None:
     llama.generate(max_new_tokens=3, temperature=0.5, top_k=3)
     llama.generate(max_new_tokens=3, do_sample=False, ignore_eos=True)
+    llama.generate(max_new_tokens=3, num_beams=2, length_penalty=2.0)
     assert [str(warning.message) for warning in recwarn] == []

@@ -116,46 +116,6 @@ def test_completions_of_one_request_share_its_prompt(client: Client) -> None:
         assert client.token_ids(LONG, **single) == text
 
 
-def test_the_best_of_several_are_given_best_first(client: Client) -> None:
-    options: dict[str, Any] = {
-        "temperature": 2.0,
-        "seed": 3,
-        "max_new_tokens": 6,
-        "ignore_eos": True,
-        "logprobs": True,
-        "return_token_ids": True,
-    }
-    every = client.generate(n=6, **options)
-    best = client.generate(n=2, best_of=6, **options)
-    assert best.finished is not None
-    assert len(best.finished.finishes) == 2
-    assert best.finished.usage.generated_tokens == 36
-
-    def candidates(outputs: Any, count: int) -> list[tuple[float, list[int]]]:
-        deltas = [[d for d in outputs.deltas if d.index == index] for index in range(count)]
-        return [
-            (
-                sum(logprob.logprob for delta in one for logprob in delta.logprobs),
-                [token for delta in one for token in delta.token_ids],
-            )
-            for one in deltas
-        ]
-
-    ranked = sorted(candidates(every, 6), reverse=True)[:2]
-    assert [tokens for _, tokens in candidates(best, 2)] == [tokens for _, tokens in ranked]
-
-
-def test_log_probabilities_of_the_prompt_are_those_of_the_model(client: Client, plain: Any) -> None:
-    with torch.no_grad():
-        own = plain(torch.tensor([LONG])).logits[0].log_softmax(-1)
-    expected = [float(own[place, token]) for place, token in enumerate(LONG[1:])]
-    outputs = client.generate(LONG, prompt_logprobs=2, max_new_tokens=1)
-    told = outputs.prompt_logprobs
-    assert [one.token_id for one in told] == LONG[1:]
-    assert [one.logprob for one in told] == pytest.approx(expected, abs=1e-4)
-    assert [alternative.token_id for alternative in told[0].top] == own[0].topk(2).indices.tolist()
-
-
 def test_a_known_prefix_is_not_computed_again(client: Client, plain: Any) -> None:
     first = client.generate(LONG, max_new_tokens=5, cache_salt="known", **GREEDY)
     expected = reference(
@@ -326,7 +286,7 @@ def test_what_can_never_fit_is_refused_at_once(plain: Any) -> None:
 def test_more_than_fit_wait_for_their_turn_and_know_their_place(
     plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loaderd.server.worker.engine.batching.engine._TELL_SECONDS", 0.0)
+    monkeypatch.setattr("loaderd.server.worker.engine.reception._TELL_SECONDS", 0.0)
     client = limited(plain, max_slots=2)
     gate = Gate(client.model, monkeypatch)
     keys = [client.start(max_new_tokens=6, **GREEDY)]

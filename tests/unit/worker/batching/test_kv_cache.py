@@ -46,6 +46,17 @@ def test_a_copy_is_as_long_as_asked_for() -> None:
         assert not buffer[1, :, 7:].any()
 
 
+def test_a_copy_begins_where_it_is_asked_to() -> None:
+    cache = cache_of(2)
+    for buffer in buffers(cache):
+        buffer[0] = 1.0
+    cache.copy(0, 1, 7, first=5)
+    for buffer in buffers(cache):
+        assert not buffer[1, :, :5].any()
+        assert buffer[1, :, 5:7].all()
+        assert not buffer[1, :, 7:].any()
+
+
 def test_tokens_have_the_size_that_they_take() -> None:
     assert cache_of(1).bytes_per_token == {torch.device("cpu"): 2 * HEADS * DIMENSIONS * 4}
 

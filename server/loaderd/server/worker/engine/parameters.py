@@ -10,26 +10,16 @@ from typing import Any
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from loaderd.server.errors import InvalidArgumentError, UnsupportedOptionError
-from loaderd.server.worker.engine.protocol import GenerationRequest, Sampling, Stopping
+from loaderd.server.worker.engine.protocol import (
+    Beams,
+    GenerationRequest,
+    Sampling,
+    Stopping,
+)
 from loaderd.v1.generation_pb2 import StreamGenerateRequest
 
 _IDENTITY = frozenset({"model", "request_id"})
 """Fields that concern no engine."""
-
-_ASKS_FOR_NOTHING = {
-    "priority": 0,
-    "n": 1,
-    "best_of": 1,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "logprobs": False,
-    "top_logprobs": 0,
-    "num_beams": 1,
-    "length_penalty": 1.0,
-    "early_stopping": False,
-    "bypass_prefix_cache": False,
-}
-"""Values that every engine honours by doing nothing."""
 
 _SAMPLES = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 """Fields that only make sense when sampling."""
@@ -39,7 +29,8 @@ _MAX_REQUEST_ID = 128
 _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 256
 _MAX_STOP_TOKENS = 64
-_MAX_COMPLETIONS = 32
+MAX_COMPLETIONS = 32
+"""Token sequences of one request: completions, candidates or beams."""
 _MAX_LOGPROBS = 20
 _MAX_BIASES = 1024
 _MAX_BAD_WORDS = 128
@@ -88,10 +79,8 @@ def check_supported(request: StreamGenerateRequest, engine: str, supported: froz
     Raises:
         UnsupportedOptionError: An option asks for something that the engine cannot do.
     """
-    for field, value in request.ListFields():
+    for field, _ in request.ListFields():
         if field.name in supported or field.name in _IDENTITY:
-            continue
-        if field.name in _ASKS_FOR_NOTHING and value == _ASKS_FOR_NOTHING[field.name]:
             continue
         raise UnsupportedOptionError(field.name, f"the {engine} engine does not support it")
     unknown = UnknownFieldSet(request)
@@ -137,14 +126,16 @@ def typed_request(
     )
     tokens = _kept_prompt(request, prompt, facts)
     n = given.get("n", 1)
+    beams = _beams(request, given)
     return GenerationRequest(
         key=key,
         request_id=request_id,
         prompt=tokens,
-        sampling=_sampling(request, given, bad_words, facts),
+        sampling=_sampling(request, given, bad_words, facts, beams),
         stopping=_stopping(request, given, len(tokens), facts),
         n=n,
-        best_of=_best_of(given, n),
+        best_of=_best_of(given, n, beams),
+        beams=beams,
         echo=request.echo,
         skip_special_tokens=given.get("skip_special_tokens", True),
         return_token_ids=request.return_token_ids,
@@ -158,10 +149,28 @@ def typed_request(
     )
 
 
-def _best_of(given: Mapping[str, Any], n: int) -> int:
+def _beams(request: StreamGenerateRequest, given: Mapping[str, Any]) -> Beams | None:
+    count, penalty = given.get("num_beams", 1), given.get("length_penalty", 1.0)
+    _require(1 <= count <= MAX_COMPLETIONS, "num_beams", f"must be from 1 to {MAX_COMPLETIONS}")
+    _require(-2 <= penalty <= 2, "length_penalty", "must be from -2 to 2")
+    if count == 1:
+        only = "goes with num_beams above 1 only"
+        _require(penalty == 1, "length_penalty", only)
+        _require(not request.early_stopping, "early_stopping", only)
+        return None
+    _require(not request.stop, "stop", "beams end at tokens only; give stop_token_ids")
+    for field in ("logprobs", "top_logprobs"):
+        _require(not given.get(field), field, "beam search does not tell them")
+    return Beams(count, penalty, request.early_stopping)
+
+
+def _best_of(given: Mapping[str, Any], n: int, beams: Beams | None) -> int:
     best_of: int = given.get("best_of", n)
-    _require(1 <= n <= _MAX_COMPLETIONS, "n", f"must be from 1 to {_MAX_COMPLETIONS}")
-    _require(n <= best_of <= _MAX_COMPLETIONS, "best_of", f"must be from n to {_MAX_COMPLETIONS}")
+    _require(1 <= n <= MAX_COMPLETIONS, "n", f"must be from 1 to {MAX_COMPLETIONS}")
+    if beams is not None:
+        _require(n <= beams.count, "n", f"at most num_beams, which is {beams.count}")
+        _require(best_of == n, "best_of", "beam search already gives the n best of num_beams")
+    _require(n <= best_of <= MAX_COMPLETIONS, "best_of", f"must be from n to {MAX_COMPLETIONS}")
     return best_of
 
 
@@ -204,10 +213,11 @@ def _sampling(
     given: Mapping[str, Any],
     bad_words: Sequence[Sequence[int]],
     facts: ModelFacts,
+    beams: Beams | None,
 ) -> Sampling:
     defaults = facts.defaults
     sampling = Sampling(
-        do_sample=_do_sample(given, defaults),
+        do_sample=_do_sample(given, defaults, beams),
         temperature=given.get("temperature", defaults.temperature),
         top_k=given.get("top_k", defaults.top_k),
         top_p=given.get("top_p", defaults.top_p),
@@ -276,11 +286,17 @@ def _bad_words(
     return tuple(map(tuple, token_ids))
 
 
-def _do_sample(given: Mapping[str, Any], defaults: SamplingDefaults) -> bool:
+def _do_sample(given: Mapping[str, Any], defaults: SamplingDefaults, beams: Beams | None) -> bool:
     greedy = given.get("temperature", defaults.temperature) == 0
     samples = [
         name for name in _SAMPLES if name in given and not (name == "temperature" and greedy)
     ]
+    if beams is not None:
+        asked = samples if given.get("temperature") != 0 else []
+        asked = asked + (["do_sample"] if given.get("do_sample") else [])
+        if asked:
+            raise InvalidArgumentError(asked[0], "beam search does not sample")
+        return False
     if "do_sample" not in given:
         return not greedy and (bool(samples) or defaults.do_sample)
     if given["do_sample"]:

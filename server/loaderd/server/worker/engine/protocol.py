@@ -73,6 +73,21 @@ class Stopping:
 
 
 @dataclass(frozen=True, slots=True)
+class Beams:
+    """How to search with beams.
+
+    Attributes:
+        count: Of the beams; at least 2.
+        length_penalty: Exponent of the length by which a score is divided.
+        early_stopping: Whether to end as soon as `count` outputs have ended.
+    """
+
+    count: int
+    length_penalty: float
+    early_stopping: bool
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One valid request.
 
@@ -83,7 +98,9 @@ class GenerationRequest:
         sampling: How tokens are chosen.
         stopping: When to end.
         n: Completions that the client gets.
-        best_of: Completions that are made, of which the `n` best are given; at least `n`.
+        best_of: Completions that are made, of which the `n` best are given; at least `n`, and no
+            more with beams.
+        beams: How to search; None for one token after the other.
         echo: Whether the text begins with the prompt.
         skip_special_tokens: Whether special tokens are left out of the text.
         return_token_ids: Whether the answer has token ids beside the text.
@@ -103,6 +120,7 @@ class GenerationRequest:
     stopping: Stopping
     n: int
     best_of: int
+    beams: Beams | None
     echo: bool
     skip_special_tokens: bool
     return_token_ids: bool
@@ -112,6 +130,11 @@ class GenerationRequest:
     cache_salt: str
     bypass_prefix_cache: bool
     arrived: float
+
+    @property
+    def sequences(self) -> int:
+        """Token sequences that are computed for it, side by side where the engine can."""
+        return self.beams.count if self.beams else self.best_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import math
 import threading
-import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from transformers import (
@@ -22,25 +21,28 @@ from transformers import (
 
 from loaderd.server.errors import DeviceMemoryError, LoaderdError
 from loaderd.server.worker import devices
-from loaderd.server.worker.engine.batching.sampler import BatchSampler
-from loaderd.server.worker.engine.clock import Clock
-from loaderd.server.worker.engine.completion import Completion, Tokenizer
-from loaderd.server.worker.engine.protocol import Emit, GenerationRequest, SampledToken
-from loaderd.server.worker.engine.supported import ALONE
-from loaderd.server.worker.failures import error_message, incident
-from loaderd.v1.generation_pb2 import (
-    Finish,
-    FinishReason,
-    GenerationDelta,
-    GenerationFinished,
-    GenerationStarted,
-    Usage,
+from loaderd.server.worker.engine.batching.beam_job import BeamJob
+from loaderd.server.worker.engine.batching.job import Job, Row
+from loaderd.server.worker.engine.batching.sampler import (
+    MOST_LOGPROBS,
+    BatchSampler,
+    prompt_logprobs,
 )
-from loaderd.worker.v1.worker_pb2 import Output
+from loaderd.server.worker.engine.batching.scheduler import Capacity
+from loaderd.server.worker.engine.completion import Tokenizer
+from loaderd.server.worker.engine.parameters import MAX_COMPLETIONS
+from loaderd.server.worker.engine.protocol import Emit, GenerationRequest
+from loaderd.server.worker.engine.reception import Admitted, Reception
+from loaderd.server.worker.engine.supported import HONOURED
+from loaderd.server.worker.failures import incident
+from loaderd.v1.generation_pb2 import FinishReason
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 5.0
+_MEMORY_TOKENS = 2**62
+"""There is no bound that is known before a request fails for lack of memory."""
+_MAX_QUEUE = 1024
 
 _PLAIN_DECODING: dict[str, Any] = {
     "num_beams": 1,
@@ -53,56 +55,85 @@ _PLAIN_DECODING: dict[str, Any] = {
     "dola_layers": None,
     "prompt_lookup_num_tokens": None,
     "cache_implementation": None,
-    # The sampler does these.
+    # The choosers do these.
     "do_sample": False,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "min_new_tokens": 0,
+    "eos_token_id": None,
+    # Never used, for nothing is padded; unset, it draws a warning.
+    "pad_token_id": 0,
 }
 """Against a model's own generation config that wants another mode of decoding, or a limit."""
 
 
-class _Chooser(LogitsProcessor):  # type: ignore[misc]  # transformers has no types here
-    """Makes `generate` go on with the token that the sampler chooses.
+class _Chooser(Protocol):
+    """Makes `generate` go on with what the engines' common code chooses.
 
     So the engines choose alike: a request with a seed gets the same tokens from each.
-
-    Attributes:
-        chosen: The last one.
     """
 
-    def __init__(self, request: GenerationRequest) -> None:
-        self.chosen = SampledToken(-1)
-        self._sampler = BatchSampler()
-        self._sampler.admit(request.key, request)
-        self._key = request.key
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last token has come."""
 
-    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Leaves one token that may come.
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Takes the next token, and leaves what `generate` is to choose.
 
         Raises:
-            LoaderdError: None may.
+            LoaderdError: It cannot go on.
         """
-        (outcome,) = self._sampler.sample(scores.float(), [self._key])
+
+
+class _TokenChooser(LogitsProcessor):  # type: ignore[misc]  # transformers has no types here
+    """Of one completion; see `_Chooser`."""
+
+    def __init__(self, job: Job, row: Row) -> None:
+        self._job = job
+        self._row = row
+        self._sampler = BatchSampler()
+        self._sampler.admit(row.key, row.request)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._row.has_ended
+
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        (outcome,) = self._sampler.sample(scores.float(), [self._row.key])
         if isinstance(outcome, LoaderdError):
             raise outcome
-        self.chosen = outcome
+        self._job.push(self._row, outcome)
         only = torch.full_like(scores, -math.inf)
         only[0, outcome.token_id] = 0
         return only
 
 
-@dataclass
-class _Job:
-    """A request that waits or runs."""
+class _BeamChooser(LogitsProcessor):  # type: ignore[misc]  # transformers has no types here
+    """Of a beam search; see `_Chooser`.
 
-    request: GenerationRequest
-    clock: Clock
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    `generate` keeps a beam's score, adds what this gives and takes the best sums. They are made to
+    be the new beams' places, negated: so it takes these and no others, in their order.
+    """
+
+    def __init__(self, job: BeamJob) -> None:
+        self._job = job
+        self._running = 1  # Before the first step all of its rows are the prompt.
+
+    @property
+    def has_ended(self) -> bool:
+        return all(row.has_ended for row in self._job.rows)
+
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = self._job.advance(scores[: self._running])
+        self._running = len(chosen)
+        only = torch.full_like(scores, -math.inf)
+        for place, candidate in enumerate(chosen):
+            only[candidate.parent, candidate.token_id] = candidate.parent - place
+        return only
 
 
 class SequentialEngine:
-    """Serves requests in the order of their arrival, each alone.
+    """Serves requests one after the other, and the completions of each one alike.
 
     Args:
         model: Any model with `generate`.
@@ -113,7 +144,7 @@ class SequentialEngine:
     """
 
     name = "sequential"
-    supported_parameters = ALONE
+    supported_parameters = HONOURED
 
     def __init__(
         self,
@@ -124,163 +155,134 @@ class SequentialEngine:
         on_death: Callable[[], None],
     ) -> None:
         self._model = model
-        self._takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
+        self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._tokenizer = tokenizer
         self._model_name = model_name
-        self._emit = emit
         self._on_death = on_death
-        self._waiting: deque[_Job] = deque()
-        self._running: _Job | None = None
-        self._closed = False
-        self._changed = threading.Condition()
+        self._reception = Reception(
+            Capacity(MAX_COMPLETIONS, _MEMORY_TOKENS, MAX_COMPLETIONS * _MEMORY_TOKENS, _MAX_QUEUE),
+            model_name,
+            emit,
+            send=lambda output: emit([output]),
+        )
+        self._row_keys = itertools.count()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queues a request."""
-        job = _Job(request, Clock(request.arrived))
-        with self._changed:
-            if not self._closed:
-                self._waiting.append(job)
-                self._changed.notify()
-                return
-        self._end_unserved(job)
+        """Queues a request.
+
+        Raises:
+            QueueFullError: Too many wait.
+        """
+        self._reception.submit(request)
 
     def cancel(self, key: int) -> None:
         """Ends a request before its next token."""
-        with self._changed:
-            if self._running is not None and self._running.request.key == key:
-                self._running.cancelled.set()
-            found = [job for job in self._waiting if job.request.key == key]
-            for job in found:
-                self._waiting.remove(job)
-        for job in found:
-            self._end_unserved(job)
+        self._reception.cancel(key)
 
     def close(self) -> None:
         """Cancels all requests and ends the engine's thread."""
-        with self._changed:
-            self._closed = True
-            left = list(self._waiting)
-            self._waiting.clear()
-            if self._running is not None:
-                self._running.cancelled.set()
-            self._changed.notify()
-        for job in left:
-            self._end_unserved(job)
+        self._reception.close()
         self._thread.join(_CLOSE_SECONDS)
 
     def _run(self) -> None:
         try:
-            while (job := self._next()) is not None:
-                failure = self._serve(job)
-                if failure is not None:
-                    self._output(job, error=error_message(failure))
-                    devices.release_cached_memory()
+            while (admitted := self._reception.admit(busy=False, most=1)) is not None:
+                for turn in admitted:
+                    self._serve(turn)
         except BaseException:
             # A process whose engine is dead must not look alive: the daemon tells all clients.
             logger.critical("the engine failed; the worker ends", exc_info=True)
             self._on_death()
 
-    def _next(self) -> _Job | None:
-        with self._changed:
-            self._running = None
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            if not self._waiting:
-                return None
-            self._running = self._waiting.popleft()
-            return self._running
-
-    def _serve(self, job: _Job) -> LoaderdError | None:
-        """Generates up to the last output; gives the error that takes its place, if any."""
-        request = job.request
-        job.clock.turn = time.monotonic()
-        try:
-            completion = Completion(request, self._tokenizer)
-            self._start(job)
-            self._show(job, completion.echo())
-            self._generate(job, completion)
-            if completion.finish is None:
-                self._show(job, completion.close(FinishReason.FINISH_REASON_LENGTH))
-        except LoaderdError as error:
-            return error
-        except Exception as error:
-            if devices.is_out_of_memory(error):
-                logger.warning("request %s: out of memory", request.request_id)
-                return DeviceMemoryError(self._model_name)
-            if devices.is_broken(error):
-                raise
-            return incident(error, f"generating for request {request.request_id}")
-        self._finish(job, completion.finish, completion.generated_tokens)
-        return None
-
-    def _generate(self, job: _Job, completion: Completion) -> None:
-        request, clock, chooser = job.request, job.clock, _Chooser(job.request)
-        seconds = request.stopping.max_seconds
-        deadline = time.monotonic() + (math.inf if seconds is None else seconds)
-
-        # A stopping criterion sees each token before the next one is computed; a streamer gets
-        # it after the decision to go on.
-        def take(input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-            if completion.finish is None:
-                clock.token()
-                self._show(job, completion.push(chooser.chosen))
-            if completion.finish is None and job.cancelled.is_set():
-                self._show(job, completion.close(FinishReason.FINISH_REASON_CANCELLED))
-            if completion.finish is None and time.monotonic() >= deadline:
-                self._show(job, completion.close(FinishReason.FINISH_REASON_TIME))
-            return torch.full((1,), completion.finish is not None, device=input_ids.device)
-
-        prompt = torch.tensor([request.prompt], device=self._model.device)
-        mask = {"attention_mask": torch.ones_like(prompt)} if self._takes_mask else {}
-        with torch.inference_mode():
-            self._model.generate(
-                prompt,
-                logits_processor=LogitsProcessorList([chooser]),
-                stopping_criteria=StoppingCriteriaList([take]),
-                **mask,
-                **_arguments(request),
-            )
-
-    def _start(self, job: _Job) -> None:
-        started = GenerationStarted(
-            request_id=job.request.request_id,
-            prompt_tokens=len(job.request.prompt),
-            seed=job.request.sampling.seed,
-        )
-        self._output(job, started=started)
-
-    def _show(self, job: _Job, delta: GenerationDelta | None) -> None:
-        if delta is not None:
-            self._output(job, delta=delta)
-
-    def _finish(self, job: _Job, finish: Finish | None, generated: int) -> None:
-        finished = GenerationFinished(
-            finishes=[finish] if finish else [],
-            usage=Usage(prompt_tokens=len(job.request.prompt), generated_tokens=generated),
-            timings=job.clock.timings(),
-            seed=job.request.sampling.seed,
-        )
-        self._output(job, finished=finished)
+    def _serve(self, turn: Admitted) -> None:
+        """Generates up to the last output."""
+        job, _ = turn
+        failure = self._failure(turn)
+        self._reception.end(job.request.key)
+        if failure is not None:
+            job.fail(failure)
+            devices.release_cached_memory()
+            return
+        job.finish()
         logger.info(
             "request %s: %d prompt tokens, %d generated",
             job.request.request_id,
             len(job.request.prompt),
-            generated,
+            job.generated_tokens,
         )
 
-    def _end_unserved(self, job: _Job) -> None:
-        self._finish(job, Finish(reason=FinishReason.FINISH_REASON_CANCELLED), generated=0)
+    def _failure(self, turn: Admitted) -> LoaderdError | None:
+        """Generates all completions; gives the error that takes their place, if any."""
+        job, slots = turn
+        try:
+            job.begin(slots, self._row_keys, self._tokenizer)
+            with torch.inference_mode():
+                self._generate_all(job)
+        except LoaderdError as error:
+            return error
+        except Exception as error:
+            request_id = job.request.request_id
+            if devices.is_out_of_memory(error):
+                logger.warning("request %s: out of memory", request_id)
+                return DeviceMemoryError(self._model_name)
+            if devices.is_broken(error):
+                raise
+            return incident(error, f"generating for request {request_id}")
+        return None
 
-    def _output(self, job: _Job, **event: Any) -> None:
-        self._emit([Output(key=job.request.key, **event)])
+    def _generate_all(self, job: Job) -> None:
+        prompt = torch.tensor([job.request.prompt], device=self._model.device)
+        mask = (
+            {"attention_mask": torch.ones_like(prompt)} if "attention_mask" in self._takes else {}
+        )
+        if job.request.prompt_logprobs is not None:
+            self._tell_prompt(job, self._model(prompt, **mask).logits[0])
+        job.echo()
+        if isinstance(job, BeamJob):
+            beams = {"num_beams": len(job.rows), "use_cache": self._can_reorder}
+            self._generate(job, _BeamChooser(job), prompt, mask | beams)
+            return
+        for place, row in enumerate(job.rows):
+            if place and job.is_late:
+                job.stop(FinishReason.FINISH_REASON_TIME)
+            if not row.has_ended:
+                self._generate(job, _TokenChooser(job, row), prompt, mask)
 
+    @cached_property
+    def _can_reorder(self) -> bool:
+        """Whether what the model keeps of the tokens before can follow beams that change places.
 
-def _arguments(request: GenerationRequest) -> dict[str, Any]:
-    """The request in terms of `generate`; what it leaves out is the model's own default."""
-    return _PLAIN_DECODING | {
-        "max_new_tokens": request.stopping.max_new_tokens,
-        "eos_token_id": list(request.stopping.eos_token_ids) or None,
-        # Never used, for nothing is padded; unset, it draws a warning.
-        "pad_token_id": 0,
-    }
+        Where it cannot, all tokens of a beam are computed in every step.
+        """
+        if "use_cache" not in self._takes:
+            return False
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self._model.device)
+        kept = self._model(token, use_cache=True).values()
+        return any(hasattr(value, "reorder_cache") for value in kept)
+
+    def _tell_prompt(self, job: Job, logits: torch.Tensor) -> None:
+        prompt = job.request.prompt
+        for begin in range(0, len(prompt) - 1, MOST_LOGPROBS):
+            following = prompt[begin + 1 : begin + 1 + MOST_LOGPROBS]
+            before = logits[begin : begin + len(following)].float()
+            tokens = prompt_logprobs(before, following, job.request.prompt_logprobs or 0)
+            job.tell_prompt(self._tokenizer.logprobs(tokens))
+
+    def _generate(
+        self, job: Job, chooser: _Chooser, prompt: torch.Tensor, options: dict[str, Any]
+    ) -> None:
+        # A stopping criterion is asked after each token, before the next one is computed.
+        def is_enough(input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+            if not chooser.has_ended and (job.cancelled or self._reception.closed):
+                job.stop(FinishReason.FINISH_REASON_CANCELLED)
+            self._reception.tell_places()
+            return torch.full(input_ids.shape[:1], chooser.has_ended, device=input_ids.device)
+
+        self._model.generate(
+            prompt,
+            logits_processor=LogitsProcessorList([chooser]),
+            stopping_criteria=StoppingCriteriaList([is_enough]),
+            **_PLAIN_DECODING | {"max_new_tokens": job.request.stopping.max_new_tokens} | options,
+        )

@@ -1,12 +1,13 @@
-"""Fields of StreamGenerateRequest that the engines honour."""
+"""Fields of StreamGenerateRequest that every engine honours."""
 
-ALONE = frozenset(
+HONOURED = frozenset(
     {
         "text",
         "token_ids",
         "messages",
         "add_special_tokens",
         "truncate_prompt_tokens",
+        "priority",
         "do_sample",
         "temperature",
         "top_k",
@@ -14,6 +15,8 @@ ALONE = frozenset(
         "min_p",
         "typical_p",
         "seed",
+        "n",
+        "best_of",
         "repetition_penalty",
         "presence_penalty",
         "frequency_penalty",
@@ -33,16 +36,12 @@ ALONE = frozenset(
         "return_token_ids",
         "logprobs",
         "top_logprobs",
+        "prompt_logprobs",
+        "num_beams",
+        "length_penalty",
+        "early_stopping",
+        "bypass_prefix_cache",
+        "cache_salt",
     }
 )
-"""Those that make sense for one request at a time: every engine's."""
-
-BATCHED = ALONE | {
-    "priority",
-    "n",
-    "best_of",
-    "prompt_logprobs",
-    "bypass_prefix_cache",
-    "cache_salt",
-}
-"""Those of the batching engine."""
+"""An engine without a prefix cache honours the last two by doing nothing."""

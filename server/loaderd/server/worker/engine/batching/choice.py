@@ -83,7 +83,7 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], keys: Sequence[int]) -> 
     for width in (*(width for width in _WIDTHS if width < vocabulary), vocabulary):
         rows = sent(torch.tensor(left), logits.device)
         scores, those, own = _rows(logits, rows), limits.rows(left, rows), _rows(row_keys, rows)
-        values, candidates = _highest(scores, width)
+        values, candidates = highest(scores, width)
         total = scores.logsumexp(-1, keepdim=True)
         kept, holds = _limit(values, total, those)
         best_score, winner = (kept + _noise(own, candidates)).max(-1, keepdim=True)
@@ -120,8 +120,16 @@ def _shifted(bits: Tensor, count: int) -> Tensor:
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
-def _highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The highest values of each row, best first, and their columns."""
+def highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The highest values of each row, best first, and their columns.
+
+    Args:
+        scores: [rows, columns].
+        count: At most the columns.
+
+    Returns:
+        Both [rows, count].
+    """
     if scores.device.type != "cpu":
         values, columns = scores.topk(count)
         return values, columns
@@ -216,7 +224,7 @@ def _untypical(scores: Tensor, mass: Tensor) -> Tensor:
     logprobs = scores.log_softmax(-1)
     probabilities = logprobs.exp()
     entropy = -(logprobs * probabilities).nansum(-1, keepdim=True)
-    certainty, order = _highest(-(logprobs + entropy).abs(), scores.shape[1])
+    certainty, order = highest(-(logprobs + entropy).abs(), scores.shape[1])
     sums = probabilities.gather(1, order).cumsum(-1)
     last = (sums < mass).sum(-1, keepdim=True).clamp(max=scores.shape[1] - 1)
     cut = certainty < certainty.gather(1, last)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -12,33 +11,32 @@ from dataclasses import dataclass
 
 import torch
 
-from loaderd.server.errors import (
-    DeviceMemoryError,
-    InvalidArgumentError,
-    LoaderdError,
-    QueueFullError,
-)
+from loaderd.server.errors import DeviceMemoryError, LoaderdError
 from loaderd.server.worker import devices
+from loaderd.server.worker.engine.batching.beam_job import BeamJob
 from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.job import Job, Row
 from loaderd.server.worker.engine.batching.memory import Memory
 from loaderd.server.worker.engine.batching.pace import Pace
 from loaderd.server.worker.engine.batching.runner import Runner
-from loaderd.server.worker.engine.batching.sampler import BatchSampler, prompt_logprobs
-from loaderd.server.worker.engine.batching.scheduler import Capacity, Piece, Scheduler, Ticket
+from loaderd.server.worker.engine.batching.sampler import (
+    MOST_LOGPROBS,
+    BatchSampler,
+    prompt_logprobs,
+)
+from loaderd.server.worker.engine.batching.scheduler import Capacity, Piece
 from loaderd.server.worker.engine.batching.transfer import sent
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.protocol import Emit, GenerationRequest
-from loaderd.server.worker.engine.supported import BATCHED
+from loaderd.server.worker.engine.reception import Reception
+from loaderd.server.worker.engine.supported import HONOURED
 from loaderd.server.worker.failures import incident
+from loaderd.v1.generation_pb2 import FinishReason
 from loaderd.worker.v1.worker_pb2 import Output
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 5.0
-_TELL_SECONDS = 0.5
-_MOST_LOGPROBS = 64
-"""Prompt tokens of one request whose logits, each as long as the vocabulary, are made at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,7 @@ class BatchingEngine:
     """
 
     name = "batching"
-    supported_parameters = BATCHED
+    supported_parameters = HONOURED
 
     def __init__(
         self,
@@ -90,20 +88,15 @@ class BatchingEngine:
         self._runner = runner
         self._memory = memory
         self._sampler = sampler
-        self._capacity = capacity
         self._tokenizer = tokenizer
         self._model_name = model_name
         self._emit = emit
         self._on_death = on_death
-        self._scheduler = Scheduler(capacity)
-        self._pace = Pace()
-        self._jobs: dict[int, Job] = {}
-        self._running: dict[int, Job] = {}
         self._outputs: list[Output] = []
+        self._reception = Reception(capacity, model_name, emit, self._outputs.append)
+        self._pace = Pace()
+        self._running: dict[int, Job] = {}
         self._row_keys = itertools.count()
-        self._told = -math.inf
-        self._closed = False
-        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -114,58 +107,16 @@ class BatchingEngine:
             InvalidArgumentError: It needs more memory than the engine has.
             QueueFullError: Too many wait.
         """
-        ticket = Ticket(
-            key=request.key,
-            client="",
-            priority=request.priority,
-            arrived=request.arrived,
-            prompt_tokens=len(request.prompt),
-            new_tokens=request.stopping.max_new_tokens,
-            completions=request.best_of,
-        )
-        self._check_size(ticket)
-        with self._changed:
-            if not self._closed:
-                if self._scheduler.is_full:
-                    raise QueueFullError(self._model_name, self._capacity.queue)
-                self._jobs[request.key] = Job(request, self._outputs.append)
-                self._scheduler.submit(ticket)
-                self._changed.notify()
-                return
-        self._emit([Job(request, self._outputs.append).unserved()])
+        self._reception.submit(request)
 
     def cancel(self, key: int) -> None:
         """Ends a request: at once if it waits, else at the end of the step."""
-        with self._changed:
-            job = self._jobs.get(key)
-            if job is None:
-                return
-            job.cancelled = True
-            if not self._scheduler.withdraw(key):
-                return
-            del self._jobs[key]
-        self._emit([job.unserved()])
+        self._reception.cancel(key)
 
     def close(self) -> None:
         """Cancels all requests and ends the engine's thread."""
-        with self._changed:
-            self._closed = True
-            waiting = [key for key in self._jobs if self._scheduler.withdraw(key)]
-            jobs = [self._jobs.pop(key) for key in waiting]
-            self._changed.notify()
-        if jobs:
-            self._emit([job.unserved() for job in jobs])
+        self._reception.close()
         self._thread.join(_CLOSE_SECONDS)
-
-    def _check_size(self, ticket: Ticket) -> None:
-        if not self._scheduler.can_ever_run(ticket):
-            capacity = self._capacity
-            raise InvalidArgumentError(
-                "max_new_tokens",
-                f"the prompt and {ticket.new_tokens} more for each of {ticket.completions} "
-                f"completions need {ticket.tokens} tokens in memory; there is room for "
-                f"{capacity.slot_tokens} each and {capacity.tokens} in all",
-            )
 
     def _run(self) -> None:
         try:
@@ -183,33 +134,20 @@ class BatchingEngine:
 
     def _admit(self) -> bool:
         """Waits for something to do and takes in whose turn it is; false when it is over."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._running or self._scheduler.waiting)
-            if self._closed:
-                return False
-            admitted = [(self._jobs[key], slots) for key, slots in self._scheduler.admit()]
-            self._tell_positions()
+        admitted = self._reception.admit(busy=bool(self._running))
+        if admitted is None:
+            return False
+        self._reception.tell_places()
         for job, slots in admitted:
             self._running[job.request.key] = job
             try:
                 job.begin(slots, self._row_keys, self._tokenizer)
-                for row in job.rows:
-                    self._sampler.admit(row.key, row.request)
+                if not isinstance(job, BeamJob):
+                    for row in job.rows:
+                        self._sampler.admit(row.key, row.request)
             except Exception as error:
                 self._fail(job, error, "starting")
         return True
-
-    def _tell_positions(self) -> None:
-        """Not at every step: there may be many who wait."""
-        now = time.monotonic()
-        if self._scheduler.waiting and now >= self._told + _TELL_SECONDS:
-            self._told = now
-            told = (
-                self._jobs[key].told(place) for place, key in enumerate(self._scheduler.order())
-            )
-            # At once, with the lock held: nothing may follow what cancels a request.
-            if outputs := [output for output in told if output]:
-                self._emit(outputs)
 
     def _step(self) -> None:
         begin = time.monotonic()
@@ -230,8 +168,7 @@ class BatchingEngine:
             _Work(row.job, row, Feed(row.slot, row.length, row.token_ids[-1:], wants=1))
             for row in rows
         ]
-        with self._changed:
-            pieces = self._scheduler.pieces(self._pace.budget(len(rows)))
+        pieces = self._reception.pieces(self._pace.budget(len(rows)))
         return work + [self._prompt_work(piece) for piece in pieces]
 
     def _prompt_work(self, piece: Piece) -> _Work:
@@ -242,7 +179,7 @@ class BatchingEngine:
         end = min(row.length + piece.count, len(prompt))
         wants = int(end == len(prompt))
         if job.request.prompt_logprobs is not None:
-            end = min(end, row.length + _MOST_LOGPROBS)
+            end = min(end, row.length + MOST_LOGPROBS)
             wants = end - row.length
         return _Work(job, row, Feed(row.slot, row.length, prompt[row.length : end], wants))
 
@@ -285,15 +222,16 @@ class BatchingEngine:
         if rows:
             if places != list(range(len(logits))):
                 logits = logits.index_select(0, sent(torch.tensor(places), logits.device))
-            self._sample(logits, rows)
+            self._choose(logits, rows)
 
     def _advance_prompt(self, one: _Work) -> list[Row]:
         """Gives the rows that go on from here: all of the request when its prompt is computed."""
-        with self._changed:
-            self._scheduler.computed(one.job.request.key, one.end)
+        self._reception.computed(one.job.request.key, one.end)
         if one.end < len(one.job.request.prompt):
             return []
         self._memory.keep_prefix(one.row)
+        if isinstance(one.job, BeamJob):
+            return one.job.beams
         self._memory.fork(one.row)
         one.job.echo()
         return one.job.rows
@@ -304,6 +242,31 @@ class BatchingEngine:
         if top is not None and following:
             tokens = prompt_logprobs(logits[: len(following)], following, top)
             one.job.tell_prompt(self._tokenizer.logprobs(tokens))
+
+    def _choose(self, logits: torch.Tensor, rows: list[Row]) -> None:
+        """Chooses what each row goes on with: a beam among all of its job, others by themselves."""
+        for job in dict.fromkeys(row.job for row in rows):
+            if isinstance(job, BeamJob):
+                self._search(job, logits[[rows.index(row) for row in job.beams]])
+        places = [place for place, row in enumerate(rows) if not isinstance(row.job, BeamJob)]
+        if len(places) == len(rows):
+            self._sample(logits, rows)
+        elif places:
+            self._sample(logits[places], [rows[place] for place in places])
+
+    def _search(self, job: BeamJob, logits: torch.Tensor) -> None:
+        try:
+            job.place(job.advance(logits), self._memory.follow)
+        except LoaderdError as error:
+            self._end(job, error)
+            return
+        except Exception as error:
+            self._fail(job, error, "searching")
+            return
+        if all(row.has_ended for row in job.rows):
+            for row in job.rows:
+                self._retire(row)
+            self._finish(job)
 
     def _sample(self, logits: torch.Tensor, rows: list[Row]) -> None:
         try:
@@ -333,8 +296,7 @@ class BatchingEngine:
         """Frees what an ended completion holds."""
         self._sampler.retire(row.key)
         self._memory.free(row)
-        with self._changed:
-            self._scheduler.release(row.job.request.key, row.slot)
+        self._reception.release(row.job.request.key, row.slot)
 
     def _finish(self, job: Job) -> None:
         self._forget(job)
@@ -344,12 +306,12 @@ class BatchingEngine:
             job.request.request_id,
             len(job.request.prompt),
             job.cached,
-            sum(row.completion.generated_tokens for row in job.rows),
+            job.generated_tokens,
         )
 
     def _cancel(self, job: Job) -> None:
         live = [row for row in job.rows if not row.has_ended]
-        job.cancel()
+        job.stop(FinishReason.FINISH_REASON_CANCELLED)
         for row in live:
             self._retire(row)
         self._finish(job)
@@ -378,19 +340,15 @@ class BatchingEngine:
             self._sampler.retire(row.key)
             if not row.has_ended:  # else its slot may be another's by now
                 self._memory.wipe(row)
-        with self._changed:
-            self._scheduler.end(job.request.key)
         self._forget(job)
         job.fail(failure)
 
     def _forget(self, job: Job) -> None:
-        with self._changed:
-            del self._jobs[job.request.key]
+        self._reception.end(job.request.key)
         del self._running[job.request.key]
 
     def _close_a_hole(self) -> None:
-        with self._changed:
-            move = self._scheduler.move()
+        move = self._reception.move()
         if move is None:
             return
         source, target = move

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
@@ -48,6 +49,14 @@ class TokenCounts:
         self._token_ids[place] = token_id
         self._counts[place] += 1
 
+    def fork(self) -> TokenCounts:
+        """The same, to count on apart."""
+        other = copy.copy(self)
+        other._places = self._places.copy()
+        other._token_ids = self._token_ids.copy()
+        other._counts = self._counts.copy()
+        return other
+
 
 class ForbiddenRuns:
     """Runs of tokens that may not come, found by what stands before their last token."""
@@ -70,6 +79,13 @@ class ForbiddenRuns:
                 before = tuple(token_ids[len(token_ids) - length :])
                 found |= self._last_tokens.get(before, set())
         return found
+
+    def fork(self) -> ForbiddenRuns:
+        """The same, to add to apart."""
+        other = ForbiddenRuns()
+        other._last_tokens = {before: last.copy() for before, last in self._last_tokens.items()}
+        other._lengths = self._lengths.copy()
+        return other
 
 
 class History:
@@ -134,6 +150,14 @@ class History:
             self.counts.add(token_id)
         if 0 < self._size <= len(self._tokens):
             self._runs.add(self._tokens[-self._size :])
+
+    def fork(self) -> History:
+        """The same, to go on with other tokens."""
+        other = copy.copy(self)
+        other.counts = self.counts and self.counts.fork()
+        other._runs = self._runs.fork()
+        other._tokens = self._tokens.copy()
+        return other
 
     def forbidden_ids(self) -> TokenIds:
         """Tokens that may not come next, whatever `allowed_ids` says."""

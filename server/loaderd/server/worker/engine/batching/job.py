@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -57,7 +58,9 @@ class Row:
     @property
     def is_decoding(self) -> bool:
         """Whether it has a token that the model has not seen yet, and goes on."""
-        return self.length >= len(self.job.request.prompt) and not self.has_ended
+        return len(self.job.request.prompt) <= self.length < len(self.token_ids) and (
+            not self.has_ended
+        )
 
     @property
     def has_ended(self) -> bool:
@@ -66,8 +69,16 @@ class Row:
 
     @property
     def score(self) -> float:
-        """Mean log probability of its tokens."""
-        return self.logprob / max(self.completion.generated_tokens, 1)
+        """Mean log probability of its tokens; none is worse than any."""
+        count = self.completion.generated_tokens
+        return self.logprob / count if count else -math.inf
+
+    def common(self, other: Row) -> int:
+        """Tokens that it begins with as the other one does, and whose keys and values it has."""
+        ends = range(1, min(self.length, other.length) + 1)
+        return bisect_left(
+            ends, True, key=lambda end: self.token_ids[:end] != other.token_ids[:end]
+        )
 
 
 class Job:
@@ -95,11 +106,21 @@ class Job:
         self._position: int | None = None
         self._deadline = math.inf
 
+    @property
+    def generated_tokens(self) -> int:
+        """Of all its completions, those that are not the best included."""
+        return sum(row.completion.generated_tokens for row in self.rows)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its time is over."""
+        return time.monotonic() >= self._deadline
+
     def begin(self, slots: tuple[int, ...], keys: Iterator[int], tokenizer: Tokenizer) -> None:
         """Its turn has come.
 
         Args:
-            slots: One for each of its completions.
+            slots: One for each sequence that is computed for it.
             keys: For the sampler.
             tokenizer: For the completions.
         """
@@ -149,28 +170,23 @@ class Job:
         row.logprob += token.logprob or 0.0
         index = self.rows.index(row)
         self._show(index, row, row.completion.push(token))
-        if not row.has_ended and time.monotonic() >= self._deadline:
+        if not row.has_ended and self.is_late:
             self._show(index, row, row.completion.close(FinishReason.FINISH_REASON_TIME))
 
-    def cancel(self) -> None:
+    def stop(self, reason: FinishReason.ValueType) -> None:
         """Ends the completions that go on."""
         for index, row in enumerate(self.rows):
             if not row.has_ended:
-                self._show(index, row, row.completion.close(FinishReason.FINISH_REASON_CANCELLED))
+                self._show(index, row, row.completion.close(reason))
 
     def finish(self) -> None:
         """Sends the last output; every completion has ended."""
-        request = self.request
-        best = sorted(self.rows, key=lambda row: -row.score)[: request.n]
-        if request.best_of > request.n:
-            for index, row in enumerate(best):
-                for delta in row.held:
-                    delta.index = index
-                    self._send(Output(key=self.request.key, delta=delta))
-        else:
-            best = self.rows
-        generated = sum(row.completion.generated_tokens for row in self.rows)
-        self._send(self._finished([row.completion.finish for row in best], generated))
+        best = self._best()
+        for index, row in enumerate(best):
+            for delta in row.held:
+                delta.index = index
+                self._send(Output(key=self.request.key, delta=delta))
+        self._send(self._finished([row.completion.finish for row in best], self.generated_tokens))
 
     def unserved(self) -> Output:
         """The last output of a request that was cancelled before its turn."""
@@ -181,6 +197,12 @@ class Job:
         """Sends an error as the last output."""
         self.has_ended = True
         self._send(Output(key=self.request.key, error=error_message(error)))
+
+    def _best(self) -> list[Row]:
+        """The completions that the client gets."""
+        if self.request.best_of == self.request.n:
+            return self.rows
+        return sorted(self.rows, key=lambda row: -row.score)[: self.request.n]
 
     def _sampled(self, index: int) -> GenerationRequest:
         """The request for one completion: a seed of its own, and what ranking needs."""

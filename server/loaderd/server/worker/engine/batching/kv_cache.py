@@ -67,11 +67,18 @@ class KvCache:
             layer = self._layers[index] = _Layer(self, key, value)
         return layer
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        """Copies a slot's first tokens into another slot."""
+    def copy(self, source: int, target: int, tokens: int, first: int = 0) -> None:
+        """Copies a slot's first tokens into another slot.
+
+        Args:
+            source: Copied from.
+            target: Copied to.
+            tokens: Where the copy ends.
+            first: Where it begins; the target has the tokens before.
+        """
         for layer in self._layers.values():
             for buffer in (layer.keys, layer.values):
-                buffer[target, :, :tokens] = buffer[source, :, :tokens]
+                buffer[target, :, first:tokens] = buffer[source, :, first:tokens]
 
     def wipe(self, slot: int, tokens: int) -> None:
         """Sets a slot's first tokens to zeros."""

@@ -43,8 +43,17 @@ class Memory:
         """Copies a computed prompt to the other completions of its request."""
         for other in row.job.rows:
             if other is not row:
-                self._cache.copy(row.slot, other.slot, row.length)
-                other.length = row.length
+                self.follow(other, row)
+
+    def follow(self, row: Row, source: Row) -> None:
+        """Makes a row hold what another one of its request does.
+
+        What both begin with was computed once and then copied, so it is there already.
+        """
+        first = row.common(source)
+        self._cache.copy(source.slot, row.slot, source.length, first)
+        row.token_ids[first:] = source.token_ids[first:]
+        row.length = source.length
 
     def move(self, row: Row, slot: int) -> None:
         """Moves a row to another slot."""

@@ -17,6 +17,9 @@ from loaderd.server.worker.engine.batching.transfer import sent
 from loaderd.server.worker.engine.protocol import GenerationRequest, SampledToken, Sampling
 from loaderd.server.worker.failures import incident
 
+MOST_LOGPROBS = 64
+"""Prompt tokens of one request whose logits, each as long as the vocabulary, are made at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Row:
@@ -86,7 +89,9 @@ class BatchSampler:
                 process(logits, changed)
             token_ids = self._choose(logits, rows).tolist()
         outcomes: list[SampledToken | LoaderdError] = [
-            SampledToken(token_id) if token_id >= 0 else _no_token(row, logits[place])
+            SampledToken(token_id)
+            if token_id >= 0
+            else no_token(row.sampling, logits[place], masked=row.history is not None)
             for place, (row, token_id) in enumerate(zip(rows, token_ids, strict=True))
         ]
         for place, history in changed:
@@ -146,10 +151,16 @@ def _index(numbers: Sequence[int], device: torch.device) -> Tensor:
     return sent(torch.tensor(numbers), device)
 
 
-def _no_token(row: _Row, logits: Tensor) -> LoaderdError:
-    if row.history is None or bool(logits.isnan().any()):
+def no_token(sampling: Sampling, logits: Tensor, *, masked: bool) -> LoaderdError:
+    """Why no token may come next.
+
+    Args:
+        sampling: Of the request.
+        logits: What was to choose from, after masks.
+        masked: Whether the request has any.
+    """
+    if not masked or bool(logits.isnan().any()):
         return incident(FloatingPointError("the model's logits are no numbers"), "sampling")
-    sampling = row.sampling
     field = (
         ("allowed_token_ids" if sampling.allowed_token_ids else None)
         or ("bad_words" if sampling.bad_words else None)

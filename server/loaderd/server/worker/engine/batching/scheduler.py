@@ -213,9 +213,10 @@ class Scheduler:
             del self._running[key]
 
     def end(self, key: int) -> None:
-        """Frees all that a request still has."""
-        for slot in list(self._running[key].slots):
-            self.release(key, slot)
+        """Frees all that a request still has, if anything."""
+        if key in self._running:
+            for slot in list(self._running[key].slots):
+                self.release(key, slot)
 
     def move(self) -> tuple[int, int] | None:
         """Closes a hole between the slots in use, when nobody waits who would.
