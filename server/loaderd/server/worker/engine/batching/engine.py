@@ -114,7 +114,7 @@ class BatchingEngine:
         """
         ticket = Ticket(
             key=request.key,
-            client="",
+            client=request.client,
             priority=request.priority,
             arrived=request.arrived,
             prompt_tokens=len(request.prompt),
