@@ -14,7 +14,7 @@ from loaderd.client import AsyncClient, AsyncModel, FinishReason, GenerationResu
 
 _LONGEST_S = 120.0
 """Far longer than any request takes: one that lasts so long hangs."""
-_RETRY_S = 0.2
+_RETRY_S = 0.5
 """After QueueFullError, sooner than it asks for: the queue is to stay full."""
 
 _EXPECTED: dict[Leaving, type[errors.LoaderdError]] = {

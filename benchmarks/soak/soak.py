@@ -17,7 +17,7 @@ from tests.daemon import SpawnedDaemon
 AT_ONCE = 100
 _MAX_REQUESTS = 96
 """Fewer than come at once, so that some find the queue full."""
-_GROWTH_MIB = {"daemon": 32, "worker": 64}
+_GROWTH_MIB = {"daemon": 16, "worker": 64}
 _COMPLAINTS = ("Traceback", "incident", "was never retrieved", "was destroyed", "never awaited")
 """What a log has of work that went wrong or was forgotten."""
 
