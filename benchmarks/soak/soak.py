@@ -28,7 +28,7 @@ class Report:
 
     Attributes:
         outcomes: Of the requests.
-        figures: What daemon and worker held, before and after.
+        figures: What daemon and worker held, before and after; empty if there are defects.
         complaints: Lines of the daemon's log, its workers' included, that tell of defects.
         exit_code: The daemon's, when it was told to stop.
     """
@@ -53,6 +53,9 @@ async def soak(model: Path, requests: int, *, warm_up: int, seed: int = 0) -> Re
         requests: How many.
         warm_up: How many before those, after which the processes are as large as they get.
         seed: Of the requests.
+
+    Raises:
+        RuntimeError: Requests failed in the warm-up.
     """
     arguments = ["--standby", "0", "--max-requests", str(_MAX_REQUESTS)]
     arguments += ["--allow-local", str(model.parent)]
@@ -67,10 +70,13 @@ async def soak(model: Path, requests: int, *, warm_up: int, seed: int = 0) -> Re
             processes = {"daemon": psutil.Process(daemon.process.pid), "worker": worker}
             load = Load(client, loaded, seed)
             witness = Witness(loaded, processes, _GROWTH_MIB)
-            await load.run(warm_up, AT_ONCE)
+            warmed_up = await load.run(warm_up, AT_ONCE)
+            if warmed_up.defects:
+                raise RuntimeError(f"requests failed: {dict(warmed_up.defects)}")
             await witness.look()
             outcomes = await load.run(requests, AT_ONCE)
-            figures = await witness.look_again()
+            # After a defect there may be nothing to look at, such as a worker.
+            figures = [] if outcomes.defects else await witness.look_again()
         exit_code = daemon.stop()
         lines = daemon.log.splitlines()
     complaints = [line for line in lines if any(each in line for each in _COMPLAINTS)]
