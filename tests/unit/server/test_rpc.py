@@ -53,8 +53,12 @@ class Box:
 
     async def load(self, folder: Path | None = None) -> model_pb2.Model:
         request = model_pb2.LoadModelRequest(model=str(folder or self.folder))
-        async for message in self.models.LoadModel(request, timeout=30):
-            last = message
+        load = self.models.LoadModel(request, timeout=30)
+        try:
+            async for message in load:
+                last = message
+        finally:
+            load.cancel()  # gRPC may go on with a call whose reader was cancelled
         model: model_pb2.Model = last.model
         return model
 
