@@ -30,6 +30,7 @@ class FakeWorker:
         self._calls: list[int] = []
         self.loads: list[worker_pb2.Load] = []
         self.cancelled: list[int] = []
+        self.clients: list[str] = []
         self._launcher = launcher
         self._identity = worker_pb2.Hello(worker_id=worker_id, token=token)
         self._link = link
@@ -94,6 +95,7 @@ class FakeWorker:
             await self._load(command.load)
         elif command.HasField("generate"):
             key = command.generate.key
+            self.clients.append(command.generate.client)
             task = asyncio.create_task(self._generate(key, command.generate.request))
             self._requests[key] = task
         elif command.HasField("cancel"):

@@ -45,14 +45,20 @@ class Box:
     launcher: FakeLauncher
     registry: ModelRegistry
     folder: Path
+    tcp: str
+    socket: str
     models: Any
     generation: Any
     system: Any
 
     async def load(self, folder: Path | None = None) -> model_pb2.Model:
         request = model_pb2.LoadModelRequest(model=str(folder or self.folder))
-        async for message in self.models.LoadModel(request, timeout=30):
-            last = message
+        load = self.models.LoadModel(request, timeout=30)
+        try:
+            async for message in load:
+                last = message
+        finally:
+            load.cancel()  # gRPC may go on with a call whose reader was cancelled
         model: model_pb2.Model = last.model
         return model
 
@@ -94,6 +100,8 @@ async def box(tmp_path: Path) -> AsyncIterator[Box]:
         registry = ModelRegistry(MAX_REQUESTS)
         server = RpcServer(registry, Loads(registry, store, supervisor), store, supervisor)
         port = server.bind("127.0.0.1:0")
+        socket = f"unix:{tmp_path / 'box.sock'}"
+        server.bind(socket)
         await supervisor.start()
         await server.start()
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
@@ -101,6 +109,8 @@ async def box(tmp_path: Path) -> AsyncIterator[Box]:
             launcher,
             registry,
             make_model(tmp_path / "model"),
+            f"127.0.0.1:{port}",
+            socket,
             model_pb2_grpc.ModelServiceStub(channel),
             generation_pb2_grpc.GenerationServiceStub(channel),
             system_pb2_grpc.SystemServiceStub(channel),
@@ -190,6 +200,35 @@ async def test_a_full_queue_is_refused_at_once_and_others_go_on(box: Box) -> Non
         stream.cancel()
     await until(lambda: len(box.launcher.workers[0].cancelled) == MAX_REQUESTS)
     assert box.launcher.workers[0].running_requests == 0
+
+
+async def ask_once_and_twice(box: Box, address: str) -> list[str]:
+    """Who the worker thinks has asked: one connection, and another one with two requests."""
+    own = [("grpc.use_local_subchannel_pool", 1)]  # else one process shares its connections
+    request = generation_pb2.GenerateRequest(model=str(box.folder), text="count 1")
+    async with (
+        grpc.aio.insecure_channel(address, options=own) as one,
+        grpc.aio.insecure_channel(address, options=own) as other,
+    ):
+        for channel in (one, other, other):
+            stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+            await stub.Generate(request, timeout=30)
+    return box.launcher.workers[0].clients[-3:]
+
+
+async def test_each_tcp_connection_is_a_client_of_its_own_in_the_queue(box: Box) -> None:
+    await box.load()
+    one, *other = await ask_once_and_twice(box, box.tcp)
+    assert one
+    assert one not in other
+    assert other[0] == other[1]
+    await anext(aiter(box.stream("count 1")))
+    assert box.launcher.workers[0].clients[-1] not in {"", one, *other}  # a stream is told as well
+
+
+async def test_who_comes_over_the_socket_is_not_known(box: Box) -> None:
+    await box.load()
+    assert await ask_once_and_twice(box, box.socket) == ["", "", ""]
 
 
 async def test_a_deadline_cancels_the_request_in_the_worker(box: Box) -> None:

@@ -102,6 +102,13 @@ def test_defaults() -> None:
     assert not request.return_token_ids
 
 
+def test_the_client_is_who_the_daemon_says() -> None:
+    assert typed().client == ""
+    request = StreamGenerateRequest(model="m", text="x")
+    made = typed_request(request, key=1, prompt=[5], arrived=0.0, facts=FACTS, client="ipv4:a:1")
+    assert made.client == "ipv4:a:1"
+
+
 def test_unset_sampling_options_are_the_models_own() -> None:
     facts = replace(FACTS, defaults=OWN_SAMPLING)
     sampling = typed(facts, top_p=0.5).sampling

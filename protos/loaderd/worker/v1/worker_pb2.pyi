@@ -379,8 +379,11 @@ class Generate(_message.Message):
 
     KEY_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
     key: _builtins.int
     """The daemon's key of the request, unique in the worker's life."""
+    client: _builtins.str
+    """Who asks, so that no client's requests hold up another's in the queue. Empty: unknown."""
     @_builtins.property
     def request(self) -> _generation_pb2.StreamGenerateRequest:
         """What the client asked; request_id is set."""
@@ -390,10 +393,11 @@ class Generate(_message.Message):
         *,
         key: _builtins.int = ...,
         request: _generation_pb2.StreamGenerateRequest | None = ...,
+        client: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "key", b"key", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

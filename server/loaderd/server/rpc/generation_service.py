@@ -38,7 +38,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         completions: defaultdict[int, generation_pb2.Completion] = defaultdict(
             generation_pb2.Completion
         )
-        with self._run(streamed) as (model_id, stream):
+        with self._run(streamed, context) as (model_id, stream):
             response.model_id = model_id
             response.request_id = streamed.request_id
             async for message in stream:
@@ -66,7 +66,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.StreamGenerateRequest, context: Context
     ) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
         """Streams text as it comes."""
-        with self._run(request) as (model_id, stream):
+        with self._run(request, context) as (model_id, stream):
             async for message in stream:
                 if message.HasField("started"):
                     message.started.model_id = model_id
@@ -100,7 +100,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     @contextmanager
     def _run(
-        self, request: generation_pb2.StreamGenerateRequest
+        self, request: generation_pb2.StreamGenerateRequest, context: Context
     ) -> Iterator[tuple[str, OutputStream]]:
         if not request.HasField("request_id"):
             request.request_id = secrets.token_hex(8)
@@ -111,5 +111,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         # The model is in use until its worker is done, not until a slow client has read it all.
         with ExitStack() as use:
             model_id, worker = use.enter_context(self._registry.use(request.model))
-            with worker.link.generate(request, on_end=use.close) as stream:
+            client = _client_of(context.peer())
+            with worker.link.generate(request, on_end=use.close, client=client) as stream:
                 yield model_id, stream
+
+
+def _client_of(peer: str) -> str:
+    """Who asks, as far as the connection tells; empty if it does not.
+
+    A TCP connection has a port of its own: whoever opens it is a client. Of a unix socket gRPC
+    tells the same of all connections, so that those who use it are one client to the queue.
+    This is a courtesy among clients, not security: nothing keeps one from opening connections.
+    """
+    return peer if peer.startswith(("ipv4:", "ipv6:")) else ""

@@ -59,13 +59,17 @@ class WorkerLink:
 
     @contextmanager
     def generate(
-        self, request: generation_pb2.StreamGenerateRequest, on_end: Callable[[], None]
+        self,
+        request: generation_pb2.StreamGenerateRequest,
+        on_end: Callable[[], None],
+        client: str = "",
     ) -> Iterator[OutputStream]:
         """Starts a request; leaving before its end cancels it.
 
         Args:
             request: What to generate.
             on_end: Called when the worker has ended it, or it was cut off.
+            client: Who asks; empty if unknown.
 
         Raises:
             LoaderdError: The worker has ended.
@@ -74,7 +78,7 @@ class WorkerLink:
             raise self._failure
         key = next(self._keys)
         stream = self._streams[key] = OutputStream(self._max_stream_bytes, on_end)
-        command = worker_pb2.Generate(key=key, request=request)
+        command = worker_pb2.Generate(key=key, request=request, client=client)
         self._commands.put_nowait(worker_pb2.AttachResponse(generate=command))
         try:
             yield stream

@@ -99,6 +99,7 @@ class ModelHost:
                     prompt=prompt,
                     arrived=arrived,
                     facts=hosted.facts,
+                    client=command.client,
                     bad_words=hosted.tokenization.bad_words(request),
                 )
             )

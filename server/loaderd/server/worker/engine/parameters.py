@@ -97,6 +97,7 @@ def typed_request(
     prompt: Sequence[int],
     arrived: float,
     facts: ModelFacts,
+    client: str = "",
     bad_words: Sequence[Sequence[int]] = (),
 ) -> GenerationRequest:
     """Checks every bound and resolves every default.
@@ -107,6 +108,7 @@ def typed_request(
         prompt: Its input as token ids.
         arrived: Monotonic time of its arrival.
         facts: Of the model.
+        client: Whose it is; empty if unknown.
         bad_words: Its bad words as token ids, see `Tokenization.bad_words`.
 
     Raises:
@@ -130,6 +132,7 @@ def typed_request(
     return GenerationRequest(
         key=key,
         request_id=request_id,
+        client=client,
         prompt=tokens,
         sampling=_sampling(request, given, bad_words, facts, beams),
         stopping=_stopping(request, given, len(tokens), facts),

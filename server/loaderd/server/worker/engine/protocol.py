@@ -94,6 +94,7 @@ class GenerationRequest:
     Attributes:
         key: The daemon's key, unique in the worker's life.
         request_id: The client's name for it.
+        client: Whose it is, for fairness in the queue; empty if unknown.
         prompt: Token ids, at least one, each in the model's vocabulary.
         sampling: How tokens are chosen.
         stopping: When to end.
@@ -115,6 +116,7 @@ class GenerationRequest:
 
     key: int
     request_id: str
+    client: str
     prompt: tuple[int, ...]
     sampling: Sampling
     stopping: Stopping

@@ -59,7 +59,7 @@ class Reception:
         """
         ticket = Ticket(
             key=request.key,
-            client="",
+            client=request.client,
             priority=request.priority,
             arrived=request.arrived,
             prompt_tokens=len(request.prompt),
