@@ -23,7 +23,7 @@ QUEUE = 256
 MIB = 2**20
 GROWTH_MIB = {"daemon": 96, "worker": 192}
 """What the first thousand may leave in memory, such as pools and arenas."""
-MORE_MIB = 24
+MORE_MIB = 96
 """What the second thousand may add to that."""
 
 

@@ -68,7 +68,7 @@ def test_a_model_is_tried_once(
     for _ in range(2):
         client = Client(build(architecture, **sizes), "batching", trials=Trials(tmp_path))
         assert client.token_ids(**GREEDY) == expected
-        reasons.append(client.reason)
+        reasons.append(client.reason.partition(";")[0])  # what follows is timed at each load
         client.engine.close()
     assert len({id(model) for model in models}) == 1
     assert reasons[0] == reasons[1]
