@@ -30,6 +30,7 @@ def always(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> L
     if not is_there(request.param, torch.bfloat16):
         pytest.skip("this CPU has no instructions for it")
     policy = LinearPolicy(native_few=True, copy=request.param)
+    monkeypatch.setattr(linear, "_LEAST_BYTES", 0)
     monkeypatch.setattr(linear, "best_policy", lambda _weights: policy)
     return policy
 
@@ -103,6 +104,7 @@ def test_weights_of_32_bits_are_reordered_where_it_pays(monkeypatch: pytest.Monk
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
         expected = model(ids).logits
+        monkeypatch.setattr(linear, "_LEAST_BYTES", 0)
         monkeypatch.setattr(linear, "best_policy", lambda _: LinearPolicy(copy=Copy.REORDERED))
         speed_up(model, PLENTY)
         found = model(ids).logits
@@ -114,9 +116,16 @@ def test_what_torch_lacks_is_done_without(monkeypatch: pytest.MonkeyPatch) -> No
     def missing(*_: object) -> None:
         raise NotImplementedError("no such operator")
 
+    monkeypatch.setattr(linear, "_LEAST_BYTES", 0)
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", missing)
     model = build("llama", **_GLU).to(torch.bfloat16)
     assert speed_up(model, PLENTY).copy is Copy.NONE
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+
+
+def test_small_models_stay_as_they_are() -> None:
+    model = build("llama", **_GLU)
+    assert speed_up(model, PLENTY) == LinearPolicy()
     assert type(model.get_output_embeddings()) is torch.nn.Linear
 
 

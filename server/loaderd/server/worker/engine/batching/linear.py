@@ -25,6 +25,8 @@ from loaderd.server.worker.engine.batching.kernels import (
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that have one input where a module has them all."""
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_LEAST_BYTES = 8 * 2**20
+"""Smaller models stay in a cache, where no copy of their weights pays."""
 _TRIED_BYTES = 32 * 2**20
 
 
@@ -52,7 +54,7 @@ def speed_up(model: nn.Module, free_bytes: int) -> LinearPolicy:
 def _policy(model: nn.Module, free_bytes: int) -> LinearPolicy:
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D)]
     weights = [layer.weight for layer in layers]
-    if not weights or not all(map(_is_ours, weights)):
+    if not all(map(_is_ours, weights)) or sum(each.nbytes for each in weights) < _LEAST_BYTES:
         return PLAIN
     policy = best_policy(_typical(layers))
     if sum(map(policy.copy.bytes_of, weights)) > free_bytes:
