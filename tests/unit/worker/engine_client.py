@@ -80,13 +80,25 @@ class Client:
                 self._outputs[output.key].add(output)
             self._changed.notify_all()
 
-    def start(self, prompt: Sequence[int] = PROMPT, **fields: Any) -> int:
+    def start(
+        self,
+        prompt: Sequence[int] = PROMPT,
+        bad_word_ids: Sequence[Sequence[int]] = (),
+        **fields: Any,
+    ) -> int:
         key = len(self._outputs) + 1
         self._outputs[key] = Outputs()
         request = StreamGenerateRequest(model="m", request_id=f"r{key}", **fields)
         arrived = time.monotonic()
         self.engine.submit(
-            typed_request(request, key=key, prompt=prompt, arrived=arrived, facts=self.facts)
+            typed_request(
+                request,
+                key=key,
+                prompt=prompt,
+                arrived=arrived,
+                facts=self.facts,
+                bad_words=bad_word_ids,
+            )
         )
         return key
 

@@ -38,11 +38,17 @@ _CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len")
 def model_facts(model: PreTrainedModel) -> ModelFacts:
     """What requests to this model are checked against."""
     config = model.config.get_text_config(decoder=True)
+    size = int(config.vocab_size)
     lengths = (getattr(config, name, None) for name in _CONTEXT_NAMES)
     return ModelFacts(
         context_length=next((int(length) for length in lengths if length and length > 0), 0),
-        vocabulary_size=int(config.vocab_size),
-        eos_token_ids=_token_ids(model.generation_config.eos_token_id),
+        vocabulary_size=size,
+        # Others never come, and nothing may be looked up by them.
+        eos_token_ids=tuple(
+            token_id
+            for token_id in _token_ids(model.generation_config.eos_token_id)
+            if 0 <= token_id < size
+        ),
         defaults=_sampling_defaults(model.generation_config),
     )
 

@@ -20,7 +20,7 @@ from loaderd.server.worker.engine.batching.trials import (
 )
 from tests.unit.worker.engine_client import Client, build, reference
 
-OUTCOME = Outcome({"cuda:0": 64, "cpu": 8}, {0: None, 1: 8}, is_flat=True, no_graphs="why")
+OUTCOME = Outcome({"cuda:0": 64, "cpu": 8}, {0: None, 1: 8}, is_flat=True)
 DAMAGES: list[dict[str, Any]] = [
     {"bytes_per_token": 64},
     {"bytes_per_token": {}},

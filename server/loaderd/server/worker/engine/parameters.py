@@ -233,7 +233,7 @@ def _sampling(
         no_repeat_ngram_size=given.get("no_repeat_ngram_size", defaults.no_repeat_ngram_size),
         logit_bias=_logit_bias(request, facts),
         allowed_token_ids=_allowed_token_ids(request, facts),
-        bad_words=_bad_words(request, bad_words),
+        bad_words=_bad_words(request, bad_words, facts),
     )
     # Written so that NaN fails.
     # The lower bounds keep logits, which are divided by these, finite.
@@ -276,7 +276,7 @@ def _allowed_token_ids(request: StreamGenerateRequest, facts: ModelFacts) -> tup
 
 
 def _bad_words(
-    request: StreamGenerateRequest, token_ids: Sequence[Sequence[int]]
+    request: StreamGenerateRequest, token_ids: Sequence[Sequence[int]], facts: ModelFacts
 ) -> tuple[tuple[int, ...], ...]:
     words = request.bad_words
     _require(len(words) <= _MAX_BAD_WORDS, "bad_words", f"at most {_MAX_BAD_WORDS} strings")
@@ -286,7 +286,8 @@ def _bad_words(
         f"each string has from 1 to {_MAX_BAD_WORD_CHARACTERS} characters",
     )
     _require(not words or len(token_ids) > 0, "bad_words", "the model has no tokens for them")
-    return tuple(map(tuple, token_ids))
+    # A tokenizer may have more tokens than the model; those never come.
+    return tuple(tuple(ids) for ids in token_ids if max(ids) < facts.vocabulary_size)
 
 
 def _do_sample(given: Mapping[str, Any], defaults: SamplingDefaults, beams: Beams | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -92,8 +92,8 @@ def batching_engine(
     """
     own_attention = model.config._attn_implementation
     try:
-        outcome, linears = _prepare(model, trials, settings)
-        graphs, decoding = _graphs(model, outcome)
+        outcome, linears, no_graphs = _prepare(model, trials, settings)
+        graphs, decoding = _graphs(model, no_graphs)
         forward, how = _forward(model, outcome)
         spare = graphs is not None
         cache, capacity = _memory(outcome, context_length, settings, spare=spare)
@@ -140,27 +140,28 @@ def _memory(
 
 def _prepare(
     model: PreTrainedModel, trials: Trials, settings: EngineSettings
-) -> tuple[Outcome, LinearPolicy]:
-    """Gives the model our attention and our linear layers, and tries it if that was never done."""
+) -> tuple[Outcome, LinearPolicy, str | None]:
+    """Gives the model our attention and our linear layers, and tries it if that was never done.
+
+    Returns:
+        What trying brought, how linear layers are computed, and why decode steps cannot be
+        recorded; None where they can, or where nothing records.
+    """
     identity = identity_of(model)
     for_copies = int(devices.free_bytes(devices.CPU) * settings.memory_share)
     known = trials.find(identity)
     if known is not None:
         model.set_attn_implementation(NAME)
-        return known, speed_up(model, for_copies)
+        return known, speed_up(model, for_copies), None
     findings = examine(model)
     linears = speed_up(model, for_copies)
-    outcome = _outcome(model, findings)
-    trials.keep(identity, outcome)
-    return outcome, linears
-
-
-def _outcome(model: PreTrainedModel, findings: Findings) -> Outcome:
     is_flat = can_flatten(model) and findings.agree(model, FlatForward(model, findings.windows))
     sizes = {str(device): size for device, size in findings.bytes_per_token.items()}
     outcome = Outcome(sizes, findings.windows, is_flat)
-    forward, _ = _forward(model, outcome)
-    return replace(outcome, no_graphs=_no_graphs(model, findings, forward))
+    no_graphs = _no_graphs(model, findings, _forward(model, outcome)[0])
+    if no_graphs is None:  # else another load may have the memory that this one lacked
+        trials.keep(identity, outcome)
+    return outcome, linears, no_graphs
 
 
 def _forward(model: PreTrainedModel, outcome: Outcome) -> tuple[Forward, str]:
@@ -184,13 +185,13 @@ def _no_graphs(model: PreTrainedModel, findings: Findings, forward: Forward) -> 
     return None
 
 
-def _graphs(model: PreTrainedModel, outcome: Outcome) -> tuple[Graphs | None, str]:
+def _graphs(model: PreTrainedModel, no_graphs: str | None) -> tuple[Graphs | None, str]:
     """What records decode steps, if anything does, and what to tell of it."""
     places = _devices(model)
     if all(place.type != "cuda" for place in places):
         return None, ""
-    if outcome.no_graphs is not None:
-        return None, f"decode steps not replayed as CUDA graphs: {outcome.no_graphs}"
+    if no_graphs is not None:
+        return None, f"decode steps not replayed as CUDA graphs: {no_graphs}"
     return CudaGraphs(places.pop()), "decode steps replayed as CUDA graphs"
 
 

@@ -6,7 +6,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from loaderd.server.worker.engine.batching.sampler import (
 from loaderd.server.worker.engine.batching.scheduler import Capacity, Piece
 from loaderd.server.worker.engine.batching.transfer import sent
 from loaderd.server.worker.engine.completion import Tokenizer
-from loaderd.server.worker.engine.protocol import Emit, GenerationRequest
+from loaderd.server.worker.engine.protocol import Emit, GenerationRequest, SampledToken
 from loaderd.server.worker.engine.reception import Reception
 from loaderd.server.worker.engine.supported import HONOURED
 from loaderd.server.worker.failures import incident
@@ -125,7 +126,7 @@ class BatchingEngine:
                     self._step()
                     self._emit_outputs()
                 for job in list(self._running.values()):
-                    self._cancel(job)
+                    self._stop(job, FinishReason.FINISH_REASON_CANCELLED)
                 self._emit_outputs()
         except BaseException:
             # A process whose engine is dead must not look alive: the daemon tells all clients.
@@ -140,13 +141,12 @@ class BatchingEngine:
         self._reception.tell_places()
         for job, slots in admitted:
             self._running[job.request.key] = job
-            try:
+            with self._failing(job, "starting"):
                 job.begin(slots, self._row_keys, self._tokenizer)
-                if not isinstance(job, BeamJob):
-                    for row in job.rows:
+                for row in job.rows:
+                    self._memory.reserve(row)
+                    if not isinstance(job, BeamJob):
                         self._sampler.admit(row.key, row.request)
-            except Exception as error:
-                self._fail(job, error, "starting")
         return True
 
     def _step(self) -> None:
@@ -159,7 +159,9 @@ class BatchingEngine:
         self._pace.note(decoding, prompt_tokens, time.monotonic() - begin)
         for job in list(self._running.values()):
             if job.cancelled:
-                self._cancel(job)
+                self._stop(job, FinishReason.FINISH_REASON_CANCELLED)
+            elif job.is_late:
+                self._stop(job, FinishReason.FINISH_REASON_TIME)
         self._close_a_hole()
 
     def _plan(self) -> list[_Work]:
@@ -168,11 +170,13 @@ class BatchingEngine:
             _Work(row.job, row, Feed(row.slot, row.length, row.token_ids[-1:], wants=1))
             for row in rows
         ]
-        pieces = self._reception.pieces(self._pace.budget(len(rows)))
-        return work + [self._prompt_work(piece) for piece in pieces]
+        for piece in self._reception.pieces(self._pace.budget(len(rows))):
+            job = self._running[piece.key]
+            with self._failing(job, "starting"):
+                work.append(self._prompt_work(job, piece))
+        return work
 
-    def _prompt_work(self, piece: Piece) -> _Work:
-        job = self._running[piece.key]
+    def _prompt_work(self, job: Job, piece: Piece) -> _Work:
         row, prompt = job.rows[0], job.request.prompt
         if not row.length:
             self._memory.take_prefix(row)
@@ -195,11 +199,10 @@ class BatchingEngine:
             if devices.is_broken(error):
                 raise
             if len(work) == 1:
-                if not work[0].job.has_ended:
-                    self._fail(work[0].job, error, "generating")
+                self._fail(work[0].job, error, "generating")
                 return [], torch.empty(0)
             logger.warning("a step of %d requests failed; trying each alone", len(work))
-        parts = [self._compute([one]) for one in work]
+        parts = [self._compute([one]) for one in work if not one.job.has_ended]
         tensors = [logits for done, logits in parts if done]
         return [one for done, _ in parts for one in done], torch.cat(tensors or [torch.empty(0)])
 
@@ -213,10 +216,11 @@ class BatchingEngine:
             if one.job.has_ended:
                 continue
             one.row.length = one.end
-            targets = [one.row]
+            targets = [] if one.is_prompt else [one.row]
             if one.is_prompt:
-                self._tell_prompt(one, logits[place - one.feed.wants : place])
-                targets = self._advance_prompt(one)
+                with self._failing(one.job, "taking the prompt"):
+                    self._tell_prompt(one, logits[place - one.feed.wants : place])
+                    targets = self._advance_prompt(one)
             rows += targets
             places += [place - 1] * len(targets)
         if rows:
@@ -229,7 +233,6 @@ class BatchingEngine:
         self._reception.computed(one.job.request.key, one.end)
         if one.end < len(one.job.request.prompt):
             return []
-        self._memory.keep_prefix(one.row)
         if isinstance(one.job, BeamJob):
             return one.job.beams
         self._memory.fork(one.row)
@@ -255,18 +258,14 @@ class BatchingEngine:
             self._sample(logits[places], [rows[place] for place in places])
 
     def _search(self, job: BeamJob, logits: torch.Tensor) -> None:
-        try:
-            job.place(job.advance(logits), self._memory.follow)
-        except LoaderdError as error:
-            self._end(job, error)
-            return
-        except Exception as error:
-            self._fail(job, error, "searching")
-            return
-        if all(row.has_ended for row in job.rows):
-            for row in job.rows:
-                self._retire(row)
-            self._finish(job)
+        with self._failing(job, "searching"):
+            chosen = job.advance(logits)
+            self._keep_prompt(job.rows[0])
+            job.place(chosen, self._memory.follow)
+            if all(row.has_ended for row in job.rows):
+                for row in job.rows:
+                    self._retire(row)
+                self._finish(job)
 
     def _sample(self, logits: torch.Tensor, rows: list[Row]) -> None:
         try:
@@ -278,19 +277,25 @@ class BatchingEngine:
         for row, outcome in zip(rows, outcomes, strict=True):
             if row.job.has_ended:
                 continue
-            if isinstance(outcome, LoaderdError):
-                self._end(row.job, outcome)
-                continue
-            try:
-                row.job.push(row, outcome)
-            except Exception as error:
-                self._fail(row.job, error, "decoding text")
-                continue
-            if row.has_ended:
-                self._memory.keep_prefix(row)
-                self._retire(row)
-                if all(other.has_ended for other in row.job.rows):
-                    self._finish(row.job)
+            with self._failing(row.job, "taking a token"):
+                self._take(row, outcome)
+
+    def _take(self, row: Row, outcome: SampledToken | LoaderdError) -> None:
+        if isinstance(outcome, LoaderdError):
+            raise outcome
+        row.job.push(row, outcome)
+        self._keep_prompt(row)
+        if row.has_ended:
+            self._memory.keep_prefix(row)
+            self._retire(row)
+            if all(other.has_ended for other in row.job.rows):
+                self._finish(row.job)
+
+    def _keep_prompt(self, row: Row) -> None:
+        """Keeps a prompt for others, once a token has come of it: else it may hold no numbers."""
+        if not row.job.is_kept:
+            row.job.is_kept = True
+            self._memory.keep_prefix(row)
 
     def _retire(self, row: Row) -> None:
         """Frees what an ended completion holds."""
@@ -299,8 +304,8 @@ class BatchingEngine:
         self._reception.release(row.job.request.key, row.slot)
 
     def _finish(self, job: Job) -> None:
-        self._forget(job)
         job.finish()
+        self._forget(job)
         logger.info(
             "request %s: %d prompt tokens, %d cached, %d generated",
             job.request.request_id,
@@ -309,21 +314,38 @@ class BatchingEngine:
             job.generated_tokens,
         )
 
-    def _cancel(self, job: Job) -> None:
+    def _stop(self, job: Job, reason: FinishReason.ValueType) -> None:
+        """Ends what goes on of a request."""
         live = [row for row in job.rows if not row.has_ended]
-        job.stop(FinishReason.FINISH_REASON_CANCELLED)
-        for row in live:
-            self._retire(row)
-        self._finish(job)
+        with self._failing(job, "ending"):
+            job.stop(reason)
+            for row in live:
+                self._memory.wipe(row)  # nobody has looked yet at what a prompt's begin brought
+                self._retire(row)
+            self._finish(job)
+
+    @contextmanager
+    def _failing(self, job: Job, doing: str) -> Iterator[None]:
+        """What fails in it fails its request and no other."""
+        try:
+            yield
+        except Exception as error:
+            self._fail(job, error, doing)
 
     def _fail(self, job: Job, error: Exception, doing: str) -> None:
-        """Ends a request with an error.
+        """Ends a request with an error, unless it has ended.
 
         Raises:
             Exception: `error`, if the device is broken.
         """
         if devices.is_broken(error):
             raise error
+        if job.has_ended:
+            logger.error("%s for request %s", doing, job.request.request_id, exc_info=error)
+            return
+        if isinstance(error, LoaderdError):
+            self._end(job, error)
+            return
         request_id = job.request.request_id
         failure: LoaderdError
         if devices.is_out_of_memory(error):
@@ -340,6 +362,7 @@ class BatchingEngine:
             self._sampler.retire(row.key)
             if not row.has_ended:  # else its slot may be another's by now
                 self._memory.wipe(row)
+                self._memory.free(row)
         self._forget(job)
         job.fail(failure)
 

@@ -92,6 +92,7 @@ class Job:
         rows: Its completions, from its turn on.
         cancelled: Set by other threads.
         cached: Tokens of the prompt that were found in the prefix cache.
+        is_kept: Whether the prompt is in that cache, as far as it is to be.
         has_ended: Whether it had its last output.
     """
 
@@ -101,6 +102,7 @@ class Job:
         self.rows: list[Row] = []
         self.cancelled = False
         self.cached = 0
+        self.is_kept = False
         self.has_ended = False
         self._send = send
         self._position: int | None = None

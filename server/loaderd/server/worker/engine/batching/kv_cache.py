@@ -86,6 +86,10 @@ class KvCache:
             for buffer in (layer.keys, layer.values):
                 buffer[slot, :, :tokens] = 0.0
 
+    def reserve(self, slot: int) -> None:
+        """A slot is in use from now on."""
+        self._idle.pop(slot, None)
+
     def free(self, slot: int, tokens: int) -> None:
         """A slot of so many tokens is not needed now; it can be written to again at any time."""
         self._idle[slot] = max(tokens, self._idle.get(slot, 0))

@@ -19,6 +19,10 @@ class Memory:
         self._cache = cache
         self._prefixes = prefixes
 
+    def reserve(self, row: Row) -> None:
+        """Its slot is in use from now on."""
+        self._cache.reserve(row.slot)
+
     def take_prefix(self, row: Row) -> None:
         """Begins an empty slot with what is known of the prompt."""
         request = row.job.request
@@ -37,7 +41,11 @@ class Memory:
             return
         known, blocks = self._prefixes.insert(row.token_ids[: row.length], request.cache_salt)
         if blocks:
-            self._cache.keep(row.slot, known, blocks)
+            try:
+                self._cache.keep(row.slot, known, blocks)
+            except BaseException:
+                self._prefixes.drop(blocks)
+                raise
 
     def fork(self, row: Row) -> None:
         """Copies a computed prompt to the other completions of its request."""
@@ -57,17 +65,18 @@ class Memory:
 
     def move(self, row: Row, slot: int) -> None:
         """Moves a row to another slot."""
-        self._cache.copy(row.slot, slot, row.length)
-        self._cache.free(row.slot, row.length)
-        row.slot = slot
+        source, row.slot = row.slot, slot
+        self.reserve(row)
+        self._cache.copy(source, slot, row.length)
+        self._cache.wipe(source, row.length)  # see `wipe`
+        self._cache.free(source, row.length)
 
     def wipe(self, row: Row) -> None:
-        """Its slot is not needed any more, and may hold what is no number.
+        """Its slot may hold what is no number, and goes to another.
 
-        The next ones there mask what they do not use of it, but no product hides that.
+        The next one there masks what it does not use of it, but no product hides that.
         """
         self._cache.wipe(row.slot, len(row.token_ids))
-        self._cache.free(row.slot, len(row.token_ids))
 
     def free(self, row: Row) -> None:
         """Its slot is not needed any more."""

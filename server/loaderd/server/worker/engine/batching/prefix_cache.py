@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 _Place = tuple[int | str, tuple[int, ...]]
@@ -64,6 +64,11 @@ class PrefixCache:
             places.append(place)
         self._touch(places)
         return known * size, [self._kept[place].block for place in places[known:]]
+
+    def drop(self, blocks: Collection[int]) -> None:
+        """Forgets blocks that `insert` has just given: they could not be filled."""
+        for place in [place for place, kept in self._kept.items() if kept.block in blocks]:
+            self._free.append(self._kept.pop(place).block)
 
     def clear(self) -> None:
         """Forgets everything."""

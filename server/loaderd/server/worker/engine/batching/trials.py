@@ -21,6 +21,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from loaderd.server.worker import devices
+
 logger = logging.getLogger(__name__)
 
 _MOST = 256
@@ -35,14 +37,11 @@ class Outcome:
         bytes_per_token: Of keys and values, over all layers of a device, by its name.
         windows: By layer, how far it looks back; None for all the way.
         is_flat: Whether it computes the same as one sequence of operators.
-        no_graphs: Why decode steps cannot be recorded; None where they can, or where nothing
-            records.
     """
 
     bytes_per_token: Mapping[str, int]
     windows: Mapping[int, int | None]
     is_flat: bool
-    no_graphs: str | None = None
 
 
 class Trials:
@@ -98,13 +97,14 @@ def default_folder() -> Path | None:
 
 def identity_of(model: PreTrainedModel) -> str:
     """A digest of all that an outcome depends on: the model's configuration and the code."""
-    devices = {str(parameter.device) for parameter in model.parameters()}
+    devices_used = {str(parameter.device) for parameter in model.parameters()}
     facts: dict[str, Any] = {
         "class": type(model).__name__,
         "config": model.config.to_json_string(use_diff=False),
         "dtype": str(model.dtype),
         "device_map": getattr(model, "hf_device_map", None),
-        "devices": sorted(devices),
+        "devices": sorted(devices_used),
+        "accelerators": [device.name for device in devices.accelerators()],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -117,7 +117,6 @@ def _read(noted: Any) -> Outcome:
     sizes = {str(device): int(size) for device, size in noted["bytes_per_token"].items()}
     if not sizes or min(sizes.values()) < 1:
         raise ValueError("keys and values take memory")
-    no_graphs = noted["no_graphs"]
     return Outcome(
         bytes_per_token=sizes,
         windows={
@@ -125,7 +124,6 @@ def _read(noted: Any) -> Outcome:
             for layer, tokens in noted["windows"].items()
         },
         is_flat=bool(noted["is_flat"]),
-        no_graphs=None if no_graphs is None else str(no_graphs),
     )
 
 
