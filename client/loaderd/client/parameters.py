@@ -22,7 +22,7 @@ class GenerationParameters(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, Any] | None
     """More variables for the chat template (JSON values). Goes with `messages` only.
 
-    For example `{"enable_thinking": False}`. One that the model's template does not read is refused.
+    For example `{"enable_thinking": False}`; what the model's template does not read is refused.
     """
     add_special_tokens: bool | None
     """Whether the tokenizer adds its special tokens to `text`. Default true."""
