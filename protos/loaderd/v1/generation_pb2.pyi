@@ -345,7 +345,8 @@ class StreamGenerateRequest(_message.Message):
         that the model's template does not read is UNSUPPORTED_OPTION, which names those
         that it does. At most 16, of at most 64 KiB encoded and objects and lists nested
         at most 16 deep; `tools` and `documents` are lists of objects; numbers are finite,
-        and whole ones become integers. Goes with `messages` only.
+        and whole ones become integers; the names of an object are sorted, for a Struct
+        has no order. Goes with `messages` only.
         """
 
     @_builtins.property

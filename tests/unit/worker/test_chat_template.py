@@ -138,9 +138,9 @@ def test_a_variable_that_the_template_reads_reaches_it(render_with: Callable[...
     assert off == plain + "<think></think>"
 
 
-def test_tools_reach_the_template_as_they_are(render_with: Callable[..., str]) -> None:
+def test_tools_reach_the_template_by_name(render_with: Callable[..., str]) -> None:
     text = render_with(THINKING, HI, variables={"tools": [TOOL]})
-    assert text == json.dumps([TOOL]) + render_with(THINKING, HI)
+    assert text == json.dumps([TOOL], sort_keys=True) + render_with(THINKING, HI)
     assert render_with(THINKING, HI, variables={"tools": None}) == render_with(THINKING, HI)
 
 
@@ -222,8 +222,7 @@ def test_no_variables_are_no_change_whatever_the_template_reads(
 def test_values_are_what_was_sent(value: Any) -> None:
     struct = Struct()
     struct.update({"value": value})
-    seen = plain(struct)
-    assert json.dumps(seen, sort_keys=True) == json.dumps({"value": value}, sort_keys=True)
+    assert json.dumps(plain(struct)) == json.dumps({"value": value}, sort_keys=True)
 
 
 def test_numbers_are_as_written(render_with: Callable[..., str]) -> None:

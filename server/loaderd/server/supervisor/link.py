@@ -80,7 +80,7 @@ class WorkerLink:
             raise self._failure
         key = next(self._keys)
         generate = worker_pb2.Generate(key=key, request=request, client=client)
-        command = _readable(worker_pb2.AttachResponse(generate=generate))
+        command = _readable(generate=generate)
         stream = self._streams[key] = OutputStream(self._max_stream_bytes, on_end)
         self._commands.put_nowait(command)
         try:
@@ -102,7 +102,7 @@ class WorkerLink:
         try:
             if self._failure is not None:
                 raise self._failure
-            command = _readable(worker_pb2.AttachResponse(call=call))
+            command = _readable(call=call)
         except LoaderdError:
             on_end()
             raise
@@ -182,8 +182,8 @@ def error_from(error: worker_pb2.Error) -> LoaderdError:
     return LoaderdError.from_metadata(error.reason, dict(error.metadata))
 
 
-def _readable(command: worker_pb2.AttachResponse) -> worker_pb2.AttachResponse:
-    """The command, if the worker can read it; one that it cannot read would end its stream.
+def _readable(**kind: worker_pb2.Generate | worker_pb2.Call) -> worker_pb2.AttachResponse:
+    """A command that the worker can read; one that it cannot read would end its stream.
 
     The daemon could read the client's request, but in a command it lies two messages deeper.
 
@@ -191,6 +191,7 @@ def _readable(command: worker_pb2.AttachResponse) -> worker_pb2.AttachResponse:
         InvalidArgumentError: Its messages are nested deeper than protobuf reads.
     """
     try:
+        command = worker_pb2.AttachResponse(**kind)  # type: ignore[arg-type]  # one of two names
         return worker_pb2.AttachResponse.FromString(command.SerializeToString())
     except DecodeError as error:
         raise InvalidArgumentError("request", "is nested too deep") from error

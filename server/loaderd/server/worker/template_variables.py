@@ -82,7 +82,8 @@ def _reserved(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 
 
 def _plain_object(value: Struct, depth: int) -> dict[str, Any]:
-    return {name: _plain(each, depth) for name, each in value.fields.items()}
+    """The object, by name: the wire keeps no order, and equal requests make equal prompts."""
+    return {name: _plain(each, depth) for name, each in sorted(value.fields.items())}
 
 
 def _plain(value: Value, depth: int) -> Any:
