@@ -18,6 +18,12 @@ from tests.fake_daemon import FakeDaemon
 from tests.hub import Hub, HubRepo
 from tests.hub.faults import hang
 
+NO_THINKING = (
+    "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+    "{{ '<think></think>' }}{% endif %}"
+)
+"""What makes a chat template read a variable, as those of thinking models do."""
+
 
 @pytest.fixture
 def fake_backend() -> Iterator[Backend]:
@@ -39,6 +45,8 @@ def real_daemon(
 ) -> Iterator[SpawnedDaemon]:
     """A spawned daemon and the hub that it downloads from, with the chat model in its cache."""
     chat = HubRepo.from_folder("org/chat", real_model)
+    template = (real_model / "chat_template.jinja").read_text()
+    chat.commit({"chat_template.jinja": (template + NO_THINKING).encode()})
     others = [HubRepo.from_folder(name, tiny_model) for name in ("org/remote", "org/stalled")]
     with (
         Hub(chat, *others) as hub,

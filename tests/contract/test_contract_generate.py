@@ -181,3 +181,48 @@ async def test_the_chat_template_is_what_messages_become(model: AsyncModel) -> N
     assert answer.usage.prompt_tokens == len(rendered.token_ids)
     assert rendered.text.startswith(closed.text)
     assert rendered.text != closed.text
+
+
+async def test_the_chat_template_gets_its_variables(model: AsyncModel) -> None:
+    off: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": False}}
+    plain = await model.apply_chat_template(CHAT)
+    on = await model.apply_chat_template(CHAT, chat_template_kwargs={"enable_thinking": True})
+    rendered = await model.apply_chat_template(CHAT, **off)
+    tokens = await model.tokenize(messages=CHAT, **off)
+    answer = await model.generate(messages=CHAT, max_new_tokens=1, **off)
+    async with model.stream(messages=CHAT, max_new_tokens=1, **off) as stream:
+        async for _ in stream:
+            pass
+
+    assert on == plain
+    assert rendered.text == plain.text + "<think></think>"
+    assert tokens.token_ids == rendered.token_ids
+    assert answer.usage.prompt_tokens == len(rendered.token_ids)
+    assert stream.result.usage.prompt_tokens == len(rendered.token_ids)
+
+
+async def test_a_variable_that_the_chat_template_does_not_read_is_refused(
+    model: AsyncModel,
+) -> None:
+    unread: dict[str, Any] = {"chat_template_kwargs": {"enable_thinknig": False}}
+    for call in (
+        model.apply_chat_template(CHAT, **unread),
+        model.tokenize(messages=CHAT, **unread),
+        model.generate(messages=CHAT, max_new_tokens=1, **unread),
+    ):
+        with pytest.raises(errors.UnsupportedOptionError, match="enable_thinking") as caught:
+            await call
+        assert caught.value.field == "chat_template_kwargs"
+        assert "'enable_thinknig'" in str(caught.value)
+
+
+async def test_variables_of_the_chat_template_go_with_messages_only(model: AsyncModel) -> None:
+    variables: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": False}}
+    for call in (
+        model.tokenize(PROMPT, **variables),
+        model.generate(PROMPT, max_new_tokens=1, **variables),
+        model.generate(token_ids=[65], max_new_tokens=1, **variables),
+    ):
+        with pytest.raises(errors.InvalidArgumentError) as caught:
+            await call
+        assert caught.value.field == "chat_template_kwargs"

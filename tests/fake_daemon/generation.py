@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
+from google.protobuf.struct_pb2 import Struct
 
 from loaderd.v1 import generation_pb2, generation_pb2_grpc, model_pb2
 from tests.fake_daemon.failure import FailureError
@@ -24,6 +25,7 @@ INPUTS = {"text", "token_ids", "messages"}
 SUPPORTED = {
     "bypass_prefix_cache",
     "request_id",
+    "chat_template_kwargs",
     "add_special_tokens",
     "do_sample",
     "temperature",
@@ -52,9 +54,14 @@ NO_BEAMS = {"do_sample", "top_k", "top_p", "stop", "logprobs", "top_logprobs"}
 LETTERS = b"abcdefghijklmnopqrstuvwxyz     "
 
 
-def render(messages: list[generation_pb2.ChatMessage], *, open_turn: bool = True) -> str:
+def render(
+    messages: list[generation_pb2.ChatMessage], variables: Struct, *, open_turn: bool = True
+) -> str:
+    """A template that reads `enable_thinking`."""
     turns = "".join(f"<{message.role}>{message.content}\n" for message in messages)
-    return turns + "<assistant>" if open_turn else turns
+    thinking = not variables.fields or variables["enable_thinking"]
+    opening = "<assistant>" if thinking else "<assistant><think></think>"
+    return turns + opening if open_turn else turns
 
 
 def logprob(token: int, place: int, top: int) -> generation_pb2.TokenLogprob:
@@ -282,24 +289,34 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         if kind is None:
             raise FailureError("INVALID_ARGUMENT", field="input", problem="is missing")
         if kind == "messages":
-            self._check_messages(request.messages.messages, model)
+            self._check_messages(request.messages.messages, request.chat_template_kwargs, model)
+        elif request.HasField("chat_template_kwargs"):
+            raise FailureError(
+                "INVALID_ARGUMENT", field="chat_template_kwargs", problem="messages only"
+            )
         if kind == "token_ids" and any(token >= VOCABULARY for token in request.token_ids.ids):
             raise FailureError("INVALID_ARGUMENT", field="token_ids", problem="unknown")
 
     def _check_messages(
-        self, messages: list[generation_pb2.ChatMessage], model: model_pb2.Model
+        self,
+        messages: list[generation_pb2.ChatMessage],
+        variables: Struct,
+        model: model_pb2.Model,
     ) -> None:
         if not model.details.has_chat_template:
             raise FailureError("UNSUPPORTED_OPTION", field="messages", problem="no chat template")
         if not messages:
             raise FailureError("INVALID_ARGUMENT", field="messages", problem="must not be empty")
+        for name in variables.fields.keys() - {"enable_thinking"}:
+            problem = f"the model's chat template takes enable_thinking, and no {name!r}"
+            raise FailureError("UNSUPPORTED_OPTION", field="chat_template_kwargs", problem=problem)
 
     def _prompt(self, request: Any) -> bytes:
         match request.WhichOneof("input"):
             case "token_ids":
                 return bytes(token for token in request.token_ids.ids if token != EOS)
             case "messages":
-                return render(request.messages.messages).encode()
+                return render(request.messages.messages, request.chat_template_kwargs).encode()
         return bytes(request.text, "utf-8")
 
     def Tokenize(
@@ -325,9 +342,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.ApplyChatTemplateResponse:
         with self._daemon.seen("ApplyChatTemplate", request, context).follow(context):
             model = self._daemon.models.ready(request.model)
-            self._check_messages(list(request.messages), model)
+            self._check_messages(list(request.messages), request.chat_template_kwargs, model)
             open_turn = not request.HasField("add_generation_prompt")
             text = render(
-                list(request.messages), open_turn=open_turn or request.add_generation_prompt
+                list(request.messages),
+                request.chat_template_kwargs,
+                open_turn=open_turn or request.add_generation_prompt,
             )
         return generation_pb2.ApplyChatTemplateResponse(text=text, token_ids=text.encode())

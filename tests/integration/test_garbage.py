@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from loaderd.client import Client, HealthStatus
+from loaderd.client import Client, HealthStatus, ModelState
 from loaderd.v1 import cache_pb2, generation_pb2, model_pb2, system_pb2
 from tests.daemon import SpawnedDaemon
 
@@ -67,3 +68,25 @@ def test_random_bytes_never_end_in_an_undocumented_status(channel: Any) -> None:
         for method in unary:
             error = channel.unary_unary(method).future(os.urandom(24), timeout=60).exception()
             assert error is None or code_of(error) in documented, method
+
+
+@pytest.mark.parametrize("method", ["Generate", "Tokenize"])
+def test_a_request_that_only_the_daemon_can_read_leaves_the_worker_alive(
+    channel: Any, shared_daemon: SpawnedDaemon, tiny_model: Path, method: str
+) -> None:
+    with Client(shared_daemon.address) as client:
+        model = client.load(str(tiny_model))
+        call = channel.unary_unary(f"/loaderd.v1.GenerationService/{method}")
+        refused = 0
+        for depth in range(94, 101):
+            # Groups in groups, of a field that no message has; and the model, and a text.
+            nested = b"\xa3\x3e" * depth + b"\xa4\x3e" * depth
+            text = {"Generate": b"\x1a\x01x", "Tokenize": b"\x12\x01x"}[method]
+            name = model.id.encode()
+            error = call.future(b"\x0a%c%b" % (len(name), name) + text + nested).exception()
+            assert error is None or code_of(error) is grpc.StatusCode.INVALID_ARGUMENT
+            refused += error is not None and "request: is nested too deep" in str(error)
+        assert refused
+        assert client.model(model.id).state is ModelState.READY
+        assert model.tokenize("x").token_ids
+        model.unload()

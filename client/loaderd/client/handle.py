@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from loaderd.client.parameters import GenerationParameters
 from loaderd.client.requests import (
     ChatMessages,
     GenerationRequest,
-    chat_messages,
+    apply_chat_template_request,
     detokenize_request,
     generation_request,
     tokenize_request,
@@ -69,10 +70,18 @@ class ModelHandle:
         )
 
     def _tokenize_request(
-        self, text: str | None, messages: ChatMessages | None, add_special_tokens: bool | None
+        self,
+        text: str | None,
+        messages: ChatMessages | None,
+        add_special_tokens: bool | None,
+        chat_template_kwargs: Mapping[str, Any] | None,
     ) -> generation_pb2.TokenizeRequest:
         return tokenize_request(
-            self.id, text=text, messages=messages, add_special_tokens=add_special_tokens
+            self.id,
+            text=text,
+            messages=messages,
+            add_special_tokens=add_special_tokens,
+            chat_template_kwargs=chat_template_kwargs,
         )
 
     def _detokenize_request(
@@ -81,10 +90,14 @@ class ModelHandle:
         return detokenize_request(self.id, token_ids, skip_special_tokens)
 
     def _apply_chat_template_request(
-        self, messages: ChatMessages, add_generation_prompt: bool | None
+        self,
+        messages: ChatMessages,
+        add_generation_prompt: bool | None,
+        chat_template_kwargs: Mapping[str, Any] | None,
     ) -> generation_pb2.ApplyChatTemplateRequest:
-        return generation_pb2.ApplyChatTemplateRequest(
-            model=self.id,
-            messages=chat_messages(messages),
+        return apply_chat_template_request(
+            self.id,
+            messages,
             add_generation_prompt=add_generation_prompt,
+            chat_template_kwargs=chat_template_kwargs,
         )

@@ -20,7 +20,10 @@ class GenerationParameters(TypedDict, total=False):
     request_id: str | None
     """Your name for the request, echoed in the answer and in the daemon's log."""
     chat_template_kwargs: Mapping[str, Any] | None
-    """Extra variables for the chat template (JSON values). Goes with `messages` only."""
+    """More variables for the chat template (JSON values). Goes with `messages` only.
+
+    For example `{"enable_thinking": False}`; what the model's template does not read is refused.
+    """
     add_special_tokens: bool | None
     """Whether the tokenizer adds its special tokens to `text`. Default true."""
     truncate_prompt_tokens: int | None

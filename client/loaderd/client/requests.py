@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
 from loaderd.client.errors import InvalidArgumentError, InvalidNameError
@@ -143,11 +144,12 @@ def tokenize_request(
     text: str | None,
     messages: ChatMessages | None,
     add_special_tokens: bool | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
 ) -> generation_pb2.TokenizeRequest:
     """A TokenizeRequest.
 
     Raises:
-        InvalidArgumentError: Not exactly one input.
+        InvalidArgumentError: Not exactly one input, or a value that the wire cannot carry.
     """
     _require_one(text=text, messages=messages)
     request = generation_pb2.TokenizeRequest(model=model_id, add_special_tokens=add_special_tokens)
@@ -156,6 +158,8 @@ def tokenize_request(
     if messages is not None:
         request.messages.messages.extend(chat_messages(messages))
         request.messages.SetInParent()
+    if chat_template_kwargs is not None:
+        _set(request, "chat_template_kwargs", chat_template_kwargs)
     return request
 
 
@@ -171,6 +175,28 @@ def detokenize_request(
         model=model_id, skip_special_tokens=skip_special_tokens
     )
     _set(request, "token_ids", token_ids, setter=_set_numbers)
+    return request
+
+
+def apply_chat_template_request(
+    model_id: str,
+    messages: ChatMessages,
+    *,
+    add_generation_prompt: bool | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> generation_pb2.ApplyChatTemplateRequest:
+    """An ApplyChatTemplateRequest.
+
+    Raises:
+        InvalidArgumentError: A value that the wire cannot carry.
+    """
+    request = generation_pb2.ApplyChatTemplateRequest(
+        model=model_id,
+        messages=chat_messages(messages),
+        add_generation_prompt=add_generation_prompt,
+    )
+    if chat_template_kwargs is not None:
+        _set(request, "chat_template_kwargs", chat_template_kwargs)
     return request
 
 
@@ -289,6 +315,14 @@ def _set_mapping(request: Any, name: str, value: Mapping[Any, Any]) -> None:
     getattr(request, name).update(value)
 
 
+def _set_struct(request: Any, name: str, value: Mapping[str, Any]) -> None:
+    try:
+        getattr(request, name).update(value)
+        type(request).FromString(request.SerializeToString())  # as the daemon will read it
+    except (RecursionError, DecodeError) as error:
+        raise ValueError("is nested too deep") from error
+
+
 def _set_duration(request: Any, name: str, value: Seconds) -> None:
     getattr(request, name).CopyFrom(_duration(value))
 
@@ -300,7 +334,7 @@ _SETTERS: dict[str, Setter] = {
     "token_ids": _set_token_ids,
     "allowed_token_ids": _set_token_ids,
     "logit_bias": _set_mapping,
-    "chat_template_kwargs": _set_mapping,
+    "chat_template_kwargs": _set_struct,
     "keep_alive": _set_duration,
     "max_time": _set_duration,
     "unused_for": _set_duration,

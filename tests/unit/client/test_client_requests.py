@@ -189,6 +189,16 @@ def test_a_value_of_the_wrong_type_names_its_field(parameters: dict[str, Any], f
         build(**parameters)
 
 
+@pytest.mark.parametrize("depth", [34, 40, 5000])
+def test_variables_that_nest_deeper_than_the_wire_carries_name_their_field(depth: int) -> None:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": value}
+    with pytest.raises(errors.InvalidArgumentError) as caught:
+        build(chat_template_kwargs=value)
+    assert str(caught.value) == "chat_template_kwargs: is nested too deep"
+
+
 def test_an_unknown_parameter_is_refused_at_once(daemon: FakeDaemon, client: Client) -> None:
     model = client.load("demo/chat")
 

@@ -3,7 +3,6 @@ from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.struct_pb2 import Struct
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +25,6 @@ SUPPORTED = SequentialEngine.supported_parameters
 
 # A value for every field that no engine honours.
 REFUSED: dict[str, Any] = {
-    "chat_template_kwargs": Struct(),
     "keep_alive": Duration(seconds=1),
     "lease_id": "lease",
 }

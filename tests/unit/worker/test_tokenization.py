@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.struct_pb2 import Struct
 from transformers import AutoTokenizer
 
 from loaderd.server.errors import InvalidArgumentError
@@ -84,6 +85,11 @@ def test_messages_are_rendered_once_and_tokenized_as_transformers_does(
         (
             StreamGenerateRequest(token_ids=TokenIds(ids=[1]), add_special_tokens=False),
             "add_special_tokens",
+        ),
+        (StreamGenerateRequest(text="x", chat_template_kwargs=Struct()), "chat_template_kwargs"),
+        (
+            StreamGenerateRequest(token_ids=TokenIds(ids=[1]), chat_template_kwargs=Struct()),
+            "chat_template_kwargs",
         ),
     ],
 )

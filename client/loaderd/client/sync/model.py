@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Unpack
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
 from loaderd.client import responses
 from loaderd.client.handle import ModelHandle
@@ -91,10 +91,11 @@ class Model(ModelHandle):
         *,
         messages: ChatMessages | None = None,
         add_special_tokens: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> Tokenization:
         """Token ids of a text, or of a chat as the chat template renders it."""
-        request = self._tokenize_request(text, messages, add_special_tokens)
+        request = self._tokenize_request(text, messages, add_special_tokens, chat_template_kwargs)
         return responses.tokenization(
             self._transport.call(self._transport.stubs.generation.Tokenize, request, timeout)
         )
@@ -118,14 +119,25 @@ class Model(ModelHandle):
         messages: ChatMessages,
         *,
         add_generation_prompt: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> RenderedPrompt:
         """The prompt that the model's chat template makes of messages.
 
+        Args:
+            messages: The chat, oldest first.
+            add_generation_prompt: Whether it ends with what opens the assistant's turn. Default
+                true.
+            chat_template_kwargs: See `GenerationParameters`.
+            timeout: Seconds; None: the client's default.
+
         Raises:
-            UnsupportedOptionError: The model has no chat template.
+            UnsupportedOptionError: The model has no chat template, or it does not read one of
+                `chat_template_kwargs`.
         """
-        request = self._apply_chat_template_request(messages, add_generation_prompt)
+        request = self._apply_chat_template_request(
+            messages, add_generation_prompt, chat_template_kwargs
+        )
         return responses.rendered_prompt(
             self._transport.call(
                 self._transport.stubs.generation.ApplyChatTemplate, request, timeout

@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from loaderd.server.errors import LoaderdError
+from google.protobuf.message import DecodeError
+
+from loaderd.server.errors import InvalidArgumentError, LoaderdError
 from loaderd.server.supervisor.output_stream import OutputStream
 from loaderd.v1 import generation_pb2
 from loaderd.worker.v1 import worker_pb2
@@ -72,14 +74,15 @@ class WorkerLink:
             client: Who asks; empty if unknown.
 
         Raises:
-            LoaderdError: The worker has ended.
+            LoaderdError: The worker has ended, or the request is nested too deep.
         """
         if self._failure is not None:
             raise self._failure
         key = next(self._keys)
+        generate = worker_pb2.Generate(key=key, request=request, client=client)
+        command = _readable(generate=generate)
         stream = self._streams[key] = OutputStream(self._max_stream_bytes, on_end)
-        command = worker_pb2.Generate(key=key, request=request, client=client)
-        self._commands.put_nowait(worker_pb2.AttachResponse(generate=command))
+        self._commands.put_nowait(command)
         try:
             yield stream
         finally:
@@ -93,16 +96,20 @@ class WorkerLink:
             on_end: Called when the worker has answered; cancelling the wait does not stop it.
 
         Raises:
-            LoaderdError: The call failed, or the worker ended.
+            LoaderdError: The call failed, it is nested too deep, or the worker ended.
         """
-        if self._failure is not None:
-            on_end()
-            raise self._failure
         call.key = next(self._keys)
+        try:
+            if self._failure is not None:
+                raise self._failure
+            command = _readable(call=call)
+        except LoaderdError:
+            on_end()
+            raise
         answer: asyncio.Future[worker_pb2.Reply] = asyncio.get_running_loop().create_future()
         answer.add_done_callback(lambda _: on_end())
         self._calls[call.key] = answer
-        self._commands.put_nowait(worker_pb2.AttachResponse(call=call))
+        self._commands.put_nowait(command)
         reply = await asyncio.shield(answer)
         if reply.HasField("error"):
             raise error_from(reply.error)
@@ -173,3 +180,18 @@ class WorkerLink:
 def error_from(error: worker_pb2.Error) -> LoaderdError:
     """The domain error that a worker described."""
     return LoaderdError.from_metadata(error.reason, dict(error.metadata))
+
+
+def _readable(**kind: worker_pb2.Generate | worker_pb2.Call) -> worker_pb2.AttachResponse:
+    """A command that the worker can read; one that it cannot read would end its stream.
+
+    The daemon could read the client's request, but in a command it lies two messages deeper.
+
+    Raises:
+        InvalidArgumentError: Its messages are nested deeper than protobuf reads.
+    """
+    try:
+        command = worker_pb2.AttachResponse(**kind)  # type: ignore[arg-type]  # one of two names
+        return worker_pb2.AttachResponse.FromString(command.SerializeToString())
+    except DecodeError as error:
+        raise InvalidArgumentError("request", "is nested too deep") from error

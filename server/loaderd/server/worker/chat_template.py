@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from google.protobuf.struct_pb2 import Struct
+
 from loaderd.server.errors import InvalidArgumentError, UnsupportedOptionError
+from loaderd.server.worker import template_variables
 from loaderd.v1.generation_pb2 import ChatMessage
 
 if TYPE_CHECKING:
@@ -30,12 +33,21 @@ def render(
     messages: Sequence[ChatMessage],
     *,
     add_generation_prompt: bool,
+    variables: Struct,
 ) -> str:
     """Renders a chat, in transformers' sandbox and within limits of time and size.
 
+    Args:
+        tokenizer: Of the loaded model.
+        messages: The chat, oldest first.
+        add_generation_prompt: Whether the prompt opens the assistant's turn.
+        variables: What else the template reads, see `template_variables`.
+
     Raises:
-        InvalidArgumentError: The messages are malformed, or the template refuses them.
-        UnsupportedOptionError: The model has no chat template, or it exceeds its limits.
+        InvalidArgumentError: The messages or variables are malformed, or the template refuses
+            them.
+        UnsupportedOptionError: The model has no chat template, it exceeds its limits, or it does
+            not read one of the variables.
     """
     if not 1 <= len(messages) <= _MAX_MESSAGES:
         raise InvalidArgumentError(_FIELD, f"from 1 to {_MAX_MESSAGES} messages")
@@ -46,17 +58,23 @@ def render(
             _FIELD, "the model has no chat template; use text or token_ids"
         )
     chat = [{"role": message.role, "content": message.content} for message in messages]
+    more = template_variables.plain(variables)
     try:
         with _time_limit(_MAX_SECONDS):
+            if more:
+                template_variables.check_read(tokenizer, more)
             text: str = tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=add_generation_prompt
+                chat, tokenize=False, add_generation_prompt=add_generation_prompt, **more
             )
+    except UnsupportedOptionError:
+        raise
     except (_TimeLimitError, MemoryError):
         text = ""
         too_much = True
     except Exception as error:  # whatever a template's author makes it raise
+        check = "their roles and order" + (f", and {template_variables.FIELD}" if more else "")
         raise InvalidArgumentError(
-            _FIELD, "the model's chat template refuses them; check their roles and order"
+            _FIELD, f"the model's chat template refuses them; check {check}"
         ) from error
     else:
         too_much = len(text) > _MAX_CHARACTERS

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from loaderd.server.errors import InvalidArgumentError
 from loaderd.server.worker.chat_template import render
@@ -13,7 +12,10 @@ from loaderd.worker.v1 import worker_pb2
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_Request: TypeAlias = generation_pb2.StreamGenerateRequest | generation_pb2.TokenizeRequest
+
 _ONLY_WITH_TEXT = "goes with text only"
+_ONLY_WITH_MESSAGES = "goes with messages only"
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -39,9 +41,11 @@ class Tokenization:
 
         Raises:
             InvalidArgumentError: The input is missing or malformed.
-            UnsupportedOptionError: Messages, and the model has no chat template.
+            UnsupportedOptionError: Messages, and the model has no chat template, or none that
+                reads what the request gives it.
         """
         if request.WhichOneof("input") == "token_ids":
+            _check_no_variables(request)
             if request.HasField("add_special_tokens"):
                 raise InvalidArgumentError("add_special_tokens", _ONLY_WITH_TEXT)
             return list(request.token_ids.ids)
@@ -58,7 +62,8 @@ class Tokenization:
 
         Raises:
             InvalidArgumentError: The request is malformed.
-            UnsupportedOptionError: Messages, and the model has no chat template.
+            UnsupportedOptionError: Messages, and the model has no chat template, or none that
+                reads what the request gives it.
         """
         match call.WhichOneof("request"):
             case "tokenize":
@@ -95,28 +100,41 @@ class Tokenization:
         self, request: generation_pb2.ApplyChatTemplateRequest
     ) -> generation_pb2.ApplyChatTemplateResponse:
         with_prompt = not request.HasField("add_generation_prompt") or request.add_generation_prompt
-        text = render(self._tokenizer, request.messages, add_generation_prompt=with_prompt)
+        text = render(
+            self._tokenizer,
+            request.messages,
+            add_generation_prompt=with_prompt,
+            variables=request.chat_template_kwargs,
+        )
         token_ids = self._encode(text, add_special_tokens=False)
         return generation_pb2.ApplyChatTemplateResponse(text=text, token_ids=token_ids)
 
-    def _encode_input(
-        self,
-        request: generation_pb2.StreamGenerateRequest | generation_pb2.TokenizeRequest,
-    ) -> list[int]:
+    def _encode_input(self, request: _Request) -> list[int]:
         match request.WhichOneof("input"):
             case "text":
+                _check_no_variables(request)
                 special = not request.HasField("add_special_tokens") or request.add_special_tokens
                 return self._encode(request.text, add_special_tokens=special)
             case "messages":
                 if request.HasField("add_special_tokens"):
                     raise InvalidArgumentError("add_special_tokens", _ONLY_WITH_TEXT)
-                return self._encode_chat(request.messages.messages)
+                return self._encode_chat(request)
         raise InvalidArgumentError("input", "is missing; give exactly one")
 
-    def _encode_chat(self, messages: Sequence[generation_pb2.ChatMessage]) -> list[int]:
-        text = render(self._tokenizer, messages, add_generation_prompt=True)
+    def _encode_chat(self, request: _Request) -> list[int]:
+        text = render(
+            self._tokenizer,
+            request.messages.messages,
+            add_generation_prompt=True,
+            variables=request.chat_template_kwargs,
+        )
         return self._encode(text, add_special_tokens=False)  # the template writes them
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return token_ids
+
+
+def _check_no_variables(request: _Request) -> None:
+    if request.HasField("chat_template_kwargs"):
+        raise InvalidArgumentError("chat_template_kwargs", _ONLY_WITH_MESSAGES)

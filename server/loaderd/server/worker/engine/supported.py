@@ -5,6 +5,7 @@ HONOURED = frozenset(
         "text",
         "token_ids",
         "messages",
+        "chat_template_kwargs",
         "add_special_tokens",
         "truncate_prompt_tokens",
         "priority",
