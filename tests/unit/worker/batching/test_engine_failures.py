@@ -129,7 +129,7 @@ def test_what_is_no_number_is_not_kept_for_prompts_that_begin_alike(client: Clie
 def test_a_cancelled_prompt_leaves_nothing_in_its_slot(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unspoiled = {"allowed_token_ids": {"ids": range(2, VOCABULARY - 1)}}
+    unspoiled: dict[str, Any] = {"allowed_token_ids": {"ids": range(2, VOCABULARY - 1)}}
     expected = client.generate(max_new_tokens=40, **unspoiled, **ALONE).token_ids
     spoil(client, VOCABULARY - 1)
     monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._MOST", 150)
