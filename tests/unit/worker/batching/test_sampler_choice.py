@@ -15,7 +15,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from loaderd.server.worker.engine.batching.choice import KEY_BITS, best, draw
+from loaderd.server.worker.engine.batching.choice import KEY_BITS, best, draw, highest
 from loaderd.server.worker.engine.protocol import Sampling
 from tests.unit.worker.batching.sampling import VOCABULARY, asked, random_logits
 
@@ -183,3 +183,23 @@ def test_a_row_without_a_token_is_told_and_harms_no_other(
         first, none, last = draw(logits.clone(), chosen, [1, 2, 3]).tolist()
         assert none == -1
         assert min(first, last) >= 0
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    rows=st.integers(1, 4),
+    width=st.integers(1, 3000),
+    levels=st.sampled_from([2, 50, 10**6]),
+    data=st.data(),
+)
+def test_the_highest_are_those_of_a_sort(
+    seed: int, rows: int, width: int, levels: int, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(levels, (rows, width), generator=generator).float()
+    count = data.draw(st.integers(1, width))
+    values, columns = highest(scores, count)
+    assert torch.equal(values, scores.topk(count).values)
+    assert torch.equal(scores.gather(1, columns), values)
+    assert all(len(set(row)) == count for row in columns.tolist())
