@@ -36,6 +36,7 @@ from loaderd.server.worker.engine.reception import Admitted, Reception
 from loaderd.server.worker.engine.supported import HONOURED
 from loaderd.server.worker.failures import incident
 from loaderd.v1.generation_pb2 import FinishReason
+from loaderd.worker.v1.worker_pb2 import Output
 
 logger = logging.getLogger(__name__)
 
@@ -159,11 +160,13 @@ class SequentialEngine:
         self._tokenizer = tokenizer
         self._model_name = model_name
         self._on_death = on_death
+        self._emit = emit
+        self._outputs: list[Output] = []
         self._reception = Reception(
             Capacity(MAX_COMPLETIONS, _MEMORY_TOKENS, MAX_COMPLETIONS * _MEMORY_TOKENS, _MAX_QUEUE),
             model_name,
             emit,
-            send=lambda output: emit([output]),
+            send=self._outputs.append,
         )
         self._row_keys = itertools.count()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -203,9 +206,11 @@ class SequentialEngine:
         self._reception.end(job.request.key)
         if failure is not None:
             job.fail(failure)
+            self._emit_outputs()
             devices.release_cached_memory()
             return
         job.finish()
+        self._emit_outputs()
         logger.info(
             "request %s: %d prompt tokens, %d generated",
             job.request.request_id,
@@ -218,6 +223,7 @@ class SequentialEngine:
         job, slots = turn
         try:
             job.begin(slots, self._row_keys, self._tokenizer)
+            self._emit_outputs()
             with torch.inference_mode():
                 self._generate_all(job)
         except LoaderdError as error:
@@ -240,6 +246,7 @@ class SequentialEngine:
         if job.request.prompt_logprobs is not None:
             self._tell_prompt(job, self._model(prompt, **mask).logits[0])
         job.echo()
+        self._emit_outputs()
         if isinstance(job, BeamJob):
             beams = {"num_beams": len(job.rows), "use_cache": self._can_reorder}
             self._generate(job, _BeamChooser(job), prompt, mask | beams)
@@ -277,6 +284,7 @@ class SequentialEngine:
         def is_enough(input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
             if not chooser.has_ended and (job.cancelled or self._reception.closed):
                 job.stop(FinishReason.FINISH_REASON_CANCELLED)
+            self._emit_outputs()
             self._reception.tell_places()
             return torch.full(input_ids.shape[:1], chooser.has_ended, device=input_ids.device)
 
@@ -286,3 +294,8 @@ class SequentialEngine:
             stopping_criteria=StoppingCriteriaList([is_enough]),
             **_PLAIN_DECODING | {"max_new_tokens": job.request.stopping.max_new_tokens} | options,
         )
+
+    def _emit_outputs(self) -> None:
+        if self._outputs:
+            self._emit(list(self._outputs))
+            self._outputs.clear()
