@@ -122,6 +122,8 @@ def build(architecture: str, **sizes: Any) -> Any:
 def reference(model: Any, prompt: Sequence[int] = PROMPT, **options: Any) -> list[int]:
     """What transformers generates by itself."""
     ids = torch.tensor([prompt])
+    # An engine may have taken the model's own options away.
+    options = {"eos_token_id": EOS, "pad_token_id": EOS} | options
     with torch.no_grad():
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     tokens: list[int] = output[0, len(prompt) :].tolist()

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -45,27 +46,8 @@ _MEMORY_TOKENS = 2**62
 """There is no bound that is known before a request fails for lack of memory."""
 _MAX_QUEUE = 1024
 
-_PLAIN_DECODING: dict[str, Any] = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "use_cache": True,
-    "return_dict_in_generate": False,
-    "max_time": None,
-    "stop_strings": None,
-    "penalty_alpha": None,
-    "dola_layers": None,
-    "prompt_lookup_num_tokens": None,
-    "cache_implementation": None,
-    # The choosers do these.
-    "do_sample": False,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_new_tokens": 0,
-    "eos_token_id": None,
-    # Never used, for nothing is padded; unset, it draws a warning.
-    "pad_token_id": 0,
-}
-"""Against a model's own generation config that wants another mode of decoding, or a limit."""
+# Greedy, for the choosers do the rest. Nothing is padded, but an unset id draws a warning.
+_PLAIN_DECODING: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
 
 
 class _Chooser(Protocol):
@@ -137,7 +119,7 @@ class SequentialEngine:
     """Serves requests one after the other, and the completions of each one alike.
 
     Args:
-        model: Any model with `generate`.
+        model: Any model with `generate`; it loses its generation config.
         tokenizer: Its tokenizer's part that completions need.
         model_name: For errors.
         emit: Takes the outputs, from the engine's thread and from those that call it.
@@ -155,6 +137,8 @@ class SequentialEngine:
         emit: Emit,
         on_death: Callable[[], None],
     ) -> None:
+        # `generate` fills up what it is given from the model's own one, of which nothing may act.
+        model.generation_config = GenerationConfig()
         self._model = model
         self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._tokenizer = tokenizer
@@ -249,7 +233,7 @@ class SequentialEngine:
         self._emit_outputs()
         if isinstance(job, BeamJob):
             beams = {"num_beams": len(job.rows), "use_cache": self._can_reorder}
-            self._generate(job, _BeamChooser(job), prompt, mask | beams)
+            self._generate(job, _BeamChooser(job), prompt, mask, **beams)
             return
         for place, row in enumerate(job.rows):
             if place and job.is_late:
@@ -278,7 +262,12 @@ class SequentialEngine:
             job.tell_prompt(self._tokenizer.logprobs(tokens))
 
     def _generate(
-        self, job: Job, chooser: _Chooser, prompt: torch.Tensor, options: dict[str, Any]
+        self,
+        job: Job,
+        chooser: _Chooser,
+        prompt: torch.Tensor,
+        mask: dict[str, torch.Tensor],
+        **options: Any,
     ) -> None:
         # A stopping criterion is asked after each token, before the next one is computed.
         def is_enough(input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
@@ -292,7 +281,10 @@ class SequentialEngine:
             prompt,
             logits_processor=LogitsProcessorList([chooser]),
             stopping_criteria=StoppingCriteriaList([is_enough]),
-            **_PLAIN_DECODING | {"max_new_tokens": job.request.stopping.max_new_tokens} | options,
+            generation_config=GenerationConfig(
+                max_new_tokens=job.request.stopping.max_new_tokens, **_PLAIN_DECODING | options
+            ),
+            **mask,
         )
 
     def _emit_outputs(self) -> None:
