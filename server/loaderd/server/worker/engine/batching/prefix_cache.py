@@ -65,11 +65,6 @@ class PrefixCache:
         self._touch(places)
         return known * size, [self._kept[place].block for place in places[known:]]
 
-    def clear(self) -> None:
-        """Forgets everything."""
-        self._free += [kept.block for kept in self._kept.values()]
-        self._kept.clear()
-
     def _walk(self, tokens: Sequence[int], salt: str) -> Iterator[tuple[_Place, _Kept]]:
         parent: int | str = salt
         size = self._block_tokens

@@ -70,7 +70,6 @@ class Piece:
     """A part of a prompt to compute in this step."""
 
     key: int
-    begin: int
     count: int
 
 
@@ -117,11 +116,6 @@ class Scheduler:
     def waiting(self) -> int:
         """Requests that wait."""
         return len(self._queue)
-
-    @property
-    def running(self) -> int:
-        """Requests that run."""
-        return len(self._running)
 
     @property
     def is_full(self) -> bool:
@@ -197,7 +191,7 @@ class Scheduler:
             if more > 0:
                 counts[key] = counts.get(key, 0) + more
                 budget -= more
-        return [Piece(key, self._running[key].computed, count) for key, count in counts.items()]
+        return [Piece(key, count) for key, count in counts.items()]
 
     def computed(self, key: int, tokens: int) -> None:
         """Notes how much of a prompt there is by now."""
