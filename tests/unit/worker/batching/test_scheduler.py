@@ -52,6 +52,25 @@ def test_whoever_asks_for_much_leaves_room_for_others() -> None:
     assert scheduler.order() == [0, 9, 1, 2, 3]
 
 
+def test_what_is_withdrawn_delays_nothing() -> None:
+    scheduler = Scheduler(Capacity(slots=1, slot_tokens=10_000, tokens=10_000, queue=300))
+    for key in range(200):
+        scheduler.submit(ticket(key, client="a", new_tokens=4000, arrived=1.0))
+    for key in range(200):
+        assert scheduler.withdraw(key)
+    scheduler.submit(ticket(500, client="a", arrived=2.0))
+    scheduler.submit(ticket(501, client="b", arrived=3.0))
+    assert scheduler.order() == [500, 501]
+
+
+def test_one_request_delays_its_client_by_some_seconds_at_most() -> None:
+    scheduler = Scheduler(Capacity(slots=1, slot_tokens=10**6, tokens=10**6, queue=10))
+    scheduler.submit(ticket(0, client="a", new_tokens=900_000, arrived=0.0))
+    scheduler.submit(ticket(1, client="a", arrived=0.0))
+    scheduler.submit(ticket(2, client="b", arrived=20.0))
+    assert scheduler.order() == [0, 1, 2]
+
+
 def test_the_first_is_not_passed_by_those_that_need_less() -> None:
     scheduler = Scheduler(CAPACITY)
     scheduler.submit(ticket(0, prompt_tokens=50))
