@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loaderd.server.errors import SlowConsumerError, WorkerDiedError
+from loaderd.server.supervisor.link import WorkerLink
 from loaderd.server.supervisor.output_stream import OutputStream
 from loaderd.v1.generation_pb2 import (
     GenerationDelta,
@@ -12,10 +13,12 @@ from loaderd.v1.generation_pb2 import (
     GenerationQueued,
     GenerationStarted,
     PromptLogprobs,
+    StreamGenerateRequest,
     StreamGenerateResponse,
     TokenAlternative,
     TokenLogprob,
 )
+from loaderd.worker.v1.worker_pb2 import AttachRequest, Output, Step
 
 
 def delta(text: str, *token_ids: int, index: int = 0) -> StreamGenerateResponse:
@@ -82,7 +85,29 @@ async def test_a_reader_that_is_too_slow_is_cut_off_and_memory_stays_bounded() -
     with pytest.raises(SlowConsumerError):
         async for message in stream:
             received += len(message.delta.text)
-    assert 0 < received <= 1100
+    assert 0 < received <= 1200
+
+
+async def test_a_step_is_no_sign_of_a_slow_reader_however_large() -> None:
+    stream = OutputStream(1000, lambda: None)
+    stream.put(STARTED, *(delta("x" * 500, index=index) for index in range(8)))
+    for _ in range(10):
+        stream.put(*(delta("y" * 10, index=index) for index in range(8)))
+    assert not stream.ended
+    for _ in range(10):
+        stream.put(*(delta("z" * 10, index=index) for index in range(8)))
+    received = 0
+    with pytest.raises(SlowConsumerError):
+        async for message in stream:
+            received += len(message.delta.text)
+    assert 5000 < received <= 5080
+
+
+async def test_outputs_that_all_come_at_the_end_arrive() -> None:
+    stream = OutputStream(1000, lambda: None)
+    stream.put(*(delta("x" * 100, token_id) for token_id in range(100)), FINISHED)
+    text, _ = await collect(stream)
+    assert text.delta.text == "x" * 10_000
 
 
 async def test_the_completions_of_a_request_wait_in_one_message_each() -> None:
@@ -121,7 +146,8 @@ async def test_log_probabilities_of_the_prompt_stay_in_order_and_bounded() -> No
     assert first.delta.text == "a"
 
     stream = OutputStream(1000, lambda: None)
-    stream.put(piece(*range(100)))
+    for begin in (0, 100):
+        stream.put(piece(*range(begin, begin + 100)))
     with pytest.raises(SlowConsumerError):
         await collect(stream)
 
@@ -156,3 +182,15 @@ async def test_text_before_a_failure_still_arrives() -> None:
         async for message in stream:
             texts.append(message.delta.text)
     assert texts == ["so far"]
+
+
+async def test_the_outputs_of_one_step_of_the_worker_are_one_step_of_the_stream() -> None:
+    link = WorkerLink(1000)
+    with link.generate(StreamGenerateRequest(), lambda: None) as stream:
+        outputs = [
+            Output(key=1, delta=GenerationDelta(index=index, text="x" * 500)) for index in range(8)
+        ]
+        link.receive(AttachRequest(step=Step(outputs=outputs)))
+        link.receive(AttachRequest(step=Step(outputs=[Output(key=1, finished=FINISHED.finished)])))
+        *deltas, _ = await collect(stream)
+    assert [message.delta.index for message in deltas] == list(range(8))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from loaderd.server.worker.detokenizer import Decoder
 from loaderd.server.worker.engine.batching.build import batching_engine
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.parameters import typed_request
@@ -46,8 +47,16 @@ class Numbers:
 class Client:
     """An engine and what comes out of it."""
 
-    def __init__(self, model: Any, engine: str = "sequential", **options: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        engine: str = "sequential",
+        *,
+        decoder: Decoder | None = None,
+        **options: Any,
+    ) -> None:
         self.model = model
+        self._decoder = decoder or Numbers()
         self.facts = model_facts(model)
         self.steps = 0
         self.reason = ""
@@ -57,7 +66,7 @@ class Client:
         self.engine = self._engine(engine, **options)
 
     def _engine(self, name: str, **options: Any) -> Engine:
-        tokenizer = Tokenizer(Numbers(), TOKENIZER_SPECIAL_IDS)
+        tokenizer = Tokenizer(self._decoder, TOKENIZER_SPECIAL_IDS)
         if name == "batching":
             engine, self.reason = batching_engine(
                 self.model,
@@ -134,6 +143,8 @@ def build(architecture: str, **sizes: Any) -> Any:
 def reference(model: Any, prompt: Sequence[int] = PROMPT, **options: Any) -> list[int]:
     """What transformers generates by itself."""
     ids = torch.tensor([prompt])
+    # An engine may have taken the model's own options away.
+    options = {"eos_token_id": EOS, "pad_token_id": EOS} | options
     with torch.no_grad():
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     tokens: list[int] = output[0, len(prompt) :].tolist()

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from loaderd.server.errors import InvalidArgumentError
+from loaderd.server.worker.engine.batching.build import EngineSettings
 from loaderd.v1.errors_pb2 import ErrorReason
 from loaderd.v1.generation_pb2 import FinishReason, StreamGenerateRequest, TokenIds
 from tests.unit.worker.batching.beams import outputs_by_index, reference_beams
@@ -136,6 +138,40 @@ def test_masks_that_leave_too_few_outputs_are_refused(llama: Client) -> None:
     )  # fmt: skip
     assert outputs.error is not None
     assert outputs.error.metadata["field"] == "n"
+
+
+class HalfCharacters:
+    """A tokenizer in which the prompt's last token is the first byte of a character."""
+
+    def decode(self, token_ids: list[int], **_: Any) -> str:
+        content = b"".join(b"\xc3" if token == PROMPT[-1] else b"a" for token in token_ids)
+        return content.decode(errors="replace")
+
+
+def test_beams_that_are_not_given_show_nothing(engine: str) -> None:
+    client = Client(build("llama"), engine, decoder=HalfCharacters())
+    outputs = client.generate(num_beams=4, n=2, max_new_tokens=5, ignore_eos=True)
+    client.engine.close()
+    assert outputs.finished is not None
+    assert {delta.index for delta in outputs.deltas} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"num_beams": 4, "n": 2}, "num_beams"),
+        ({"best_of": 4, "n": 2}, "best_of"),
+        ({"n": 4}, "n"),
+    ],
+)
+def test_more_completions_than_slots_are_refused_by_their_name(
+    asked: dict[str, Any], field: str
+) -> None:
+    client = Client(build("llama"), "batching", settings=EngineSettings(max_slots=3))
+    with pytest.raises(InvalidArgumentError, match="must be at most 3") as refused:
+        client.start(max_new_tokens=5, **asked)
+    client.engine.close()
+    assert refused.value.metadata["field"] == field
 
 
 def test_a_search_without_time_gives_what_it_has(llama: Client, own: Any) -> None:

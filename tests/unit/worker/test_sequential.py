@@ -142,6 +142,33 @@ def test_unset_options_are_the_models_own() -> None:
         client.engine.close()
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"suppress_tokens": [5, 20, 24]},
+        {"sequence_bias": [[[24], -100.0]]},
+        {"bad_words_ids": [[24], [5]]},
+        {"guidance_scale": 3.0},
+        {"forced_eos_token_id": 1},
+        {"exponential_decay_length_penalty": (1, 2.0)},
+        {"encoder_repetition_penalty": 1.5},
+        {"begin_suppress_tokens": [24]},
+        {"max_length": 8},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"return_dict_in_generate": True, "output_scores": True},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_what_is_no_parameter_of_a_request_does_not_act(llama: Client, own: dict[str, Any]) -> None:
+    model = build("llama")
+    model.generation_config.update(**own)
+    client = Client(model)
+    for options in ({}, {"num_beams": 3}):
+        asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12} | options
+        assert client.token_ids(**asked) == llama.token_ids(**asked)
+    client.engine.close()
+
+
 def test_without_own_options_nothing_is_cut_off(llama: Client) -> None:
     """transformers' own default would be the 50 most probable of these 97 tokens."""
     token_ids = llama.token_ids(seed=5, temperature=100.0, max_new_tokens=40, ignore_eos=True)

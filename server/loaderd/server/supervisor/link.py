@@ -127,8 +127,11 @@ class WorkerLink:
             case "heartbeat":
                 self.memory_bytes = event.heartbeat.memory_bytes
             case "step":
+                outputs: dict[int, list[worker_pb2.Output]] = {}
                 for output in event.step.outputs:
-                    self._deliver(output)
+                    outputs.setdefault(output.key, []).append(output)
+                for key, own in outputs.items():
+                    self._deliver(key, own)
             case "reply":
                 answer = self._calls.pop(event.reply.key, None)
                 if answer is not None and not answer.done():
@@ -153,22 +156,24 @@ class WorkerLink:
                 future.set_exception(error)
                 future.exception()  # seen: it may be that nobody waits for it
 
-    def _deliver(self, output: worker_pb2.Output) -> None:
-        kind = output.WhichOneof("event")
-        if kind in {"finished", "error"}:
-            stream = self._streams.pop(output.key, None)
-        else:
-            stream = self._streams.get(output.key)
-        if stream is None or kind is None:
+    def _deliver(self, key: int, outputs: list[worker_pb2.Output]) -> None:
+        last = outputs[-1]
+        is_over = last.WhichOneof("event") in {"finished", "error"}
+        stream = self._streams.pop(key, None) if is_over else self._streams.get(key)
+        if stream is None:
             return  # its client has left
-        if kind == "error":
-            stream.fail(error_from(output.error))
-        else:
-            message = generation_pb2.StreamGenerateResponse()
-            getattr(message, kind).CopyFrom(getattr(output, kind))
-            stream.put(message)
-            if stream.ended:  # at its end; or cut off, because its reader is too slow
-                self._cancel(output.key)
+        messages = []
+        for output in outputs:
+            kind = output.WhichOneof("event")
+            if kind is not None and kind != "error":
+                message = generation_pb2.StreamGenerateResponse()
+                getattr(message, kind).CopyFrom(getattr(output, kind))
+                messages.append(message)
+        stream.put(*messages)
+        if last.HasField("error"):
+            stream.fail(error_from(last.error))
+        if stream.ended:  # at its end; or cut off, because its reader is too slow
+            self._cancel(key)
 
     def _cancel(self, key: int) -> None:
         """Tells the worker to stop a request that it has not ended yet."""

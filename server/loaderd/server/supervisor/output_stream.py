@@ -14,10 +14,12 @@ class OutputStream:
     """A queue of stream messages that joins what its reader has not taken yet.
 
     So a slow reader gets fewer, longer messages, and what waits for it is bounded: in number by
-    the completions of the request, in size by `max_bytes`.
+    the completions of the request, in size by `max_bytes` and the largest step. What one step
+    brings comes all at once, before any reader can take of it, and so tells nothing of a reader.
 
     Args:
-        max_bytes: Most bytes of text, token ids and log probabilities that may wait.
+        max_bytes: Most bytes of text, token ids and log probabilities that may wait, beside as
+            many as the largest step had.
         on_end: Called when the last message, or the failure, has come from the worker. The reader
             may take what waits long after that, or never.
     """
@@ -27,22 +29,26 @@ class OutputStream:
         self._on_end = on_end
         self._waiting: deque[StreamGenerateResponse] = deque()
         self._waiting_bytes = 0
+        self._largest_step = 0
         self._error: LoaderdError | None = None
         self._changed = asyncio.Event()
         self.ended = False
 
-    def put(self, message: StreamGenerateResponse) -> None:
-        """Adds a message; `finished` ends the stream, as does a reader that is too slow."""
+    def put(self, *messages: StreamGenerateResponse) -> None:
+        """Adds a step's messages; `finished` ends the stream, as does a reader that is too slow."""
         if self.ended:
             return
-        size = _content_bytes(message)
-        if not any(_join(waiting, message) for waiting in reversed(self._waiting)):
-            self._waiting.append(message)
-        self._waiting_bytes += size
+        step = 0
+        for message in messages:
+            step += _content_bytes(message)
+            if not any(_join(waiting, message) for waiting in reversed(self._waiting)):
+                self._waiting.append(message)
+        self._waiting_bytes += step
+        self._largest_step = max(self._largest_step, step)
         self._changed.set()
-        if message.HasField("finished"):
+        if any(message.HasField("finished") for message in messages):
             self._end()
-        elif self._waiting_bytes > self._max_bytes:
+        elif self._waiting_bytes > self._max_bytes + self._largest_step:
             self.fail(SlowConsumerError(limit=self._max_bytes, unit="bytes"))
 
     def fail(self, error: LoaderdError) -> None:

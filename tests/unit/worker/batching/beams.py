@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tests.unit.worker.engine_client import EOS
 from tests.unit.worker.outputs import Outputs
 
 
@@ -15,6 +16,8 @@ def reference_beams(
 ) -> list[list[int]]:
     """The `n` best outputs, each with the token that ended it."""
     ids = torch.tensor([prompt])
+    # An engine may have taken the model's own options away.
+    options = {"eos_token_id": EOS, "pad_token_id": EOS} | options
     with torch.no_grad():
         output = model.generate(
             ids,

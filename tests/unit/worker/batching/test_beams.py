@@ -302,7 +302,8 @@ def test_a_cancel_before_the_first_token_gives_empty_outputs(
 ) -> None:
     monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._MOST", 16)
     gate = Gate(llama.model, monkeypatch)
-    key = llama.start(LONG, num_beams=3, n=2, max_new_tokens=5, bypass_prefix_cache=True)
+    options: dict[str, Any] = {"bypass_prefix_cache": True, "echo": True}
+    key = llama.start(LONG, num_beams=3, n=2, max_new_tokens=5, **options)
     assert gate.entered.wait(TIMEOUT)
     llama.engine.cancel(key)
     gate.open.set()
@@ -311,6 +312,7 @@ def test_a_cancel_before_the_first_token_gives_empty_outputs(
     reasons = [finish.reason for finish in outputs.finished.finishes]
     assert reasons == [FinishReason.FINISH_REASON_CANCELLED] * 2
     assert outputs.finished.usage.generated_tokens == 0
+    assert outputs.deltas == [], "the prompt was not computed"
 
 
 def test_a_failed_step_fails_the_search_and_no_other(

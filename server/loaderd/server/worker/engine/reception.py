@@ -54,7 +54,7 @@ class Reception:
         """Queues a request.
 
         Raises:
-            InvalidArgumentError: It needs more memory than there is.
+            InvalidArgumentError: It needs more memory, or more slots, than there are.
             QueueFullError: Too many wait.
         """
         ticket = Ticket(
@@ -66,6 +66,7 @@ class Reception:
             new_tokens=request.stopping.max_new_tokens,
             completions=request.sequences,
         )
+        self._check_completions(request)
         self._check_size(ticket)
         job = self._job(request)
         with self._changed:
@@ -164,6 +165,16 @@ class Reception:
         if request.beams:
             return BeamJob(request, self._send, request.beams)
         return Job(request, self._send)
+
+    def _check_completions(self, request: GenerationRequest) -> None:
+        if request.sequences > self._capacity.slots:
+            if request.beams:
+                field = "num_beams"
+            else:
+                field = "best_of" if request.best_of > request.n else "n"
+            raise InvalidArgumentError(
+                field, f"must be at most {self._capacity.slots}, as many as run at once"
+            )
 
     def _check_size(self, ticket: Ticket) -> None:
         if not self._scheduler.can_ever_run(ticket):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -36,6 +37,7 @@ from loaderd.server.worker.engine.reception import Admitted, Reception
 from loaderd.server.worker.engine.supported import HONOURED
 from loaderd.server.worker.failures import incident
 from loaderd.v1.generation_pb2 import FinishReason
+from loaderd.worker.v1.worker_pb2 import Output
 
 logger = logging.getLogger(__name__)
 
@@ -44,27 +46,8 @@ _MEMORY_TOKENS = 2**62
 """There is no bound that is known before a request fails for lack of memory."""
 _MAX_QUEUE = 1024
 
-_PLAIN_DECODING: dict[str, Any] = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "use_cache": True,
-    "return_dict_in_generate": False,
-    "max_time": None,
-    "stop_strings": None,
-    "penalty_alpha": None,
-    "dola_layers": None,
-    "prompt_lookup_num_tokens": None,
-    "cache_implementation": None,
-    # The choosers do these.
-    "do_sample": False,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_new_tokens": 0,
-    "eos_token_id": None,
-    # Never used, for nothing is padded; unset, it draws a warning.
-    "pad_token_id": 0,
-}
-"""Against a model's own generation config that wants another mode of decoding, or a limit."""
+# Greedy, for the choosers do the rest. Nothing is padded, but an unset id draws a warning.
+_PLAIN_DECODING: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
 
 
 class _Chooser(Protocol):
@@ -136,7 +119,7 @@ class SequentialEngine:
     """Serves requests one after the other, and the completions of each one alike.
 
     Args:
-        model: Any model with `generate`.
+        model: Any model with `generate`; it loses its generation config.
         tokenizer: Its tokenizer's part that completions need.
         model_name: For errors.
         emit: Takes the outputs, from the engine's thread and from those that call it.
@@ -154,16 +137,20 @@ class SequentialEngine:
         emit: Emit,
         on_death: Callable[[], None],
     ) -> None:
+        # `generate` fills up what it is given from the model's own one, of which nothing may act.
+        model.generation_config = GenerationConfig()
         self._model = model
         self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._tokenizer = tokenizer
         self._model_name = model_name
         self._on_death = on_death
+        self._emit = emit
+        self._outputs: list[Output] = []
         self._reception = Reception(
             Capacity(MAX_COMPLETIONS, _MEMORY_TOKENS, MAX_COMPLETIONS * _MEMORY_TOKENS, _MAX_QUEUE),
             model_name,
             emit,
-            send=lambda output: emit([output]),
+            send=self._outputs.append,
         )
         self._row_keys = itertools.count()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -203,9 +190,11 @@ class SequentialEngine:
         self._reception.end(job.request.key)
         if failure is not None:
             job.fail(failure)
+            self._emit_outputs()
             devices.release_cached_memory()
             return
         job.finish()
+        self._emit_outputs()
         logger.info(
             "request %s: %d prompt tokens, %d generated",
             job.request.request_id,
@@ -218,6 +207,7 @@ class SequentialEngine:
         job, slots = turn
         try:
             job.begin(slots, self._row_keys, self._tokenizer)
+            self._emit_outputs()
             with torch.inference_mode():
                 self._generate_all(job)
         except LoaderdError as error:
@@ -240,9 +230,10 @@ class SequentialEngine:
         if job.request.prompt_logprobs is not None:
             self._tell_prompt(job, self._model(prompt, **mask).logits[0])
         job.echo()
+        self._emit_outputs()
         if isinstance(job, BeamJob):
             beams = {"num_beams": len(job.rows), "use_cache": self._can_reorder}
-            self._generate(job, _BeamChooser(job), prompt, mask | beams)
+            self._generate(job, _BeamChooser(job), prompt, mask, **beams)
             return
         for place, row in enumerate(job.rows):
             if place and job.is_late:
@@ -271,12 +262,18 @@ class SequentialEngine:
             job.tell_prompt(self._tokenizer.logprobs(tokens))
 
     def _generate(
-        self, job: Job, chooser: _Chooser, prompt: torch.Tensor, options: dict[str, Any]
+        self,
+        job: Job,
+        chooser: _Chooser,
+        prompt: torch.Tensor,
+        mask: dict[str, torch.Tensor],
+        **options: Any,
     ) -> None:
         # A stopping criterion is asked after each token, before the next one is computed.
         def is_enough(input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
             if not chooser.has_ended and (job.cancelled or self._reception.closed):
                 job.stop(FinishReason.FINISH_REASON_CANCELLED)
+            self._emit_outputs()
             self._reception.tell_places()
             return torch.full(input_ids.shape[:1], chooser.has_ended, device=input_ids.device)
 
@@ -284,5 +281,13 @@ class SequentialEngine:
             prompt,
             logits_processor=LogitsProcessorList([chooser]),
             stopping_criteria=StoppingCriteriaList([is_enough]),
-            **_PLAIN_DECODING | {"max_new_tokens": job.request.stopping.max_new_tokens} | options,
+            generation_config=GenerationConfig(
+                max_new_tokens=job.request.stopping.max_new_tokens, **_PLAIN_DECODING | options
+            ),
+            **mask,
         )
+
+    def _emit_outputs(self) -> None:
+        if self._outputs:
+            self._emit(list(self._outputs))
+            self._outputs.clear()

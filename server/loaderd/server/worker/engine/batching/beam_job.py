@@ -40,6 +40,7 @@ class BeamJob(Job):
         """See `Job.begin`."""
         super().begin(slots, keys, tokenizer)
         self.beams = self.rows[:1]
+        self._prompt_is_known = False
         self._sampler = BeamSampler(self.request, self._how)
 
     def echo(self) -> None:
@@ -58,6 +59,7 @@ class BeamJob(Job):
             LoaderdError: It cannot go on.
         """
         self.clock.token()
+        self._prompt_is_known = True
         chosen = self._sampler.advance(logits)
         if not self._sampler.is_over and not self.is_late:
             return chosen
@@ -84,9 +86,12 @@ class BeamJob(Job):
         self._sampler.cut()
         best = [beam.token_ids for beam in self._sampler.ended[: self.request.n]]
         for index, row in enumerate(self._best()):
-            self._show(index, row, row.completion.echo())
+            if self._prompt_is_known:
+                self._show(index, row, row.completion.echo())
             for token_id in best[index] if index < len(best) else ():
                 self._show(index, row, row.completion.push(SampledToken(token_id)))
+        for row in self.rows[self.request.n :]:
+            row.completion.close(reason)  # There is no output for it, so nothing to show.
         super().stop(reason)
 
     def _best(self) -> list[Row]:

@@ -110,7 +110,7 @@ class Job:
 
     @property
     def generated_tokens(self) -> int:
-        """Of all its completions, those that are not the best included."""
+        """Of all its completions, those that are not the best included; of beams only the best."""
         return sum(row.completion.generated_tokens for row in self.rows)
 
     @property

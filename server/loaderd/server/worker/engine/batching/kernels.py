@@ -143,7 +143,7 @@ def best_policy(weights: Sequence[torch.Tensor]) -> LinearPolicy:
             if _GAIN * taken < best:
                 form, best = other, taken
         few, usual = _seconds([partial(native, one), partial(works[form], one)])
-    return LinearPolicy(native_few=few < usual, copy=form)
+    return LinearPolicy(native_few=_GAIN * few < usual, copy=form)
 
 
 def _copies(weights: Sequence[torch.Tensor], rows: torch.Tensor) -> dict[Copy, _Work]:

@@ -70,11 +70,6 @@ class PrefixCache:
         for place in [place for place, kept in self._kept.items() if kept.block in blocks]:
             self._free.append(self._kept.pop(place).block)
 
-    def clear(self) -> None:
-        """Forgets everything."""
-        self._free += [kept.block for kept in self._kept.values()]
-        self._kept.clear()
-
     def _walk(self, tokens: Sequence[int], salt: str) -> Iterator[tuple[_Place, _Kept]]:
         parent: int | str = salt
         size = self._block_tokens

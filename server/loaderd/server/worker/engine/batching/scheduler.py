@@ -13,6 +13,8 @@ _CLASSES = 20
 """Priorities beyond this many classes, up or down, count as this many, so that all get a turn."""
 _SECONDS_OF_TOKEN = 0.001
 """What a token of one client delays that client's next request against others'."""
+_MOST_SECONDS = 10.0
+"""The most that one request delays them: it may be that few of its tokens are ever computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,16 @@ class Ticket:
     completions: int
 
     @property
+    def line(self) -> tuple[str, int]:
+        """The client, and the class of the priority: those of one line wait for each other."""
+        return self.client, max(-_CLASSES, min(self.priority, _CLASSES))
+
+    @property
+    def charge(self) -> float:
+        """Seconds that it delays the next one of its line."""
+        return min(_SECONDS_OF_TOKEN * self.tokens, _MOST_SECONDS)
+
+    @property
     def slot_tokens(self) -> int:
         """Of one completion."""
         return self.prompt_tokens + self.new_tokens
@@ -70,7 +82,6 @@ class Piece:
     """A part of a prompt to compute in this step."""
 
     key: int
-    begin: int
     count: int
 
 
@@ -119,11 +130,6 @@ class Scheduler:
         return len(self._queue)
 
     @property
-    def running(self) -> int:
-        """Requests that run."""
-        return len(self._running)
-
-    @property
     def is_full(self) -> bool:
         """Whether no more may wait."""
         return len(self._queue) >= self._capacity.queue
@@ -139,20 +145,23 @@ class Scheduler:
 
     def submit(self, ticket: Ticket) -> None:
         """Puts a request into the queue; it is not full, and the request can run some time."""
-        line = ticket.client, max(-_CLASSES, min(ticket.priority, _CLASSES))
+        line = ticket.line
         turn = max(ticket.arrived, self._next_turn.get(line, ticket.arrived))
         self._forget_idle_clients(ticket.arrived)
-        self._next_turn[line] = turn + _SECONDS_OF_TOKEN * ticket.tokens
+        self._next_turn[line] = turn + ticket.charge
         self._submitted += 1
         due = turn - _SECONDS_OF_CLASS * line[1]
         heapq.heappush(self._queue, _Waiting(due, self._submitted, ticket))
 
     def withdraw(self, key: int) -> bool:
-        """Takes a request out of the queue; false if it is not there."""
+        """Takes a request out of the queue, at no charge; false if it is not there."""
         for index, waiting in enumerate(self._queue):
             if waiting.ticket.key == key:
                 del self._queue[index]
                 heapq.heapify(self._queue)
+                line = waiting.ticket.line
+                if line in self._next_turn:
+                    self._next_turn[line] -= waiting.ticket.charge
                 return True
         return False
 
@@ -197,7 +206,7 @@ class Scheduler:
             if more > 0:
                 counts[key] = counts.get(key, 0) + more
                 budget -= more
-        return [Piece(key, self._running[key].computed, count) for key, count in counts.items()]
+        return [Piece(key, count) for key, count in counts.items()]
 
     def computed(self, key: int, tokens: int) -> None:
         """Notes how much of a prompt there is by now."""
