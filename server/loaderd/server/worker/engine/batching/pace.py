@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _SMOOTHING = 0.2
-_PATIENCE = 2.0
+_PATIENCE = 1.7
 """A step with prompts may take this much longer, in steps without, while others decode."""
 _LEAST, _FIRST, _MOST = 16, 64, 512
 
