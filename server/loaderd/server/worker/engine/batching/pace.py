@@ -18,17 +18,22 @@ class Pace:
         self._decode_seconds: float | None = None
         self._token_seconds: float | None = None
 
-    def budget(self, decoding: int) -> int:
+    def budget(self, decoding: int, prompts: int) -> int:
         """Tokens of prompts for the next step.
 
+        Where more wait for their first token than decode, as after many came at once, the few
+        wait for the many.
+
         Args:
-            decoding: Completions that decode in it.
+            decoding: Requests that decode in it.
+            prompts: Requests whose prompts are not computed yet.
         """
         if not decoding:
             return _MOST
         if not self._decode_seconds or not self._token_seconds:
             return _FIRST
-        tokens = int(_PATIENCE * self._decode_seconds / self._token_seconds)
+        patience = _PATIENCE * max(prompts / decoding, 1)
+        tokens = int(patience * self._decode_seconds / self._token_seconds)
         return max(_LEAST, min(tokens, _MOST))
 
     def note(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
