@@ -205,8 +205,11 @@ def test_small_calls_are_answered_while_a_model_loads(
     with Client(shared_daemon.address) as client:
         for _ in range(5):  # a warm load may be over before the first call
             load = client.start_load(str(real_model))
-            next(iter(load))
-            while not any(model.info.state.name == "READY" for model in client.models()):
+            model_id = next(iter(load)).model_id
+            while not any(
+                model.info.id == model_id and model.info.state.name == "READY"
+                for model in client.models()
+            ):
                 assert client.health() is HealthStatus.SERVING
                 answers += 1
                 time.sleep(0.01)

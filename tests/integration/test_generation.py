@@ -29,7 +29,7 @@ answers = []
 for prompt in prompts:
     ids = tokenizer(prompt, return_tensors="pt")
     out = model.generate(
-        **ids, do_sample=False, max_new_tokens=40, output_logits=True, return_dict_in_generate=True
+        **ids, do_sample=False, max_new_tokens=24, output_logits=True, return_dict_in_generate=True
     )
     best = torch.cat(out.logits).float().topk(2).values
     tokens = out.sequences[0, ids["input_ids"].shape[1]:].tolist()
@@ -68,7 +68,7 @@ def test_greedy_tokens_are_those_of_transformers(
     )
     other = client.load(str(real_model), dtype=dtype)  # type: ignore[arg-type]
     for prompt, (token_ids, gaps) in zip(prompts, expected, strict=True):
-        options = {"max_new_tokens": 40, "return_token_ids": True, **EXACT}
+        options = {"max_new_tokens": 24, "return_token_ids": True, **EXACT}
         result = other.generate(prompt, do_sample=False, **options)
         sure = next((i for i, gap in enumerate(gaps) if gap <= _ROUNDING[dtype]), len(gaps))
         assert list(result.token_ids)[:sure] == token_ids[:sure]
@@ -76,6 +76,7 @@ def test_greedy_tokens_are_those_of_transformers(
             streamed = [token for delta in stream for token in delta.token_ids]
         assert streamed == list(result.token_ids)
         assert stream.result.text == result.text
+    other.unload()
 
 
 def test_a_chat_is_answered_in_english(model: Model) -> None:

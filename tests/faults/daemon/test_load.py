@@ -118,7 +118,7 @@ def check_refusals(answers: Sequence[int | BaseException]) -> None:
 
 
 async def test_a_soak_leaves_nothing_behind(tiny_model: Path) -> None:
-    report = await soak(tiny_model, 800, warm_up=300, seed=1)
+    report = await soak(tiny_model, 400, warm_up=300, seed=1)
     assert not report.outcomes.defects
     assert report.outcomes.ended["a result"]
     assert [figure for figure in report.figures if figure.leaks] == []
