@@ -94,7 +94,10 @@ def test_a_text_that_cannot_be_decoded_ends_its_request_alone(client: Client) ->
 
 @pytest.mark.parametrize("broken", ["take", "keep"])
 def test_a_prefix_that_cannot_be_copied_is_not_known_afterwards(
-    client: Client, broken: str, monkeypatch: pytest.MonkeyPatch
+    client: Client,
+    broken: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError
@@ -108,6 +111,7 @@ def test_a_prefix_that_cannot_be_copied_is_not_known_afterwards(
     assert outputs.error is not None
     assert outputs.error.reason == ErrorReason.ERROR_REASON_DEVICE_MEMORY
     assert client.generate(LONG[:100], max_new_tokens=5, **GREEDY).token_ids == expected
+    assert "trying each alone" not in caplog.text
 
 
 def spoil(client: Client, token_id: int) -> None:

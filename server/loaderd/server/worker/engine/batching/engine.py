@@ -152,6 +152,8 @@ class BatchingEngine:
     def _step(self) -> None:
         begin = time.monotonic()
         work = self._plan()
+        if not work:
+            return  # what was to be computed has failed already
         prompt_tokens = sum(len(one.feed.token_ids) for one in work if one.is_prompt)
         decoding = sum(not one.is_prompt for one in work)
         done, logits = self._compute(work)
