@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from loaderd.server.worker.engine.batching import forward
+from loaderd.server.worker.engine.batching import forward, linear
 from loaderd.server.worker.engine.batching.build import batching_engine
 from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import FlatForward, ModuleForward, can_flatten
+from loaderd.server.worker.engine.batching.kernels import Copy, LinearPolicy
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
 from loaderd.server.worker.engine.batching.linear import speed_up
 from loaderd.server.worker.engine.batching.runner import Runner
@@ -61,12 +62,17 @@ def logits_of(run: Any) -> torch.Tensor:
     return torch.cat(parts)
 
 
+@pytest.mark.parametrize("form", [Copy.NONE, Copy.WIDENED])
 @pytest.mark.parametrize("name", FLAT)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)]
 )
 def test_flat_is_the_same_as_module_by_module(
-    name: str, dtype: torch.dtype, tolerance: float
+    name: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    form: Copy,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     architecture, sizes = FLAT[name]
     model = build(architecture, **sizes).to(dtype)
@@ -77,11 +83,13 @@ def test_flat_is_the_same_as_module_by_module(
     findings = examine(model)
     expected = logits_of(ModuleForward(model))
     assert not can_flatten(model), "its layers are not fused yet"
-    speed_up(model, 2**40)
+    monkeypatch.setattr(linear, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(linear, "best_policy", lambda _: LinearPolicy(copy=form))
+    policy = speed_up(model, 2**40)
     assert can_flatten(model)
-    found = logits_of(FlatForward(model, findings.windows))
-    assert (found - expected).abs().max() < tolerance * expected.std() * 4
-    assert findings.agree(model, FlatForward(model, findings.windows))
+    flat = FlatForward(model, findings.windows, policy.activations)
+    assert (logits_of(flat) - expected).abs().max() < tolerance * expected.std() * 4
+    assert findings.agree(model, flat)
 
 
 @pytest.mark.parametrize("architecture", OTHERS)
@@ -116,5 +124,5 @@ def test_a_flat_model_that_computes_something_else_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     norm = forward._norm
-    monkeypatch.setattr(forward, "_norm", lambda module: lambda x: norm(module)(x) * 1.1)
+    monkeypatch.setattr(forward, "_norm", lambda *args: lambda x: norm(*args)(x) * 1.1)
     assert "module by module" in reason(build("llama", **_GLU))

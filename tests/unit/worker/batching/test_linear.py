@@ -24,9 +24,9 @@ def is_there(form: Copy, dtype: torch.dtype) -> bool:
     return True
 
 
-@pytest.fixture(params=[Copy.REORDERED, Copy.WIDENED])
+@pytest.fixture(params=[Copy.REORDERED, Copy.PACKED, Copy.WIDENED])
 def always(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LinearPolicy:
-    """Trials of tiny layers say little: as if both had paid."""
+    """Trials of tiny layers say little: as if it had paid."""
     if not is_there(request.param, torch.bfloat16):
         pytest.skip("this CPU has no instructions for it")
     policy = LinearPolicy(native_few=True, copy=request.param)
@@ -133,16 +133,42 @@ def test_small_models_stay_as_they_are() -> None:
 def test_the_trial_is_for_the_kernels_of_this_cpu(dtype: torch.dtype) -> None:
     policy = best_policy([torch.randn(96, 64).to(dtype)] * 3)
     assert policy.copy is Copy.NONE or is_there(policy.copy, dtype)
-    assert dtype != torch.float32 or policy.copy is not Copy.WIDENED
+    assert dtype != torch.float32 or policy.copy in {Copy.NONE, Copy.REORDERED}
 
 
-def test_widened_weights_sum_in_32_bits() -> None:
+@pytest.mark.parametrize("form", [Copy.PACKED, Copy.WIDENED])
+def test_some_copies_sum_in_32_bits(form: Copy) -> None:
+    if not is_there(form, torch.bfloat16):
+        pytest.skip("this CPU has no instructions for it")
     weight, bias = torch.randn(96, 64).to(torch.bfloat16), torch.randn(96).to(torch.bfloat16)
     inputs = torch.randn(1, 5, 64).to(torch.bfloat16)
-    found = HybridLinear(weight, bias, Copy.WIDENED)(inputs)
+    found = HybridLinear(weight, bias, form)(inputs)
     exact = torch.nn.functional.linear(inputs.double(), weight.double(), bias.double())
     assert found.dtype == torch.bfloat16
     assert (found != exact.to(torch.bfloat16)).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("scale", [1e6, 1e-7])
+def test_weights_that_float16_cannot_hold_are_not_packed(scale: float) -> None:
+    weight = (scale * torch.randn(96, 64)).to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="float16 cannot hold the weights"):
+        kernels.CopiedWeight(weight, None, Copy.PACKED)
+
+
+def test_a_layer_that_cannot_be_packed_is_computed_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not is_there(Copy.PACKED, torch.bfloat16):
+        pytest.skip("this CPU has no instructions for it")
+    monkeypatch.setattr(linear, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(linear, "best_policy", lambda _: LinearPolicy(copy=Copy.PACKED))
+    model = build("llama", **_GLU).to(torch.bfloat16)
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = 1e5
+        expected = model(ids).logits
+        assert speed_up(model, PLENTY).copy is Copy.PACKED
+        assert (model(ids).logits - expected).abs().max() < 0.1 * expected.std()
 
 
 @pytest.mark.parametrize(
@@ -155,8 +181,12 @@ def test_widened_weights_sum_in_32_bits() -> None:
             "more with weights reordered for oneDNN",
         ),
         (
+            LinearPolicy(copy=Copy.PACKED),
+            "linear layers: in float32 with weights packed as float16",
+        ),
+        (
             LinearPolicy(copy=Copy.WIDENED),
-            "linear layers: more with weights widened to float32",
+            "linear layers: in float32 with widened weights",
         ),
     ],
 )
@@ -169,6 +199,7 @@ def test_a_policy_is_told_to_operators(policy: LinearPolicy, text: str) -> None:
     [
         (Copy.NONE, torch.bfloat16, 0),
         (Copy.REORDERED, torch.bfloat16, 200),
+        (Copy.PACKED, torch.bfloat16, 200),
         (Copy.WIDENED, torch.float16, 400),
     ],
 )

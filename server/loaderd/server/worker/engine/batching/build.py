@@ -94,7 +94,7 @@ def batching_engine(
     try:
         outcome, linears, no_graphs = _prepare(model, trials, settings)
         graphs, decoding = _graphs(model, no_graphs)
-        forward, how = _forward(model, outcome)
+        forward, how = _forward(model, outcome, linears)
         spare = graphs is not None
         cache, capacity = _memory(outcome, context_length, settings, spare=spare)
         device = input_device(model)
@@ -155,18 +155,23 @@ def _prepare(
         return known, speed_up(model, for_copies), None
     findings = examine(model)
     linears = speed_up(model, for_copies)
-    is_flat = can_flatten(model) and findings.agree(model, FlatForward(model, findings.windows))
+    is_flat = can_flatten(model) and findings.agree(
+        model, FlatForward(model, findings.windows, linears.activations)
+    )
     sizes = {str(device): size for device, size in findings.bytes_per_token.items()}
     outcome = Outcome(sizes, findings.windows, is_flat)
-    no_graphs = _no_graphs(model, findings, _forward(model, outcome)[0])
+    no_graphs = _no_graphs(model, findings, _forward(model, outcome, linears)[0])
     if no_graphs is None:  # else another load may have the memory that this one lacked
         trials.keep(identity, outcome)
     return outcome, linears, no_graphs
 
 
-def _forward(model: PreTrainedModel, outcome: Outcome) -> tuple[Forward, str]:
+def _forward(
+    model: PreTrainedModel, outcome: Outcome, linears: LinearPolicy
+) -> tuple[Forward, str]:
     if outcome.is_flat and can_flatten(model):
-        return FlatForward(model, outcome.windows), "as one sequence of operators"
+        forward = FlatForward(model, outcome.windows, linears.activations)
+        return forward, "as one sequence of operators"
     return ModuleForward(model), "module by module"
 
 

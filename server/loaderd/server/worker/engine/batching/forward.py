@@ -10,6 +10,7 @@ tried with the model itself when it is loaded, see suitability.py.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -92,16 +93,24 @@ class FlatForward:
     Args:
         model: One that `can_flatten`.
         windows: By layer, how far it looks back; None for all the way.
+        dtype: Of what goes from layer to layer; None for the model's.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Mapping[int, int | None]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Mapping[int, int | None],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         decoder = model.model
         self._embedding = decoder.embed_tokens.weight
+        self._dtype = dtype or self._embedding.dtype
         self._rotary = decoder.rotary_emb
         self._layers = [
-            _layer(index, layer, windows.get(index)) for index, layer in enumerate(decoder.layers)
+            _layer(index, layer, windows.get(index), self._dtype)
+            for index, layer in enumerate(decoder.layers)
         ]
-        self._norm = _norm(decoder.norm)
+        self._norm = _norm(decoder.norm, self._dtype)
         self._head = model.lm_head.forward
 
     def __call__(
@@ -114,6 +123,7 @@ class FlatForward:
         """See `Forward`."""
         hidden = functional.embedding(token_ids, self._embedding)
         cos, sin = (part[0].unsqueeze(1) for part in self._rotary(hidden, positions.unsqueeze(0)))
+        hidden = hidden.to(self._dtype)
         half = sin.shape[-1] // 2
         # With the sign in it, halves need only change places.
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
@@ -166,7 +176,7 @@ class _Layer:
     ) -> torch.Tensor:
         """Changes `hidden` in place, and gives it back."""
         heads, both = self.heads, self.heads + self.key_heads
-        projected = self.queries_keys_values(self.first_norm(hidden))
+        projected = self.queries_keys_values(self.first_norm(hidden)).to(cos.dtype)
         projected = projected.view(-1, both + self.key_heads, self.dimensions)
         turned = projected[:, :both]
         if self.head_norm is not None:
@@ -177,13 +187,13 @@ class _Layer:
         attended = step.attend(
             self.index, turned[:, :heads], turned[:, heads:], projected[:, both:], self.rule
         )
-        hidden += self.output(attended.flatten(1))
+        hidden += self.output(attended.flatten(1).to(hidden.dtype))
         gate, up = self.gate_and_up(self.second_norm(hidden)).chunk(2, -1)
         hidden += self.down(self.activation(gate) * up)
         return hidden
 
 
-def _layer(index: int, layer: Any, window: int | None) -> _Layer:
+def _layer(index: int, layer: Any, window: int | None, dtype: torch.dtype) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     dimensions = attention.head_dim
     queries, keys = attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]
@@ -197,26 +207,26 @@ def _layer(index: int, layer: Any, window: int | None) -> _Layer:
         heads=heads,
         key_heads=key_heads,
         dimensions=dimensions,
-        first_norm=_norm(layer.input_layernorm),
+        first_norm=_norm(layer.input_layernorm, dtype),
         queries_keys_values=fused.whole.forward,
         head_norm=_head_norm(attention, heads, key_heads),
         output=attention.o_proj.forward,
-        second_norm=_norm(layer.post_attention_layernorm),
+        second_norm=_norm(layer.post_attention_layernorm, dtype),
         gate_and_up=gated.whole.forward,
         activation=mlp.act_fn.forward,
         down=mlp.down_proj.forward,
     )
 
 
-def _norm(norm: Any) -> _Step:
-    return _root_mean_square(norm.weight, norm.variance_epsilon)
+def _norm(norm: Any, dtype: torch.dtype) -> _Step:
+    return _root_mean_square(norm.weight.detach().to(dtype), norm.variance_epsilon)
 
 
 def _head_norm(attention: Any, heads: int, key_heads: int) -> _Step | None:
     if getattr(attention, "q_norm", None) is None:
         return None
     weights = [
-        norm.weight.expand(count, -1)
+        norm.weight.detach().expand(count, -1)
         for norm, count in ((attention.q_norm, heads), (attention.k_norm, key_heads))
     ]
     return _root_mean_square(torch.cat(weights), attention.q_norm.variance_epsilon)
@@ -224,9 +234,15 @@ def _head_norm(attention: Any, heads: int, key_heads: int) -> _Step | None:
 
 def _root_mean_square(weight: torch.Tensor, epsilon: float) -> _Step:
     shape = weight.shape[-1:]
+    if weight.dtype != torch.float32:
+        # Rounded before the weights are applied, as in transformers.
+        return lambda hidden: functional.rms_norm(hidden, shape, None, epsilon) * weight
+    # The same by the vector's length: four operators, where torch's function has seven.
+    root = math.sqrt(shape.numel())
+    scale, floor = weight * root, weight.new_tensor(root * math.sqrt(epsilon))
 
     def normalise(hidden: torch.Tensor) -> torch.Tensor:
-        # Rounded before the weights are applied, as in transformers.
-        return functional.rms_norm(hidden, shape, None, epsilon) * weight
+        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+        return hidden * scale / torch.hypot(length, floor)
 
     return normalise

@@ -5,6 +5,7 @@ Layers with the same input become one.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -18,9 +19,12 @@ from loaderd.server.worker.engine.batching.kernels import (
     CopiedWeight,
     Copy,
     LinearPolicy,
+    UnfitWeightError,
     best_policy,
     uses_copies,
 )
+
+logger = logging.getLogger(__name__)
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that have one input where a module has them all."""
@@ -92,7 +96,7 @@ class HybridLinear(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.weight = _parameter(weight)
         self.bias = None if bias is None else _parameter(bias)
-        self._copy = None if form is Copy.NONE else CopiedWeight(weight, bias, form)
+        self._copy = _copied(weight, bias, form)
 
     @property
     def in_features(self) -> int:
@@ -107,8 +111,20 @@ class HybridLinear(nn.Module):  # type: ignore[misc]
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """The layer's outputs."""
         if self._copy is None or not uses_copies():
-            return functional.linear(inputs, self.weight, self.bias)
+            own = functional.linear(inputs.to(self.weight.dtype), self.weight, self.bias)
+            return own.to(inputs.dtype)
         return self._copy.multiply(inputs)
+
+
+def _copied(weight: torch.Tensor, bias: torch.Tensor | None, form: Copy) -> CopiedWeight | None:
+    """The copy; None where there is to be none, or it cannot be."""
+    if form is Copy.NONE:
+        return None
+    try:
+        return CopiedWeight(weight, bias, form)
+    except UnfitWeightError as error:
+        logger.info("a layer of %s stays as it is: %s", tuple(weight.shape), error)
+        return None
 
 
 class Siblings:
