@@ -31,7 +31,9 @@ REASONS = {
     "HUB_UNREACHABLE": Reason(code_pb2.UNAVAILABLE, {"model": "a/b"}, retry=True),
     "HUB_RATE_LIMITED": Reason(code_pb2.UNAVAILABLE, {"model": "a/b"}, retry=True),
     "OFFLINE_NOT_CACHED": Reason(code_pb2.FAILED_PRECONDITION, {"model": "a/b"}),
-    "MODEL_IN_USE": Reason(code_pb2.FAILED_PRECONDITION, {"model": "a/b", "active_requests": "3"}),
+    "MODEL_IN_USE": Reason(
+        code_pb2.FAILED_PRECONDITION, {"model": "a/b", "active_requests": "3", "active_leases": "1"}
+    ),
     "MODEL_NOT_LOADED": Reason(code_pb2.FAILED_PRECONDITION, {"model": "a/b"}),
     "MODEL_UNSUPPORTED": Reason(
         code_pb2.FAILED_PRECONDITION, {"model": "a/b", "problem": "no safetensors weights"}
@@ -67,6 +69,7 @@ REASONS = {
     ),
     "DOWNLOAD_CANCELLED": Reason(code_pb2.ABORTED, {"model": "a/b"}),
     "DOWNLOAD_INTERRUPTED": Reason(code_pb2.UNAVAILABLE, {"model": "a/b"}, retry=True),
+    "LEASE_NOT_FOUND": Reason(code_pb2.NOT_FOUND, {"lease": "0a1b"}),
 }
 
 

@@ -25,6 +25,8 @@ INPUTS = {"text", "token_ids", "messages"}
 SUPPORTED = {
     "bypass_prefix_cache",
     "request_id",
+    "keep_alive",
+    "lease_id",
     "chat_template_kwargs",
     "add_special_tokens",
     "do_sample",
@@ -202,6 +204,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.StreamGenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[generation_pb2.StreamGenerateResponse]:
         with self._daemon.models.in_use(request.model) as model:
+            self._daemon.models.keep(model, request)
             self._check(request, model)
             prompt = self._prompt(request)
             sampled = request.temperature > 0 or any(request.HasField(name) for name in SAMPLING)

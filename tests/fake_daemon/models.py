@@ -18,6 +18,7 @@ from tests.fake_daemon.cache import commit_of, verify_steps
 from tests.fake_daemon.downloads import download_progress, download_steps
 from tests.fake_daemon.failure import FailureError
 from tests.fake_daemon.generation import SUPPORTED
+from tests.fake_daemon.leases import Leases
 
 if TYPE_CHECKING:
     from tests.fake_daemon.daemon import FakeDaemon
@@ -59,6 +60,7 @@ class Models:
         self._watchers: list[queue.Queue[model_pb2.ModelEvent]] = []
         self._models: dict[str, model_pb2.Model] = {}
         self._loads: dict[str, Load] = {}
+        self.leases = Leases()
         self.freed_bytes = FREED_BYTES
 
     def all(self) -> list[model_pb2.Model]:
@@ -129,13 +131,28 @@ class Models:
         with self._lock:
             model = self.find(name)
             loading = model.state != model_pb2.MODEL_STATE_READY
-            if (model.active_requests or loading) and not force:
+            leases = self.leases.of(model.id)
+            if (model.active_requests or leases or loading) and not force:
                 raise FailureError(
-                    "MODEL_IN_USE", model=name, active_requests=str(model.active_requests)
+                    "MODEL_IN_USE",
+                    model=name,
+                    active_requests=str(model.active_requests),
+                    active_leases=str(leases),
                 )
+            self.leases.drop(model.id)
             self._change(model, model_pb2.MODEL_STATE_UNLOADING)
             self._remove(model)
             return self._copy(model)
+
+    def keep(self, model: model_pb2.Model, request: Any) -> None:
+        """Takes over a keep-alive and a lease that a request brings."""
+        with self._lock:
+            if request.HasField("keep_alive"):
+                model.keep_alive.CopyFrom(request.keep_alive)
+            if isinstance(request, model_pb2.LoadModelRequest):
+                return
+            if request.HasField("lease_id"):
+                self.leases.renew(request.lease_id, model.id)
 
     @contextmanager
     def watch(self) -> Iterator[tuple[list[model_pb2.Model], queue.Queue[model_pb2.ModelEvent]]]:
@@ -186,6 +203,7 @@ class Models:
             repo_id="" if local else repo_id,
             commit="" if local else commit_of(repo_id),
             options=request.options,
+            keep_alive=Duration(seconds=300),
             stale=not local and not self._daemon.cache.hub_answers,
         )
         model.created_at.GetCurrentTime()
@@ -230,7 +248,14 @@ class Models:
             self._daemon.set_health(service, serving=serving)
 
     def _change(self, model: model_pb2.Model, state: int) -> None:
-        event = model_pb2.ModelEvent(sequence=next(self._sequence), previous_state=model.state)
+        leaving = {model_pb2.MODEL_STATE_UNLOADING, model_pb2.MODEL_STATE_UNLOADED}
+        event = model_pb2.ModelEvent(
+            sequence=next(self._sequence),
+            previous_state=model.state,
+            reason=model_pb2.CHANGE_REASON_UNLOAD
+            if state in leaving
+            else model_pb2.CHANGE_REASON_LOAD,
+        )
         event.time.GetCurrentTime()
         model.state = model_pb2.ModelState.ValueType(state)
         event.model.CopyFrom(model)
@@ -240,6 +265,11 @@ class Models:
     def _copy(self, model: model_pb2.Model) -> model_pb2.Model:
         copy = model_pb2.Model()
         copy.CopyFrom(model)
+        copy.active_leases = self.leases.of(model.id)
+        if copy.ready_at.seconds:
+            copy.last_used_at.CopyFrom(copy.ready_at)
+            if copy.keep_alive.seconds >= 0 and not copy.active_leases:
+                copy.expires_at.FromSeconds(copy.ready_at.seconds + copy.keep_alive.seconds)
         return copy
 
 
@@ -257,11 +287,18 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                 yield progress
                 if not self._daemon.pause(context, self._daemon.step_s):
                     return
-            yield model_pb2.LoadModelResponse(model=model)
+            self._models.keep(model, request)
+            response = model_pb2.LoadModelResponse()
+            if request.HasField("lease_ttl"):
+                response.lease.CopyFrom(self._models.leases.acquire(model.id, request.lease_ttl))
+            response.model.CopyFrom(self._models.find(model.id))
+            yield response
 
     def UnloadModel(
         self, request: model_pb2.UnloadModelRequest, context: Any
     ) -> model_pb2.UnloadModelResponse:
+        if request.HasField("grace") and not request.force:
+            raise FailureError("INVALID_ARGUMENT", field="grace", problem="goes with force")
         response = model_pb2.UnloadModelResponse(freed_bytes=self._models.freed_bytes)
         with self._daemon.seen("UnloadModel", request, context).follow(context):
             response.model.CopyFrom(self._models.unload(request.model, force=request.force))
@@ -296,3 +333,24 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                 except queue.Empty:
                     continue
                 yield model_pb2.WatchModelsResponse(event=event)
+
+    def AcquireLease(
+        self, request: model_pb2.AcquireLeaseRequest, context: Any
+    ) -> model_pb2.AcquireLeaseResponse:
+        with self._daemon.seen("AcquireLease", request, context).follow(context):
+            model = self._models.ready(request.model)
+            lease = self._models.leases.acquire(model.id, request.ttl)
+            return model_pb2.AcquireLeaseResponse(lease=lease)
+
+    def RenewLease(
+        self, request: model_pb2.RenewLeaseRequest, context: Any
+    ) -> model_pb2.RenewLeaseResponse:
+        with self._daemon.seen("RenewLease", request, context).follow(context):
+            return model_pb2.RenewLeaseResponse(lease=self._models.leases.renew(request.lease_id))
+
+    def ReleaseLease(
+        self, request: model_pb2.ReleaseLeaseRequest, context: Any
+    ) -> model_pb2.ReleaseLeaseResponse:
+        with self._daemon.seen("ReleaseLease", request, context).follow(context):
+            self._models.leases.release(request.lease_id)
+            return model_pb2.ReleaseLeaseResponse()

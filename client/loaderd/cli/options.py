@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from enum import StrEnum
 from typing import Annotated, TypeVar
 
 import typer
+
+from loaderd.cli.units import parse_keep_alive
 
 T = TypeVar("T")
 
@@ -42,6 +45,16 @@ Model = Annotated[
 LoadedModel = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="Name or id of a loaded model.", show_default=False),
+]
+KeepAlive = Annotated[
+    timedelta | None,
+    typer.Option(
+        parser=parser(parse_keep_alive),
+        metavar="SPAN",
+        help="How long it stays loaded while nobody uses it, such as 30s, 10m or 2h; 0: until its "
+        'first use has ended; "always": until it is unloaded. Default: the daemon\'s setting.',
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[

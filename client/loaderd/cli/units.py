@@ -86,6 +86,22 @@ def parse_span(text: str) -> timedelta:
         raise ValueError(f"{text!r} is too long") from None
 
 
+def parse_keep_alive(text: str) -> timedelta:
+    """A time span, "0", or "always", which is a negative one.
+
+    Raises:
+        ValueError: It is none of these; the text says how to write one.
+    """
+    if text == "always":
+        return timedelta(seconds=-1)
+    if text == "0":
+        return timedelta()
+    try:
+        return parse_span(text)
+    except ValueError as error:
+        raise ValueError(f'{error}, 0, or "always"') from None
+
+
 def age(moment: datetime | None) -> str:
     """How long ago a moment was; "-" when it is not known."""
     return "-" if moment is None else f"{span(datetime.now(UTC) - moment)} ago"

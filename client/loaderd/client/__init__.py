@@ -4,6 +4,7 @@ from loaderd.client import errors
 from loaderd.client.aio.cache import AsyncCacheClient
 from loaderd.client.aio.client import AsyncClient
 from loaderd.client.aio.deletion import AsyncDeletionPlan
+from loaderd.client.aio.lease import AsyncLease
 from loaderd.client.aio.model import AsyncModel
 from loaderd.client.aio.operation import (
     AsyncDownloadOperation,
@@ -16,11 +17,13 @@ from loaderd.client.parameters import GenerationParameters
 from loaderd.client.sync.cache import CacheClient
 from loaderd.client.sync.client import Client
 from loaderd.client.sync.deletion import DeletionPlan
+from loaderd.client.sync.lease import Lease
 from loaderd.client.sync.model import Model
 from loaderd.client.sync.operation import DownloadOperation, LoadOperation, VerifyOperation
 from loaderd.client.sync.stream import GenerationStream, ModelWatch
 from loaderd.client.types import (
     CancelledDownload,
+    ChangeReason,
     Completion,
     Deletion,
     Delta,
@@ -39,6 +42,7 @@ from loaderd.client.types import (
     GenerationStarted,
     GenerationTimings,
     HealthStatus,
+    LeaseInfo,
     LoadOptions,
     LoadProgress,
     LoadTimings,
@@ -77,12 +81,14 @@ __all__ = [
     "AsyncDeletionPlan",
     "AsyncDownloadOperation",
     "AsyncGenerationStream",
+    "AsyncLease",
     "AsyncLoadOperation",
     "AsyncModel",
     "AsyncModelWatch",
     "AsyncVerifyOperation",
     "CacheClient",
     "CancelledDownload",
+    "ChangeReason",
     "Client",
     "Completion",
     "Deletion",
@@ -106,6 +112,8 @@ __all__ = [
     "GenerationStream",
     "GenerationTimings",
     "HealthStatus",
+    "Lease",
+    "LeaseInfo",
     "LoadOperation",
     "LoadOptions",
     "LoadProgress",

@@ -156,12 +156,13 @@ class OfflineNotCachedError(LoaderdError):
 
 
 class ModelInUseError(LoaderdError):
-    """The model is answering requests or is still loading."""
+    """The model is answering requests, is held by leases, or is still loading."""
 
     code = StatusCode.FAILED_PRECONDITION
     reason = "MODEL_IN_USE"
     model = _TextField()
     active_requests = _NumberField()
+    active_leases = _NumberField()
 
 
 class ModelNotLoadedError(LoaderdError):
@@ -322,6 +323,14 @@ class DownloadInterruptedError(LoaderdError):
     code = StatusCode.UNAVAILABLE
     reason = "DOWNLOAD_INTERRUPTED"
     model = _TextField()
+
+
+class LeaseNotFoundError(LoaderdError):
+    """The lease has ended, or holds another model."""
+
+    code = StatusCode.NOT_FOUND
+    reason = "LEASE_NOT_FOUND"
+    lease = _TextField()
 
 
 class DaemonUnreachableError(LoaderdError):

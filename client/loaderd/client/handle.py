@@ -19,10 +19,16 @@ from loaderd.v1 import generation_pb2
 
 
 class ModelHandle:
-    """Base of `Model` and `AsyncModel`. All calls of a handle name the model by its id."""
+    """Base of `Model` and `AsyncModel`. All calls of a handle name the model by its id.
 
-    def __init__(self, info: ModelInfo) -> None:
+    Args:
+        info: What the daemon told.
+        lease_id: A lease that requests for text name unless they name another.
+    """
+
+    def __init__(self, info: ModelInfo, lease_id: str | None = None) -> None:
         self._info = info
+        self._lease_id = lease_id
 
     @property
     def info(self) -> ModelInfo:
@@ -60,6 +66,8 @@ class ModelHandle:
         token_ids: Sequence[int] | None,
         parameters: GenerationParameters,
     ) -> GenerationRequest:
+        if self._lease_id is not None and parameters.get("lease_id") is None:
+            parameters = {**parameters, "lease_id": self._lease_id}
         return generation_request(
             kind,
             self.id,

@@ -17,6 +17,7 @@ from loaderd.client.types import (
     Finish,
     GenerationResult,
     GenerationStarted,
+    LeaseInfo,
     LoadProgress,
     ModelInfo,
     ModelList,
@@ -65,7 +66,22 @@ class Receiver(ABC, Generic[Message, Item, Result]):
 
 
 class LoadReceiver(Receiver[model_pb2.LoadModelResponse, LoadProgress, ModelInfo]):
-    """A load: progress, then the model."""
+    """A load: progress, then the model, with a lease if one was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lease: LeaseInfo | None = None
+
+    @property
+    def lease(self) -> LeaseInfo:
+        """The lease, once the stream has ended well.
+
+        Raises:
+            UnexpectedAnswerError: It did not come.
+        """
+        if self._lease is None:
+            raise UnexpectedAnswerError("the daemon loaded the model and gave no lease")
+        return self._lease
 
     def take(self, message: model_pb2.LoadModelResponse) -> LoadProgress | None:
         """See `Receiver`."""
@@ -74,6 +90,8 @@ class LoadReceiver(Receiver[model_pb2.LoadModelResponse, LoadProgress, ModelInfo
                 return responses.load_progress(message.progress)
             case "model":
                 self._result = responses.model_info(message.model)
+                if message.HasField("lease"):
+                    self._lease = responses.lease(message.lease)
         return None
 
 

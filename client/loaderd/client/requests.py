@@ -65,15 +65,54 @@ def model_name(name: ModelName) -> str:
 
 
 def load_request(
-    name: ModelName, *, dtype: Dtype | DtypeName | None, device_map: str | None
+    name: ModelName,
+    *,
+    dtype: Dtype | DtypeName | None,
+    device_map: str | None,
+    keep_alive: Seconds | None = None,
+    lease_ttl: Seconds | None = None,
 ) -> model_pb2.LoadModelRequest:
-    """A LoadModelRequest; options that are None stay unset."""
+    """A LoadModelRequest; options that are None stay unset.
+
+    Raises:
+        InvalidArgumentError: A value that the wire cannot carry.
+    """
     options = model_pb2.LoadOptions()
     if device_map is not None:
         _set(options, "device_map", device_map)
     if dtype is not None:
         options.dtype = model_pb2.Dtype.ValueType(_dtype(dtype))
-    return model_pb2.LoadModelRequest(model=model_name(name), options=options)
+    request = model_pb2.LoadModelRequest(model=model_name(name), options=options)
+    if keep_alive is not None:
+        _set(request, "keep_alive", keep_alive)
+    if lease_ttl is not None:
+        _set(request, "lease_ttl", lease_ttl)
+    return request
+
+
+def unload_request(
+    name: ModelName, *, force: bool, grace: Seconds | None
+) -> model_pb2.UnloadModelRequest:
+    """An UnloadModelRequest.
+
+    Raises:
+        InvalidArgumentError: A value that the wire cannot carry.
+    """
+    request = model_pb2.UnloadModelRequest(model=model_name(name), force=force)
+    if grace is not None:
+        _set(request, "grace", grace)
+    return request
+
+
+def lease_request(model_id: str, ttl: Seconds) -> model_pb2.AcquireLeaseRequest:
+    """An AcquireLeaseRequest.
+
+    Raises:
+        InvalidArgumentError: A value that the wire cannot carry.
+    """
+    request = model_pb2.AcquireLeaseRequest(model=model_id)
+    _set(request, "ttl", ttl)
+    return request
 
 
 def delete_request(
@@ -335,8 +374,11 @@ _SETTERS: dict[str, Setter] = {
     "allowed_token_ids": _set_token_ids,
     "logit_bias": _set_mapping,
     "chat_template_kwargs": _set_struct,
+    "grace": _set_duration,
     "keep_alive": _set_duration,
+    "lease_ttl": _set_duration,
     "max_time": _set_duration,
+    "ttl": _set_duration,
     "unused_for": _set_duration,
 }
 """How to set the fields that are no scalars; the others are assigned."""

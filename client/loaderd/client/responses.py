@@ -40,6 +40,20 @@ def model_info(model: model_pb2.Model) -> types.ModelInfo:
         timings=_load_timings(model.timings),
         failure=_model_failure(model.failure) if model.HasField("failure") else None,
         stale=model.stale,
+        keep_alive=model.keep_alive.ToTimedelta(),
+        expires_at=_time(model, "expires_at", model.expires_at),
+        active_leases=model.active_leases,
+        last_used_at=_time(model, "last_used_at", model.last_used_at),
+    )
+
+
+def lease(lease: model_pb2.Lease) -> types.LeaseInfo:
+    """A lease."""
+    return types.LeaseInfo(
+        id=lease.id,
+        model_id=lease.model_id,
+        ttl=lease.ttl.ToTimedelta(),
+        expires_at=lease.expires_at.ToDatetime(UTC),
     )
 
 
@@ -104,6 +118,7 @@ def model_event(event: model_pb2.ModelEvent) -> types.ModelEvent:
         time=event.time.ToDatetime(UTC),
         previous_state=member(types.ModelState, event.previous_state),
         model=model_info(event.model),
+        reason=member(types.ChangeReason, event.reason),
     )
 
 

@@ -139,6 +139,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAVAILABLE. The process that downloaded was ended from outside.
     Metadata: model. Details: RetryInfo.
     """
+    ERROR_REASON_LEASE_NOT_FOUND: _ErrorReason.ValueType  # 30
+    """NOT_FOUND. The lease has ended, or holds another model. Metadata: lease.
+    Details: ResourceInfo.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed.
@@ -265,5 +269,9 @@ ERROR_REASON_DOWNLOAD_CANCELLED: ErrorReason.ValueType  # 28
 ERROR_REASON_DOWNLOAD_INTERRUPTED: ErrorReason.ValueType  # 29
 """UNAVAILABLE. The process that downloaded was ended from outside.
 Metadata: model. Details: RetryInfo.
+"""
+ERROR_REASON_LEASE_NOT_FOUND: ErrorReason.ValueType  # 30
+"""NOT_FOUND. The lease has ended, or holds another model. Metadata: lease.
+Details: ResourceInfo.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -223,7 +223,9 @@ class StreamGenerateRequest(_message.Message):
     priority: _builtins.int
     """Whose turn it is in the queue; higher goes first. Default 0."""
     lease_id: _builtins.str
-    """A lease that holds the model."""
+    """A lease that holds the model; the request renews it. LEASE_NOT_FOUND when it
+    has ended, or holds another model.
+    """
     do_sample: _builtins.bool
     """Whether to sample. Default: true when `temperature` above 0, `top_k`,
     `top_p`, `min_p` or `typical_p` is given, else what the model's own
@@ -351,7 +353,9 @@ class StreamGenerateRequest(_message.Message):
 
     @_builtins.property
     def keep_alive(self) -> _duration_pb2.Duration:
-        """How long the model stays loaded when it is idle afterwards."""
+        """The model's keep-alive from now on, see LoadModelRequest.keep_alive. Default:
+        it keeps the one that it has.
+        """
 
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:

@@ -29,8 +29,9 @@ class GenerationServiceStub(object):
     """Text from loaded models.
 
     Every `model` names a loaded model: `org/name`, `org/name@revision`, a local
-    path, or a Model.id. MODEL_NOT_LOADED when it is not; INVALID_ARGUMENT when
-    several loaded models have the name. A request never loads a model.
+    path, or a Model.id. A model that is not loaded is loaded first, as far as the
+    daemon's --load-on-demand goes; else MODEL_NOT_LOADED. INVALID_ARGUMENT when
+    several loaded models have the name.
     """
 
     def __init__(self, channel):
@@ -70,8 +71,9 @@ class GenerationServiceServicer(object):
     """Text from loaded models.
 
     Every `model` names a loaded model: `org/name`, `org/name@revision`, a local
-    path, or a Model.id. MODEL_NOT_LOADED when it is not; INVALID_ARGUMENT when
-    several loaded models have the name. A request never loads a model.
+    path, or a Model.id. A model that is not loaded is loaded first, as far as the
+    daemon's --load-on-demand goes; else MODEL_NOT_LOADED. INVALID_ARGUMENT when
+    several loaded models have the name.
     """
 
     def Generate(self, request, context):
@@ -154,8 +156,9 @@ class GenerationService(object):
     """Text from loaded models.
 
     Every `model` names a loaded model: `org/name`, `org/name@revision`, a local
-    path, or a Model.id. MODEL_NOT_LOADED when it is not; INVALID_ARGUMENT when
-    several loaded models have the name. A request never loads a model.
+    path, or a Model.id. A model that is not loaded is loaded first, as far as the
+    daemon's --load-on-demand goes; else MODEL_NOT_LOADED. INVALID_ARGUMENT when
+    several loaded models have the name.
     """
 
     @staticmethod

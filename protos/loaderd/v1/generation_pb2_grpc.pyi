@@ -30,8 +30,9 @@ class GenerationServiceStub:
     """Text from loaded models.
 
     Every `model` names a loaded model: `org/name`, `org/name@revision`, a local
-    path, or a Model.id. MODEL_NOT_LOADED when it is not; INVALID_ARGUMENT when
-    several loaded models have the name. A request never loads a model.
+    path, or a Model.id. A model that is not loaded is loaded first, as far as the
+    daemon's --load-on-demand goes; else MODEL_NOT_LOADED. INVALID_ARGUMENT when
+    several loaded models have the name.
     """
 
     @_typing.overload
@@ -61,8 +62,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Text from loaded models.
 
     Every `model` names a loaded model: `org/name`, `org/name@revision`, a local
-    path, or a Model.id. MODEL_NOT_LOADED when it is not; INVALID_ARGUMENT when
-    several loaded models have the name. A request never loads a model.
+    path, or a Model.id. A model that is not loaded is loaded first, as far as the
+    daemon's --load-on-demand goes; else MODEL_NOT_LOADED. INVALID_ARGUMENT when
+    several loaded models have the name.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -88,8 +90,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Text from loaded models.
 
     Every `model` names a loaded model: `org/name`, `org/name@revision`, a local
-    path, or a Model.id. MODEL_NOT_LOADED when it is not; INVALID_ARGUMENT when
-    several loaded models have the name. A request never loads a model.
+    path, or a Model.id. A model that is not loaded is loaded first, as far as the
+    daemon's --load-on-demand goes; else MODEL_NOT_LOADED. INVALID_ARGUMENT when
+    several loaded models have the name.
     """
 
     @_abc_1.abstractmethod

@@ -130,6 +130,50 @@ MODEL_SOURCE_HUB: ModelSource.ValueType  # 3
 """The hub; a download is needed first."""
 Global___ModelSource: _TypeAlias = ModelSource  # noqa: Y015
 
+class _ChangeReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChangeReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHANGE_REASON_UNSPECIFIED: _ChangeReason.ValueType  # 0
+    """Never sent."""
+    CHANGE_REASON_LOAD: _ChangeReason.ValueType  # 1
+    """A step of its load."""
+    CHANGE_REASON_UNLOAD: _ChangeReason.ValueType  # 2
+    """A client unloaded it, or nobody waits for its load any more."""
+    CHANGE_REASON_IDLE: _ChangeReason.ValueType  # 3
+    """Nobody used it for as long as its keep-alive."""
+    CHANGE_REASON_EVICTED: _ChangeReason.ValueType  # 4
+    """Another model needed its memory."""
+    CHANGE_REASON_FAILURE: _ChangeReason.ValueType  # 5
+    """It failed; see Model.failure."""
+    CHANGE_REASON_FORGOTTEN: _ChangeReason.ValueType  # 6
+    """It had failed, and is forgotten: it is loaded again, or there are too many."""
+    CHANGE_REASON_SHUTDOWN: _ChangeReason.ValueType  # 7
+    """The daemon shuts down."""
+
+class ChangeReason(_ChangeReason, metaclass=_ChangeReasonEnumTypeWrapper):
+    """Why a model changed its state."""
+
+CHANGE_REASON_UNSPECIFIED: ChangeReason.ValueType  # 0
+"""Never sent."""
+CHANGE_REASON_LOAD: ChangeReason.ValueType  # 1
+"""A step of its load."""
+CHANGE_REASON_UNLOAD: ChangeReason.ValueType  # 2
+"""A client unloaded it, or nobody waits for its load any more."""
+CHANGE_REASON_IDLE: ChangeReason.ValueType  # 3
+"""Nobody used it for as long as its keep-alive."""
+CHANGE_REASON_EVICTED: ChangeReason.ValueType  # 4
+"""Another model needed its memory."""
+CHANGE_REASON_FAILURE: ChangeReason.ValueType  # 5
+"""It failed; see Model.failure."""
+CHANGE_REASON_FORGOTTEN: ChangeReason.ValueType  # 6
+"""It had failed, and is forgotten: it is loaded again, or there are too many."""
+CHANGE_REASON_SHUTDOWN: ChangeReason.ValueType  # 7
+"""The daemon shuts down."""
+Global___ChangeReason: _TypeAlias = ChangeReason  # noqa: Y015
+
 @_typing.final
 class LoadOptions(_message.Message):
     """How to load. Two loads of one snapshot with equal options are one model."""
@@ -176,6 +220,8 @@ class LoadModelRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    KEEP_ALIVE_FIELD_NUMBER: _builtins.int
+    LEASE_TTL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """`org/name`, `org/name@revision` (branch, tag or commit; default main), or the
     absolute path of a local folder below one of the daemon's --allow-local
@@ -185,15 +231,31 @@ class LoadModelRequest(_message.Message):
     def options(self) -> Global___LoadOptions:
         """Default: every option's own default."""
 
+    @_builtins.property
+    def keep_alive(self) -> _duration_pb2.Duration:
+        """How long the model stays loaded while nobody uses it: no request runs on it
+        and no lease holds it. 0: until its first use has ended. Negative: pinned,
+        until somebody unloads it. At most a year. Default: the daemon's --keep-alive;
+        a model that is loaded already keeps what it has.
+        """
+
+    @_builtins.property
+    def lease_ttl(self) -> _duration_pb2.Duration:
+        """Acquire a lease of this length in the moment when the model is READY, see
+        AcquireLeaseRequest.ttl. Default: none.
+        """
+
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         options: Global___LoadOptions | None = ...,
+        keep_alive: _duration_pb2.Duration | None = ...,
+        lease_ttl: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["keep_alive", b"keep_alive", "lease_ttl", b"lease_ttl", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_alive", b"keep_alive", "lease_ttl", b"lease_ttl", "model", b"model", "options", b"options"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -207,6 +269,7 @@ class LoadModelResponse(_message.Message):
 
     PROGRESS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___LoadProgress:
         """What the load is doing now."""
@@ -215,15 +278,20 @@ class LoadModelResponse(_message.Message):
     def model(self) -> Global___Model:
         """The model, READY."""
 
+    @_builtins.property
+    def lease(self) -> Global___Lease:
+        """Beside the model, if LoadModelRequest.lease_ttl asked for it."""
+
     def __init__(
         self,
         *,
         progress: Global___LoadProgress | None = ...,
         model: Global___Model | None = ...,
+        lease: Global___Lease | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "progress", b"progress", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "model", b"model", "progress", b"progress", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "progress", b"progress", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "model", b"model", "progress", b"progress", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["progress", "model"]  # noqa: Y015
     _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
@@ -285,23 +353,32 @@ class UnloadModelRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
+    GRACE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A name as in LoadModelRequest.model, or a Model.id. Required.
     INVALID_ARGUMENT when several loaded models have this name: use the id.
     """
     force: _builtins.bool
-    """Default false: refuse with MODEL_IN_USE while requests run. True: running
-    requests end with MODEL_NOT_LOADED, a load under way is stopped.
+    """Default false: refuse with MODEL_IN_USE while requests run or leases hold it.
+    True: running requests end with MODEL_NOT_LOADED, leases end, a load under way
+    is stopped.
     """
+    @_builtins.property
+    def grace(self) -> _duration_pb2.Duration:
+        """How long running requests may go on before `force` ends them; new ones are
+        refused at once. Default 0. Without `force` it is INVALID_ARGUMENT.
+        """
+
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         force: _builtins.bool = ...,
+        grace: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "grace", b"grace", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -509,10 +586,13 @@ class ModelEvent(_message.Message):
     TIME_FIELD_NUMBER: _builtins.int
     PREVIOUS_STATE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Grows by one with each event of this daemon's life."""
     previous_state: Global___ModelState.ValueType
     """The state before; unspecified for a model's first event."""
+    reason: Global___ChangeReason.ValueType
+    """Why it changed."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it happened."""
@@ -528,10 +608,11 @@ class ModelEvent(_message.Message):
         time: _timestamp_pb2.Timestamp | None = ...,
         previous_state: Global___ModelState.ValueType = ...,
         model: Global___Model | None = ...,
+        reason: Global___ChangeReason.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "previous_state", b"previous_state", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "previous_state", b"previous_state", "reason", b"reason", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -557,6 +638,10 @@ class Model(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     STALE_FIELD_NUMBER: _builtins.int
+    KEEP_ALIVE_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    ACTIVE_LEASES_FIELD_NUMBER: _builtins.int
+    LAST_USED_AT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique in this daemon's life. Usable wherever a request names a model."""
     name: _builtins.str
@@ -575,6 +660,8 @@ class Model(_message.Message):
     """Its load had to download, the hub did not answer, and this is what the cache
     had: it may be older than what the revision is now.
     """
+    active_leases: _builtins.int
+    """Leases that hold it now."""
     @_builtins.property
     def options(self) -> Global___LoadOptions:
         """The options that it was loaded with; those that have their default are unset."""
@@ -599,6 +686,20 @@ class Model(_message.Message):
     def failure(self) -> Global___ModelFailure:
         """Why it FAILED; unset otherwise."""
 
+    @_builtins.property
+    def keep_alive(self) -> _duration_pb2.Duration:
+        """How long it stays loaded while nobody uses it; negative: it is pinned."""
+
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """When it will be unloaded if nobody uses it until then, by this box's clock
+        now; unset while it is used, pinned or not READY.
+        """
+
+    @_builtins.property
+    def last_used_at(self) -> _timestamp_pb2.Timestamp:
+        """When the last request on it ended, or it became READY; unset before."""
+
     def __init__(
         self,
         *,
@@ -616,14 +717,196 @@ class Model(_message.Message):
         timings: Global___LoadTimings | None = ...,
         failure: Global___ModelFailure | None = ...,
         stale: _builtins.bool = ...,
+        keep_alive: _duration_pb2.Duration | None = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+        active_leases: _builtins.int = ...,
+        last_used_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "details", b"details", "failure", b"failure", "options", b"options", "ready_at", b"ready_at", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "details", b"details", "expires_at", b"expires_at", "failure", b"failure", "keep_alive", b"keep_alive", "last_used_at", b"last_used_at", "options", b"options", "ready_at", b"ready_at", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "commit", b"commit", "created_at", b"created_at", "details", b"details", "failure", b"failure", "id", b"id", "name", b"name", "options", b"options", "ready_at", b"ready_at", "repo_id", b"repo_id", "source", b"source", "stale", b"stale", "state", b"state", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_leases", b"active_leases", "active_requests", b"active_requests", "commit", b"commit", "created_at", b"created_at", "details", b"details", "expires_at", b"expires_at", "failure", b"failure", "id", b"id", "keep_alive", b"keep_alive", "last_used_at", b"last_used_at", "name", b"name", "options", b"options", "ready_at", b"ready_at", "repo_id", b"repo_id", "source", b"source", "stale", b"stale", "state", b"state", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Lease(_message.Message):
+    """What holds a model between calls."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Names it in other calls. Whoever knows it may renew and release it."""
+    model_id: _builtins.str
+    """The Model.id that it holds."""
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """How long it lives after its last renewal."""
+
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """When it ends unless it is renewed, by this box's clock now."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        model_id: _builtins.str = ...,
+        ttl: _duration_pb2.Duration | None = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "ttl", b"ttl"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "id", b"id", "model_id", b"model_id", "ttl", b"ttl"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lease: _TypeAlias = Lease  # noqa: Y015
+
+@_typing.final
+class AcquireLeaseRequest(_message.Message):
+    """See ModelService.AcquireLease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """A name as in LoadModelRequest.model, or a Model.id. Required."""
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """How long the lease lives: from 1 second to 24 hours. It is renewed by every
+        request that names it in `lease_id`, and lives while such a request runs.
+        Required.
+        """
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        ttl: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "ttl", b"ttl"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcquireLeaseRequest: _TypeAlias = AcquireLeaseRequest  # noqa: Y015
+
+@_typing.final
+class AcquireLeaseResponse(_message.Message):
+    """See ModelService.AcquireLease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def lease(self) -> Global___Lease:
+        """The lease."""
+
+    def __init__(
+        self,
+        *,
+        lease: Global___Lease | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcquireLeaseResponse: _TypeAlias = AcquireLeaseResponse  # noqa: Y015
+
+@_typing.final
+class RenewLeaseRequest(_message.Message):
+    """See ModelService.RenewLease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    """Lease.id. Required."""
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewLeaseRequest: _TypeAlias = RenewLeaseRequest  # noqa: Y015
+
+@_typing.final
+class RenewLeaseResponse(_message.Message):
+    """See ModelService.RenewLease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def lease(self) -> Global___Lease:
+        """The lease, with its new end."""
+
+    def __init__(
+        self,
+        *,
+        lease: Global___Lease | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewLeaseResponse: _TypeAlias = RenewLeaseResponse  # noqa: Y015
+
+@_typing.final
+class ReleaseLeaseRequest(_message.Message):
+    """See ModelService.ReleaseLease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    """Lease.id. Required."""
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseLeaseRequest: _TypeAlias = ReleaseLeaseRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseLeaseResponse(_message.Message):
+    """See ModelService.ReleaseLease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseLeaseResponse: _TypeAlias = ReleaseLeaseResponse  # noqa: Y015
 
 @_typing.final
 class ModelDetails(_message.Message):

@@ -60,6 +60,21 @@ class ModelServiceStub(object):
                 request_serializer=loaderd_dot_v1_dot_model__pb2.WatchModelsRequest.SerializeToString,
                 response_deserializer=loaderd_dot_v1_dot_model__pb2.WatchModelsResponse.FromString,
                 _registered_method=True)
+        self.AcquireLease = channel.unary_unary(
+                '/loaderd.v1.ModelService/AcquireLease',
+                request_serializer=loaderd_dot_v1_dot_model__pb2.AcquireLeaseRequest.SerializeToString,
+                response_deserializer=loaderd_dot_v1_dot_model__pb2.AcquireLeaseResponse.FromString,
+                _registered_method=True)
+        self.RenewLease = channel.unary_unary(
+                '/loaderd.v1.ModelService/RenewLease',
+                request_serializer=loaderd_dot_v1_dot_model__pb2.RenewLeaseRequest.SerializeToString,
+                response_deserializer=loaderd_dot_v1_dot_model__pb2.RenewLeaseResponse.FromString,
+                _registered_method=True)
+        self.ReleaseLease = channel.unary_unary(
+                '/loaderd.v1.ModelService/ReleaseLease',
+                request_serializer=loaderd_dot_v1_dot_model__pb2.ReleaseLeaseRequest.SerializeToString,
+                response_deserializer=loaderd_dot_v1_dot_model__pb2.ReleaseLeaseResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer(object):
@@ -81,8 +96,8 @@ class ModelServiceServicer(object):
     def UnloadModel(self, request, context):
         """Ends the model's process and gives its memory back.
 
-        MODEL_IN_USE when requests run on it, unless `force`. MODEL_NOT_LOADED when
-        no loaded model has this name.
+        MODEL_IN_USE when requests run on it or leases hold it, unless `force`.
+        MODEL_NOT_LOADED when no loaded model has this name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,6 +120,29 @@ class ModelServiceServicer(object):
     def WatchModels(self, request, context):
         """All models as they are now, then every change of state, without gaps. Runs
         until the client cancels it or the daemon drains.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AcquireLease(self, request, context):
+        """Holds a READY model between calls: while a lease lives, the model is neither
+        unloaded for being idle nor to make room for another, and UnloadModel needs
+        `force`. MODEL_NOT_LOADED when no READY model has this name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewLease(self, request, context):
+        """Starts a lease's time anew. LEASE_NOT_FOUND when it has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseLease(self, request, context):
+        """Ends a lease. LEASE_NOT_FOUND when it has ended already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -137,6 +175,21 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.WatchModels,
                     request_deserializer=loaderd_dot_v1_dot_model__pb2.WatchModelsRequest.FromString,
                     response_serializer=loaderd_dot_v1_dot_model__pb2.WatchModelsResponse.SerializeToString,
+            ),
+            'AcquireLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcquireLease,
+                    request_deserializer=loaderd_dot_v1_dot_model__pb2.AcquireLeaseRequest.FromString,
+                    response_serializer=loaderd_dot_v1_dot_model__pb2.AcquireLeaseResponse.SerializeToString,
+            ),
+            'RenewLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewLease,
+                    request_deserializer=loaderd_dot_v1_dot_model__pb2.RenewLeaseRequest.FromString,
+                    response_serializer=loaderd_dot_v1_dot_model__pb2.RenewLeaseResponse.SerializeToString,
+            ),
+            'ReleaseLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseLease,
+                    request_deserializer=loaderd_dot_v1_dot_model__pb2.ReleaseLeaseRequest.FromString,
+                    response_serializer=loaderd_dot_v1_dot_model__pb2.ReleaseLeaseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -275,6 +328,87 @@ class ModelService(object):
             '/loaderd.v1.ModelService/WatchModels',
             loaderd_dot_v1_dot_model__pb2.WatchModelsRequest.SerializeToString,
             loaderd_dot_v1_dot_model__pb2.WatchModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcquireLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loaderd.v1.ModelService/AcquireLease',
+            loaderd_dot_v1_dot_model__pb2.AcquireLeaseRequest.SerializeToString,
+            loaderd_dot_v1_dot_model__pb2.AcquireLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loaderd.v1.ModelService/RenewLease',
+            loaderd_dot_v1_dot_model__pb2.RenewLeaseRequest.SerializeToString,
+            loaderd_dot_v1_dot_model__pb2.RenewLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loaderd.v1.ModelService/ReleaseLease',
+            loaderd_dot_v1_dot_model__pb2.ReleaseLeaseRequest.SerializeToString,
+            loaderd_dot_v1_dot_model__pb2.ReleaseLeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

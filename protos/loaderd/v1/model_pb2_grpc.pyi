@@ -44,8 +44,8 @@ class ModelServiceStub:
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
     """Ends the model's process and gives its memory back.
 
-    MODEL_IN_USE when requests run on it, unless `force`. MODEL_NOT_LOADED when
-    no loaded model has this name.
+    MODEL_IN_USE when requests run on it or leases hold it, unless `force`.
+    MODEL_NOT_LOADED when no loaded model has this name.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]
     """One model that is loaded, loading or failed. MODEL_NOT_LOADED otherwise."""
@@ -55,6 +55,15 @@ class ModelServiceStub:
     """All models as they are now, then every change of state, without gaps. Runs
     until the client cancels it or the daemon drains.
     """
+    AcquireLease: _grpc.UnaryUnaryMultiCallable[_model_pb2.AcquireLeaseRequest, _model_pb2.AcquireLeaseResponse]
+    """Holds a READY model between calls: while a lease lives, the model is neither
+    unloaded for being idle nor to make room for another, and UnloadModel needs
+    `force`. MODEL_NOT_LOADED when no READY model has this name.
+    """
+    RenewLease: _grpc.UnaryUnaryMultiCallable[_model_pb2.RenewLeaseRequest, _model_pb2.RenewLeaseResponse]
+    """Starts a lease's time anew. LEASE_NOT_FOUND when it has ended."""
+    ReleaseLease: _grpc.UnaryUnaryMultiCallable[_model_pb2.ReleaseLeaseRequest, _model_pb2.ReleaseLeaseResponse]
+    """Ends a lease. LEASE_NOT_FOUND when it has ended already."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -72,8 +81,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
     """Ends the model's process and gives its memory back.
 
-    MODEL_IN_USE when requests run on it, unless `force`. MODEL_NOT_LOADED when
-    no loaded model has this name.
+    MODEL_IN_USE when requests run on it or leases hold it, unless `force`.
+    MODEL_NOT_LOADED when no loaded model has this name.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
     """One model that is loaded, loading or failed. MODEL_NOT_LOADED otherwise."""
@@ -83,6 +92,15 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """All models as they are now, then every change of state, without gaps. Runs
     until the client cancels it or the daemon drains.
     """
+    AcquireLease: _aio.UnaryUnaryMultiCallable[_model_pb2.AcquireLeaseRequest, _model_pb2.AcquireLeaseResponse]  # type: ignore[assignment]
+    """Holds a READY model between calls: while a lease lives, the model is neither
+    unloaded for being idle nor to make room for another, and UnloadModel needs
+    `force`. MODEL_NOT_LOADED when no READY model has this name.
+    """
+    RenewLease: _aio.UnaryUnaryMultiCallable[_model_pb2.RenewLeaseRequest, _model_pb2.RenewLeaseResponse]  # type: ignore[assignment]
+    """Starts a lease's time anew. LEASE_NOT_FOUND when it has ended."""
+    ReleaseLease: _aio.UnaryUnaryMultiCallable[_model_pb2.ReleaseLeaseRequest, _model_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
+    """Ends a lease. LEASE_NOT_FOUND when it has ended already."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Models in memory: load, unload, list, watch."""
@@ -109,8 +127,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_model_pb2.UnloadModelResponse, _abc.Awaitable[_model_pb2.UnloadModelResponse]]:
         """Ends the model's process and gives its memory back.
 
-        MODEL_IN_USE when requests run on it, unless `force`. MODEL_NOT_LOADED when
-        no loaded model has this name.
+        MODEL_IN_USE when requests run on it or leases hold it, unless `force`.
+        MODEL_NOT_LOADED when no loaded model has this name.
         """
 
     @_abc_1.abstractmethod
@@ -138,5 +156,32 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """All models as they are now, then every change of state, without gaps. Runs
         until the client cancels it or the daemon drains.
         """
+
+    @_abc_1.abstractmethod
+    def AcquireLease(
+        self,
+        request: _model_pb2.AcquireLeaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.AcquireLeaseResponse, _abc.Awaitable[_model_pb2.AcquireLeaseResponse]]:
+        """Holds a READY model between calls: while a lease lives, the model is neither
+        unloaded for being idle nor to make room for another, and UnloadModel needs
+        `force`. MODEL_NOT_LOADED when no READY model has this name.
+        """
+
+    @_abc_1.abstractmethod
+    def RenewLease(
+        self,
+        request: _model_pb2.RenewLeaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.RenewLeaseResponse, _abc.Awaitable[_model_pb2.RenewLeaseResponse]]:
+        """Starts a lease's time anew. LEASE_NOT_FOUND when it has ended."""
+
+    @_abc_1.abstractmethod
+    def ReleaseLease(
+        self,
+        request: _model_pb2.ReleaseLeaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ReleaseLeaseResponse, _abc.Awaitable[_model_pb2.ReleaseLeaseResponse]]:
+        """Ends a lease. LEASE_NOT_FOUND when it has ended already."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

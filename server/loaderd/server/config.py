@@ -161,6 +161,14 @@ class ServerConfig(BaseSettings):
     """Spare worker processes that have imported everything and wait for a load. With 0 each load
     starts its own, which takes seconds."""
 
+    keep_alive: Seconds = Field(default=300, le=366 * 24 * 3600)
+    """Seconds that a model stays loaded while nobody uses it, unless a client says otherwise; 0:
+    until its first use has ended; negative: until somebody unloads it."""
+
+    load_on_demand: Literal["off", "cached", "any"] = "cached"
+    """Which models a request for text loads when they are not: none, those whose files are there,
+    or also those that must be downloaded first."""
+
     max_requests: int = Field(default=256, ge=1, le=100_000)
     """Most generation requests that one model takes, running and waiting; more are refused."""
 

@@ -14,8 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from loaderd.server.config import ServerConfig
-from loaderd.server.models.loads import Loads
+from loaderd.server.models.idle import IdleUnloader
+from loaderd.server.models.keep_alive import PINNED
+from loaderd.server.models.loads import Loads, OnDemand
 from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.models.restarts import Restarts
 from loaderd.server.rpc.server import RpcServer
 from loaderd.server.store.cache import default_cache_dir
 from loaderd.server.store.hub_access import RetryPolicy
@@ -79,11 +82,16 @@ class Daemon:
                     retry=RetryPolicy(config.hub_attempts, longest_wait=config.hub_longest_wait),
                 )
             )
-            registry = ModelRegistry(config.max_requests)
-            server = RpcServer(registry, Loads(registry, store, supervisor), store, supervisor)
+            keep_alive = config.keep_alive if config.keep_alive >= 0 else PINNED
+            registry = ModelRegistry(config.max_requests, keep_alive)
+            loads = Loads(registry, store, supervisor, OnDemand(config.load_on_demand))
+            restarts = Restarts(loads)
+            registry.on_death = restarts.begin
+            server = RpcServer(registry, loads, store, supervisor)
             addresses = self._bind(server)
             self._catch_signals(supervisor)
             health = asyncio.create_task(server.health.follow())
+            idle = asyncio.create_task(IdleUnloader(registry).run())
             await store.start()
             await supervisor.start()
             await server.start()
@@ -96,6 +104,8 @@ class Daemon:
                 await asyncio.wait([health], timeout=_LAST_MESSAGES_S)
             finally:
                 health.cancel()
+                idle.cancel()
+                await restarts.close()
                 await store.close()
                 await registry.close()
                 await server.stop(_LAST_MESSAGES_S)

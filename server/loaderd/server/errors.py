@@ -149,15 +149,16 @@ class OfflineNotCachedError(LoaderdError):
 
 @dataclass(eq=False)
 class ModelInUseError(LoaderdError):
-    """The model is answering requests or is still loading."""
+    """The model is answering requests, is held by leases, or is still loading."""
 
     reason = "MODEL_IN_USE"
     text = (
-        "model {model!r} is loading or in use ({active_requests} requests); "
-        "wait, or unload with force"
+        "model {model!r} is loading or in use ({active_requests} requests, "
+        "{active_leases} leases); wait, or unload with force"
     )
     model: str
     active_requests: int
+    active_leases: int
 
 
 @dataclass(eq=False)
@@ -345,6 +346,15 @@ class DownloadInterruptedError(LoaderdError):
     reason = "DOWNLOAD_INTERRUPTED"
     text = "the process that downloaded {model!r} was killed; start it again to go on"
     model: str
+
+
+@dataclass(eq=False)
+class LeaseNotFoundError(LoaderdError):
+    """The lease has ended, or holds another model."""
+
+    reason = "LEASE_NOT_FOUND"
+    text = "there is no lease {lease!r} on this model; it has ended, acquire another"
+    lease: str
 
 
 BY_REASON: dict[str, type[LoaderdError]] = {

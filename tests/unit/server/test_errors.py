@@ -33,6 +33,7 @@ _DETAILS = {
     "CACHE_LIMIT": "QuotaFailure",
     "CACHE_NOT_WRITABLE": "PreconditionFailure",
     "DOWNLOAD_INTERRUPTED": "RetryInfo",
+    "LEASE_NOT_FOUND": "ResourceInfo",
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from loaderd.server.errors import DrainingError
 from loaderd.server.models.lifecycle import ModelState
-from loaderd.server.models.loads import LoadProgress, Loads
+from loaderd.server.models.loads import LoadProgress, Loads, OnDemand
 from loaderd.server.models.record import LoadOptions, ModelRecord
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.single_flight import Publish, SingleFlight
@@ -94,7 +94,12 @@ async def box(tmp_path: Path) -> AsyncIterator[Box]:
         await supervisor.start()
         stack.push_async_callback(supervisor.close)
         registry, store = ModelRegistry(4), SteeredStore()
-        yield Box(launcher, registry, store, Loads(registry, cast(ModelStore, store), supervisor))
+        yield Box(
+            launcher,
+            registry,
+            store,
+            Loads(registry, cast(ModelStore, store), supervisor, OnDemand.OFF),
+        )
         launcher.load_gate.set()
         await registry.close()
 
@@ -145,7 +150,7 @@ async def test_every_name_that_was_loaded_names_the_model(box: Box) -> None:
     assert len({record.id for record in records}) == 1
     for name in names:
         assert box.registry.find(name) is records[0]
-        assert name in records[0].view().aliases
+        assert name in box.registry.view(records[0]).aliases
 
 
 async def test_a_branch_that_moved_names_what_it_is_now(box: Box) -> None:

@@ -1,140 +1,25 @@
 """The public services over gRPC, on fake workers: what clients see when things go wrong."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
-from safetensors.numpy import save_file
 
 from loaderd.server.errors import ModelNotLoadedError, ModelUnsupportedError, SlowConsumerError
 from loaderd.server.models.lifecycle import ModelState
-from loaderd.server.models.loads import Loads
 from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.registry import ModelRegistry
-from loaderd.server.rpc.server import RpcServer
 from loaderd.server.store.names import LocalName
-from loaderd.server.store.store import ModelStore, StoreSettings
-from loaderd.server.supervisor.supervisor import Supervisor
-from loaderd.server.supervisor.worker import WorkerLimits
 from loaderd.v1 import (
     generation_pb2,
     generation_pb2_grpc,
     model_pb2,
-    model_pb2_grpc,
     system_pb2,
-    system_pb2_grpc,
 )
-from tests.fake_worker import FakeLauncher
+from tests.unit.server.box import MAX_REQUESTS, Box, reason_of
 from tests.waiting import until_in_loop as until
-
-MAX_REQUESTS = 4
-
-
-@dataclass
-class Box:
-    """A daemon's insides, and stubs that reach them over TCP."""
-
-    launcher: FakeLauncher
-    registry: ModelRegistry
-    folder: Path
-    tcp: str
-    socket: str
-    models: Any
-    generation: Any
-    system: Any
-
-    async def load(self, folder: Path | None = None) -> model_pb2.Model:
-        request = model_pb2.LoadModelRequest(model=str(folder or self.folder))
-        load = self.models.LoadModel(request, timeout=30)
-        try:
-            async for message in load:
-                last = message
-        finally:
-            load.cancel()  # gRPC may go on with a call whose reader was cancelled
-        model: model_pb2.Model = last.model
-        return model
-
-    def stream(self, text: str, model: str = "", timeout: float = 30) -> Any:
-        request = generation_pb2.StreamGenerateRequest(model=model or str(self.folder), text=text)
-        return self.generation.StreamGenerate(request, timeout=timeout)
-
-    async def list(self) -> list[model_pb2.Model]:
-        return list((await self.models.ListModels(model_pb2.ListModelsRequest())).models)
-
-
-def make_model(folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "tokenizer_config.json").write_text("{}")
-    save_file({"weight": np.zeros(4, np.float32)}, folder / "model.safetensors")
-    return folder
-
-
-@pytest.fixture
-async def box(tmp_path: Path) -> AsyncIterator[Box]:
-    async with AsyncExitStack() as stack:
-        launcher = FakeLauncher()
-        limits = WorkerLimits(
-            standby=1, load_timeout=20, heartbeat_timeout=60, max_stream_bytes=1 << 18
-        )
-        supervisor = Supervisor(tmp_path, launcher, limits)
-        store = ModelStore(
-            StoreSettings(
-                cache_dir=tmp_path / "cache",
-                local_roots=(tmp_path,),
-                hub_endpoint="http://127.0.0.1:1",
-                hub_token=None,
-                offline=True,
-                stall_timeout=20,
-            )
-        )
-        registry = ModelRegistry(MAX_REQUESTS)
-        server = RpcServer(registry, Loads(registry, store, supervisor), store, supervisor)
-        port = server.bind("127.0.0.1:0")
-        socket = f"unix:{tmp_path / 'box.sock'}"
-        server.bind(socket)
-        await supervisor.start()
-        await server.start()
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
-        yield Box(
-            launcher,
-            registry,
-            make_model(tmp_path / "model"),
-            f"127.0.0.1:{port}",
-            socket,
-            model_pb2_grpc.ModelServiceStub(channel),
-            generation_pb2_grpc.GenerationServiceStub(channel),
-            system_pb2_grpc.SystemServiceStub(channel),
-        )
-        await registry.drain(0)
-        await registry.close()
-        await store.close()
-        await server.stop(0)
-        await supervisor.close()
-
-
-async def reason_of(call: Any) -> str:
-    """The reason with which a call fails."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
-                pass
-        else:
-            await call
-    status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]  # it has what a Call has
-    assert status is not None, caught.value
-    info = error_details_pb2.ErrorInfo()
-    assert status.details[0].Unpack(info)
-    return str(info.reason)
 
 
 async def test_waiters_share_a_load_and_its_failure(box: Box) -> None:

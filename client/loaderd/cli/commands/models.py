@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,15 +11,16 @@ import typer
 from loaderd.cli import options, output
 from loaderd.cli.progress import progress_display
 from loaderd.cli.session import session_of
-from loaderd.cli.units import age, size, span
+from loaderd.cli.units import age, count, parse_span, size, span
 
 if TYPE_CHECKING:
-    from loaderd.client import ModelDetails, ModelInfo, ModelState
+    from loaderd.client import ChangeReason, ModelDetails, ModelInfo, ModelState
 
 
 def load(
     context: typer.Context,
     model: options.Model,
+    *,
     dtype: Annotated[
         options.DtypeName | None,
         typer.Option(help="Number type of the weights. Default: the daemon's choice."),
@@ -26,6 +28,7 @@ def load(
     device_map: Annotated[
         str | None, typer.Option(help='"auto", "cpu", or one accelerator such as "cuda:0".')
     ] = None,
+    keep_alive: options.KeepAlive = None,
     json: options.Json = False,
 ) -> None:
     """Load a model, downloading what the cache lacks."""
@@ -36,6 +39,7 @@ def load(
             model,
             dtype=dtype.value if dtype else None,
             device_map=device_map,
+            keep_alive=keep_alive,
             timeout=session.timeout,
         )
         with operation:
@@ -54,13 +58,23 @@ def load(
 def unload(
     context: typer.Context,
     model: options.LoadedModel,
-    force: Annotated[bool, typer.Option("--force", help="End requests that run on it.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="End requests that run on it, and leases.")
+    ] = False,
+    grace: Annotated[
+        timedelta | None,
+        typer.Option(
+            parser=options.parser(parse_span),
+            metavar="SPAN",
+            help="With --force: how long requests may go on first, such as 30s or 5m.",
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Unload a model and say how much memory that freed."""
     session = session_of(context)
     with session.connect() as client:
-        unloaded = client.unload(model, force=force, timeout=session.timeout)
+        unloaded = client.unload(model, force=force, grace=grace, timeout=session.timeout)
     if json:
         output.json_result(unloaded)
     else:
@@ -79,7 +93,7 @@ def ps(context: typer.Context, json: options.Json = False) -> None:
     if not models:
         output.message("no models are loaded; see `loaderctl load --help`")
         return
-    columns = ("NAME", "ID", "STATE", "DTYPE", "DEVICE", "WEIGHTS", "REQUESTS", "READY")
+    columns = ("NAME", "ID", "STATE", "DTYPE", "DEVICE", "WEIGHTS", "REQUESTS", "READY", "UNTIL")
     output.table(columns, map(_row, models))
     for model in models:
         if model.failure is not None:
@@ -101,13 +115,24 @@ def watch(context: typer.Context, json: options.Json = False) -> None:
                     output.result(f"{model.name} ({model.id}): {_name(model.state)}")
             else:
                 time = update.time.astimezone().strftime("%H:%M:%S")
-                output.result(f"{time} {_change(update.model, update.previous_state)}")
+                output.result(
+                    f"{time} {_change(update.model, update.previous_state, update.reason)}"
+                )
 
 
-def _change(model: ModelInfo, previous: ModelState) -> str:
+_CHANGES = {
+    "idle": "nobody used it",
+    "evicted": "another model needs its memory",
+    "forgotten": "it had failed",
+    "shutdown": "the daemon shuts down",
+}
+"""What a reason says that the states do not."""
+
+
+def _change(model: ModelInfo, previous: ModelState, reason: ChangeReason) -> str:
     arrow = f"{_name(previous)} -> {_name(model.state)}" if previous else _name(model.state)
-    reason = f": {model.failure.message}" if model.failure else ""
-    return f"{model.name} ({model.id}): {arrow}{reason}"
+    why = model.failure.message if model.failure else _CHANGES.get(_name(reason), "")
+    return f"{model.name} ({model.id}): {arrow}" + (f": {why}" if why else "")
 
 
 def _sentence(model: ModelInfo, *, worked: bool) -> str:
@@ -133,7 +158,19 @@ def _row(model: ModelInfo) -> tuple[str, ...]:
         size(details.weight_bytes) if details else "-",
         str(model.active_requests),
         age(model.ready_at),
+        _until(model),
     )
+
+
+def _until(model: ModelInfo) -> str:
+    """How long it stays if nobody uses it."""
+    if model.active_leases:
+        return count(model.active_leases, "lease")
+    if model.keep_alive < timedelta():
+        return "pinned"
+    if model.expires_at is None:
+        return "-"
+    return f"in {span(model.expires_at - datetime.now(UTC))}"
 
 
 def _devices(details: ModelDetails) -> str:

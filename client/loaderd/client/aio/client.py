@@ -11,13 +11,21 @@ from grpc import StatusCode
 
 from loaderd.client import responses
 from loaderd.client.aio.cache import AsyncCacheClient
+from loaderd.client.aio.lease import AsyncLease
 from loaderd.client.aio.model import AsyncModel
 from loaderd.client.aio.operation import AsyncLoadOperation
 from loaderd.client.aio.stream import AsyncModelWatch
 from loaderd.client.aio.transport import AsyncStubs, AsyncTransport
 from loaderd.client.channel import DEFAULT_TIMEOUT
 from loaderd.client.errors import LoaderdError
-from loaderd.client.requests import ModelName, health_request, load_request, model_name
+from loaderd.client.parameters import Seconds
+from loaderd.client.requests import (
+    ModelName,
+    health_request,
+    load_request,
+    model_name,
+    unload_request,
+)
 from loaderd.client.types import (
     Device,
     Dtype,
@@ -70,6 +78,7 @@ class AsyncClient:
         *,
         dtype: Dtype | DtypeName | None = None,
         device_map: str | None = None,
+        keep_alive: Seconds | None = None,
         on_progress: Callable[[LoadProgress], object] | None = None,
         timeout: float | None = None,
     ) -> AsyncModel:
@@ -81,11 +90,16 @@ class AsyncClient:
             name: `org/name`, `org/name@revision`, or the path of a local folder.
             dtype: Number type of weights and computation. None: the daemon's choice.
             device_map: "auto", "cpu", or one accelerator such as "cuda:0". None: "auto".
+            keep_alive: How long the model stays loaded while nobody uses it; 0: until its first
+                use has ended; negative: until somebody unloads it. None: the daemon's setting, or
+                what the model has.
             on_progress: Called with each progress, and awaited if it returns an awaitable. What it
                 raises cancels the load.
             timeout: Seconds; None: as long as it takes.
         """
-        operation = self.start_load(name, dtype=dtype, device_map=device_map, timeout=timeout)
+        operation = self.start_load(
+            name, dtype=dtype, device_map=device_map, keep_alive=keep_alive, timeout=timeout
+        )
         return await operation.wait(on_progress)
 
     def start_load(
@@ -94,22 +108,60 @@ class AsyncClient:
         *,
         dtype: Dtype | DtypeName | None = None,
         device_map: str | None = None,
+        keep_alive: Seconds | None = None,
         timeout: float | None = None,
     ) -> AsyncLoadOperation:
         """Starts what `load` does and returns its handle."""
-        request = load_request(name, dtype=dtype, device_map=device_map)
+        request = load_request(name, dtype=dtype, device_map=device_map, keep_alive=keep_alive)
         return AsyncLoadOperation(
             self._transport,
             self._transport.stream(self.raw.models.LoadModel, request, timeout),
         )
 
+    async def lease(
+        self,
+        name: ModelName,
+        ttl: Seconds,
+        *,
+        dtype: Dtype | DtypeName | None = None,
+        device_map: str | None = None,
+        keep_alive: Seconds | None = None,
+        timeout: float | None = None,
+    ) -> AsyncLease:
+        """Loads a model as `load` does, and holds it from the moment when it is READY.
+
+        Args:
+            name: See `load`, as `dtype`, `device_map` and `keep_alive`.
+            ttl: How long the lease lives after its last renewal, from a second to a day.
+            dtype: See above.
+            device_map: See above.
+            keep_alive: See above.
+            timeout: Seconds; None: as long as the load takes.
+        """
+        request = load_request(
+            name, dtype=dtype, device_map=device_map, keep_alive=keep_alive, lease_ttl=ttl
+        )
+        operation = AsyncLoadOperation(
+            self._transport,
+            self._transport.stream(self.raw.models.LoadModel, request, timeout),
+        )
+        return await operation.leased()
+
     async def unload(
-        self, name: ModelName, *, force: bool = False, timeout: float | None = None
+        self,
+        name: ModelName,
+        *,
+        force: bool = False,
+        grace: Seconds | None = None,
+        timeout: float | None = None,
     ) -> UnloadResult:
         """Unloads a model by its name or id; see `AsyncModel.unload`."""
-        request = model_pb2.UnloadModelRequest(model=model_name(name), force=force)
+        request = unload_request(name, force=force, grace=grace)
+        grace_s = request.grace.ToTimedelta().total_seconds()
         return responses.unload_result(
-            await self._transport.call(self.raw.models.UnloadModel, request, timeout)
+            await self._transport.call(
+                self.raw.models.UnloadModel, request, timeout, grace_s=grace_s
+            )
         )
 
     async def model(self, name: ModelName, *, timeout: float | None = None) -> AsyncModel:

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 from loaderd.client import responses
+from loaderd.client.aio.lease import AsyncLease
 from loaderd.client.aio.stream import AsyncGenerationStream
 from loaderd.client.aio.transport import AsyncTransport
 from loaderd.client.handle import ModelHandle
-from loaderd.client.parameters import GenerationParameters
-from loaderd.client.requests import ChatMessages
+from loaderd.client.parameters import GenerationParameters, Seconds
+from loaderd.client.requests import ChatMessages, lease_request, unload_request
 from loaderd.client.types import (
     GenerationResult,
     ModelInfo,
@@ -28,8 +29,10 @@ class AsyncModel(ModelHandle):
     Calls after the model was unloaded raise `ModelNotLoadedError`.
     """
 
-    def __init__(self, transport: AsyncTransport, info: ModelInfo) -> None:
-        super().__init__(info)
+    def __init__(
+        self, transport: AsyncTransport, info: ModelInfo, lease_id: str | None = None
+    ) -> None:
+        super().__init__(info, lease_id)
         self._transport = transport
 
     async def generate(
@@ -158,20 +161,47 @@ class AsyncModel(ModelHandle):
         self._info = responses.model_info(response.model)
         return self._info
 
-    async def unload(self, *, force: bool = False, timeout: float | None = None) -> UnloadResult:
-        """Ends the model's process and gives its memory back.
+    async def lease(self, ttl: Seconds, *, timeout: float | None = None) -> AsyncLease:
+        """Holds the model between calls.
 
         Args:
-            force: End requests that run on it, rather than refuse.
+            ttl: How long the lease lives after its last renewal, from a second to a day.
             timeout: Seconds; None: the client's default.
 
         Raises:
-            ModelInUseError: Requests run on it, and `force` is false.
+            ModelNotLoadedError: It is not READY.
+        """
+        response = await self._transport.call(
+            self._transport.stubs.models.AcquireLease, lease_request(self.id, ttl), timeout
+        )
+        info = responses.lease(response.lease)
+        return AsyncLease(self._transport, info, AsyncModel(self._transport, self.info, info.id))
+
+    async def unload(
+        self,
+        *,
+        force: bool = False,
+        grace: Seconds | None = None,
+        timeout: float | None = None,
+    ) -> UnloadResult:
+        """Ends the model's process and gives its memory back.
+
+        Args:
+            force: End requests that run on it and leases, rather than refuse.
+            grace: How long running requests may go on before `force` ends them; new ones are
+                refused at once. None: not at all.
+            timeout: Seconds; None: the client's default and the grace.
+
+        Raises:
+            ModelInUseError: Requests run on it or leases hold it, and `force` is false.
             ModelNotLoadedError: It is gone already.
         """
-        request = model_pb2.UnloadModelRequest(model=self.id, force=force)
+        request = unload_request(self.id, force=force, grace=grace)
         response = await self._transport.call(
-            self._transport.stubs.models.UnloadModel, request, timeout
+            self._transport.stubs.models.UnloadModel,
+            request,
+            timeout,
+            grace_s=request.grace.ToTimedelta().total_seconds(),
         )
         result = responses.unload_result(response)
         self._info = result.model

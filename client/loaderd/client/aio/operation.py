@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from loaderd.client.aio.lease import AsyncLease
 from loaderd.client.aio.model import AsyncModel
 from loaderd.client.aio.stream import AsyncStream
 from loaderd.client.aio.transport import AsyncResponseStream, AsyncTransport
@@ -75,6 +76,18 @@ class AsyncLoadOperation(AsyncOperation[model_pb2.LoadModelResponse, LoadProgres
         """
         await self._read_to_end()
         return AsyncModel(self._transport, self._load.result)
+
+    async def leased(self) -> AsyncLease:
+        """Waits for the model and returns the lease that was asked for with it.
+
+        Raises:
+            LoaderdError: The load failed, or was cancelled.
+        """
+        await self._read_to_end()
+        lease = self._load.lease
+        return AsyncLease(
+            self._transport, lease, AsyncModel(self._transport, self._load.result, lease.id)
+        )
 
 
 class AsyncDownloadOperation(

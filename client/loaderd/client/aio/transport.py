@@ -91,16 +91,21 @@ class AsyncTransport:
         method: grpc.aio.UnaryUnaryMultiCallable[Request, Response],
         request: Request,
         timeout: float | None,  # noqa: ASYNC109 - the call's deadline, which travels
+        *,
+        grace_s: float = 0.0,
     ) -> Response:
         """Makes a call and waits for its answer. Cancelling the task cancels it.
 
         Args:
             method: Of `stubs`.
             request: What to send.
-            timeout: Seconds; None: the client's default.
+            timeout: Seconds; None: the client's default, and `grace_s` more.
+            grace_s: How long the daemon was asked to wait.
         """
         self._require_open()
-        seconds = self._timeout if timeout is None else check_timeout(timeout)
+        seconds = check_timeout(timeout)
+        if timeout is None and self._timeout is not None:
+            seconds = self._timeout + grace_s
         try:
             return await method(request, timeout=seconds)
         except grpc.RpcError as failure:

@@ -7,8 +7,9 @@ from typing import Any, Unpack
 
 from loaderd.client import responses
 from loaderd.client.handle import ModelHandle
-from loaderd.client.parameters import GenerationParameters
-from loaderd.client.requests import ChatMessages
+from loaderd.client.parameters import GenerationParameters, Seconds
+from loaderd.client.requests import ChatMessages, lease_request, unload_request
+from loaderd.client.sync.lease import Lease
 from loaderd.client.sync.stream import GenerationStream
 from loaderd.client.sync.transport import Transport
 from loaderd.client.types import (
@@ -27,8 +28,8 @@ class Model(ModelHandle):
     Calls after the model was unloaded raise `ModelNotLoadedError`.
     """
 
-    def __init__(self, transport: Transport, info: ModelInfo) -> None:
-        super().__init__(info)
+    def __init__(self, transport: Transport, info: ModelInfo, lease_id: str | None = None) -> None:
+        super().__init__(info, lease_id)
         self._transport = transport
 
     def generate(
@@ -155,19 +156,48 @@ class Model(ModelHandle):
         self._info = responses.model_info(response.model)
         return self._info
 
-    def unload(self, *, force: bool = False, timeout: float | None = None) -> UnloadResult:
-        """Ends the model's process and gives its memory back.
+    def lease(self, ttl: Seconds, *, timeout: float | None = None) -> Lease:
+        """Holds the model between calls.
 
         Args:
-            force: End requests that run on it, rather than refuse.
+            ttl: How long the lease lives after its last renewal, from a second to a day.
             timeout: Seconds; None: the client's default.
 
         Raises:
-            ModelInUseError: Requests run on it, and `force` is false.
+            ModelNotLoadedError: It is not READY.
+        """
+        response = self._transport.call(
+            self._transport.stubs.models.AcquireLease, lease_request(self.id, ttl), timeout
+        )
+        info = responses.lease(response.lease)
+        return Lease(self._transport, info, Model(self._transport, self.info, info.id))
+
+    def unload(
+        self,
+        *,
+        force: bool = False,
+        grace: Seconds | None = None,
+        timeout: float | None = None,
+    ) -> UnloadResult:
+        """Ends the model's process and gives its memory back.
+
+        Args:
+            force: End requests that run on it and leases, rather than refuse.
+            grace: How long running requests may go on before `force` ends them; new ones are
+                refused at once. None: not at all.
+            timeout: Seconds; None: the client's default and the grace.
+
+        Raises:
+            ModelInUseError: Requests run on it or leases hold it, and `force` is false.
             ModelNotLoadedError: It is gone already.
         """
-        request = model_pb2.UnloadModelRequest(model=self.id, force=force)
-        response = self._transport.call(self._transport.stubs.models.UnloadModel, request, timeout)
+        request = unload_request(self.id, force=force, grace=grace)
+        response = self._transport.call(
+            self._transport.stubs.models.UnloadModel,
+            request,
+            timeout,
+            grace_s=request.grace.ToTimedelta().total_seconds(),
+        )
         result = responses.unload_result(response)
         self._info = result.model
         return result

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from loaderd.client.receivers import DownloadReceiver, LoadReceiver, VerifyReceiver
+from loaderd.client.sync.lease import Lease
 from loaderd.client.sync.model import Model
 from loaderd.client.sync.stream import Stream
 from loaderd.client.sync.transport import ResponseStream, Transport
@@ -67,6 +68,16 @@ class LoadOperation(Operation[model_pb2.LoadModelResponse, LoadProgress, Model])
         """
         self._read_to_end()
         return Model(self._transport, self._load.result)
+
+    def leased(self) -> Lease:
+        """Waits for the model and returns the lease that was asked for with it.
+
+        Raises:
+            LoaderdError: The load failed, or was cancelled.
+        """
+        self._read_to_end()
+        lease = self._load.lease
+        return Lease(self._transport, lease, Model(self._transport, self._load.result, lease.id))
 
 
 class DownloadOperation(Operation[cache_pb2.DownloadModelResponse, DownloadProgress, Snapshot]):

@@ -17,6 +17,7 @@ from loaderd.client.types.download import (
     SkippedFile,
 )
 from loaderd.client.types.enums import (
+    ChangeReason,
     DeviceType,
     Dtype,
     DtypeName,
@@ -42,6 +43,7 @@ from loaderd.client.types.generation import (
     Usage,
 )
 from loaderd.client.types.model import (
+    LeaseInfo,
     LoadOptions,
     LoadProgress,
     LoadTimings,
@@ -63,6 +65,7 @@ from loaderd.client.types.verification import (
 
 __all__ = [
     "CancelledDownload",
+    "ChangeReason",
     "Completion",
     "Deletion",
     "Delta",
@@ -81,6 +84,7 @@ __all__ = [
     "GenerationStarted",
     "GenerationTimings",
     "HealthStatus",
+    "LeaseInfo",
     "LoadOptions",
     "LoadProgress",
     "LoadTimings",

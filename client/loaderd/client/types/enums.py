@@ -31,6 +31,27 @@ class ModelState(IntEnum):
     """It could not be loaded, or its worker ended."""
 
 
+class ChangeReason(IntEnum):
+    """Why a model changed its state."""
+
+    UNSPECIFIED = model_pb2.CHANGE_REASON_UNSPECIFIED
+    """One that this release does not know."""
+    LOAD = model_pb2.CHANGE_REASON_LOAD
+    """A step of its load."""
+    UNLOAD = model_pb2.CHANGE_REASON_UNLOAD
+    """A client unloaded it, or nobody waits for its load any more."""
+    IDLE = model_pb2.CHANGE_REASON_IDLE
+    """Nobody used it for as long as its keep-alive."""
+    EVICTED = model_pb2.CHANGE_REASON_EVICTED
+    """Another model needed its memory."""
+    FAILURE = model_pb2.CHANGE_REASON_FAILURE
+    """It failed; see `ModelInfo.failure`."""
+    FORGOTTEN = model_pb2.CHANGE_REASON_FORGOTTEN
+    """It had failed, and is loaded again, or too many have failed."""
+    SHUTDOWN = model_pb2.CHANGE_REASON_SHUTDOWN
+    """The daemon shuts down."""
+
+
 class Dtype(IntEnum):
     """The number type of a model's weights and computation."""
 

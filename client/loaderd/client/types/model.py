@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import TypeAlias, overload
 
 from loaderd.client.types.download import DownloadProgress
-from loaderd.client.types.enums import Dtype, ModelSource, ModelState
+from loaderd.client.types.enums import ChangeReason, Dtype, ModelSource, ModelState
 from loaderd.client.types.verification import VerifyProgress
 
 
@@ -111,6 +111,29 @@ class ModelInfo:
     stale: bool
     """Whether its load had to download, the hub did not answer, and this is what the cache had: it
     may be older than what the revision is now."""
+    keep_alive: timedelta
+    """How long it stays loaded while nobody uses it; negative: it is pinned."""
+    expires_at: datetime | None
+    """When it will be unloaded if nobody uses it until then, in UTC; None while it is used, pinned
+    or not READY."""
+    active_leases: int
+    """Leases that hold it now."""
+    last_used_at: datetime | None
+    """When the last request on it ended, or it became READY, in UTC; None before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseInfo:
+    """What the daemon last told of a lease."""
+
+    id: str
+    """What requests name it by."""
+    model_id: str
+    """The id of the model that it holds."""
+    ttl: timedelta
+    """How long it lives after its last renewal."""
+    expires_at: datetime
+    """When it ends unless it is renewed, in UTC."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +195,8 @@ class ModelEvent:
     """The state before; UNSPECIFIED for a model's first event."""
     model: ModelInfo
     """The model after the change."""
+    reason: ChangeReason
+    """Why it changed."""
 
 
 WatchUpdate: TypeAlias = ModelList | ModelEvent

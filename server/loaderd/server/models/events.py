@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from loaderd.server.errors import LoaderdError, SlowConsumerError
-from loaderd.server.models.lifecycle import ModelState
+from loaderd.server.models.lifecycle import ChangeReason, ModelState
 from loaderd.server.models.record import ModelView
 
 _MAX_WAITING = 4096
@@ -24,12 +24,14 @@ class ModelEvent:
         time: When it happened.
         previous: The state before; None for a model's first event.
         model: The model after the change.
+        reason: Why it changed.
     """
 
     sequence: int
     time: datetime
     previous: ModelState | None
     model: ModelView
+    reason: ChangeReason
 
 
 class Subscription:
@@ -66,10 +68,16 @@ class EventBus:
         self._sequence = 0
         self._subscriptions: set[Subscription] = set()
 
-    def publish(self, time: datetime, previous: ModelState | None, model: ModelView) -> None:
+    def publish(
+        self,
+        time: datetime,
+        previous: ModelState | None,
+        model: ModelView,
+        reason: ChangeReason,
+    ) -> None:
         """Tells all watchers."""
         self._sequence += 1
-        event = ModelEvent(self._sequence, time, previous, model)
+        event = ModelEvent(self._sequence, time, previous, model, reason)
         for subscription in self._subscriptions:
             subscription.put(event)
 

@@ -44,15 +44,27 @@ TRANSITIONS: dict[ModelState, frozenset[ModelState]] = {
     ModelState.LOADING: frozenset({ModelState.READY, ModelState.UNLOADED, ModelState.FAILED}),
     ModelState.READY: frozenset({ModelState.UNLOADING, ModelState.FAILED}),
     ModelState.UNLOADING: frozenset({ModelState.UNLOADED, ModelState.FAILED}),
-    ModelState.FAILED: frozenset({ModelState.UNLOADED}),
+    ModelState.FAILED: frozenset({ModelState.LOADING, ModelState.UNLOADED}),
     ModelState.UNLOADED: frozenset(),
 }
 """From each state, the states that may follow. A load that is cancelled goes to UNLOADED, as does a
-failed model that is removed."""
+failed model that is removed; one that is loaded again goes to LOADING."""
 
 
 class TransitionError(Exception):
     """A defect: a transition that the table does not have."""
+
+
+class ChangeReason(Enum):
+    """Why a model changed its state."""
+
+    LOAD = "load"
+    UNLOAD = "unload"
+    IDLE = "idle"
+    EVICTED = "evicted"
+    FAILURE = "failure"
+    FORGOTTEN = "forgotten"
+    SHUTDOWN = "shutdown"
 
 
 @dataclass
@@ -80,6 +92,8 @@ class Lifecycle:
         if state not in TRANSITIONS[self.state]:
             raise TransitionError(f"{self.state.value} -> {state.value}")
         previous, self.state = self.state, state
+        if previous is ModelState.FAILED and state.is_loading:
+            self.entered = {ModelState.RESOLVING: self.clock()}  # it begins anew
         self.entered[state] = self.clock()
         return previous
 

@@ -7,13 +7,14 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import partial
 
-from loaderd.server.errors import InternalError, LoaderdError
+from loaderd.server.errors import InternalError, LoaderdError, ModelNotLoadedError
 from loaderd.server.models.lifecycle import ModelState
-from loaderd.server.models.record import LoadOptions, ModelRecord, identity_of
+from loaderd.server.models.record import LoadOptions, ModelRecord, identity_of, is_model_id
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.single_flight import Publish, SingleFlight
 from loaderd.server.store.names import HubName, LocalName, parse_name
@@ -47,6 +48,14 @@ class LoadProgress:
     verification: VerifyProgress | None = None
 
 
+class OnDemand(Enum):
+    """Which models a request for text may load."""
+
+    OFF = "off"
+    CACHED = "cached"
+    ANY = "any"
+
+
 class Loads:
     """Loads models; all who ask for one model at the same time share one load.
 
@@ -54,12 +63,20 @@ class Loads:
         registry: Where the models are kept.
         store: Where their files are.
         supervisor: Where their workers come from.
+        on_demand: Which models `ensure` loads.
     """
 
-    def __init__(self, registry: ModelRegistry, store: ModelStore, supervisor: Supervisor) -> None:
+    def __init__(
+        self,
+        registry: ModelRegistry,
+        store: ModelStore,
+        supervisor: Supervisor,
+        on_demand: OnDemand,
+    ) -> None:
         self._registry = registry
         self._store = store
         self._supervisor = supervisor
+        self._on_demand = on_demand
         self._flights: SingleFlight[tuple[str, LoadOptions], LoadProgress, ModelRecord] = (
             SingleFlight()
         )
@@ -79,6 +96,56 @@ class Loads:
         """
         self._registry.check_open()
         name = parse_name(text)
+        async with aclosing(self._updates(name, options)) as updates:
+            async for update in updates:
+                if isinstance(update, ModelRecord):
+                    self._registry.name(update, name)
+                yield update
+
+    async def ensure(self, text: str) -> None:
+        """Loads the model that a request names, unless it is READY, as far as that is allowed.
+
+        It is READY when this returns; nobody unloads it before the caller's next await.
+
+        Raises:
+            LoaderdError: As `load`, and ModelNotLoadedError: it may not be loaded.
+        """
+        while True:
+            known = self._registry.known(text)
+            if known is not None and known.state is ModelState.READY:
+                return
+            if self._on_demand is OnDemand.OFF or (known is None and is_model_id(text)):
+                raise ModelNotLoadedError(model=text)
+            if known is None:
+                await self._check_may_load(text, parse_name(text))
+                async with aclosing(self.load(text, LoadOptions())) as updates:
+                    async for _ in updates:
+                        pass
+                continue
+            if not known.state.is_loading:
+                await self._check_may_load(text, known.exact_name)
+            await self.again(known)
+
+    async def again(self, record: ModelRecord) -> None:
+        """Loads a model of which the registry knows, with its options, or joins its load.
+
+        Raises:
+            LoaderdError: As `load`.
+        """
+        self._registry.check_open()
+        async with aclosing(self._updates(record.exact_name, record.options)) as updates:
+            async for _ in updates:
+                pass
+
+    async def _check_may_load(self, text: str, name: HubName | LocalName) -> None:
+        if self._on_demand is OnDemand.CACHED:
+            files = await self._store.resolve(name)
+            if isinstance(files, NotCached):
+                raise ModelNotLoadedError(model=text)
+
+    async def _updates(
+        self, name: HubName | LocalName, options: LoadOptions
+    ) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
         files = await self._store.resolve(name)
         if isinstance(files, NotCached):
             # The commit is not known yet: one load of this name and revision, until it is.
@@ -90,9 +157,7 @@ class Loads:
         async with self._flights.join((key, options), work) as flight:
             async for progress in flight.progress():
                 yield progress
-            record = await flight.result()
-            self._registry.name(record, name)
-            yield record
+            yield await flight.result()
 
     async def _fetch(
         self, name: HubName, options: LoadOptions, publish: Publish[LoadProgress]
@@ -137,6 +202,8 @@ class Loads:
             await held.gone.wait()
         elif held is not None and held.state is ModelState.READY:
             return held
+        if record is None:
+            record = self._registry.failed(identity_of(files), options)
         if record is None:
             record = self._registry.add(name, options)
         record.load_task = asyncio.current_task()

@@ -6,12 +6,13 @@ import asyncio
 import re
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum
 
 from loaderd.server.errors import InvalidArgumentError, LoaderdError
-from loaderd.server.models.lifecycle import Lifecycle, ModelState
+from loaderd.server.models.keep_alive import KeepAlive
+from loaderd.server.models.lifecycle import ChangeReason, Lifecycle, ModelState
 from loaderd.server.store.names import HubName, LocalName
 from loaderd.server.store.pins import Pin
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder
@@ -84,6 +85,10 @@ class ModelView:
     timings: LoadTimings
     failure: LoaderdError | None
     stale: bool
+    keep_alive_s: float
+    active_leases: int
+    expires: float | None
+    last_used: float | None
 
 
 class ModelRecord:
@@ -98,14 +103,19 @@ class ModelRecord:
         identity: Real path or repository and commit; empty while the commit is not known.
         worker: The process that holds it, while it is READY.
         active_requests: Generation requests that run or wait.
+        quiet: Set while there are none, or nobody waits for their end any more.
         abort_error: What `abort` was called with first.
         load_task: The task that loads it.
         gone: Set when it is UNLOADED.
         pin: What keeps its snapshot from being deleted while it is held.
         stale: The hub did not answer when it was to be downloaded.
+        keep_alive: When it was used, and how long it stays without being used.
+        leaving: Why it is being ended, if it is.
     """
 
-    def __init__(self, name: HubName | LocalName, options: LoadOptions) -> None:
+    def __init__(
+        self, name: HubName | LocalName, options: LoadOptions, keep_alive: KeepAlive
+    ) -> None:
         self.id = f"m:{secrets.token_hex(6)}"
         self.name = name
         self.aliases = {name}
@@ -118,6 +128,8 @@ class ModelRecord:
         self.details: model_pb2.ModelDetails | None = None
         self.failure: LoaderdError | None = None
         self.active_requests = 0
+        self.quiet = asyncio.Event()
+        self.quiet.set()
         self.worker_wait_s: float | None = None
         self.weights_s: float | None = None
         self.created_at = datetime.now(UTC)
@@ -127,11 +139,20 @@ class ModelRecord:
         self.stale = False
         self.abort_error: LoaderdError | None = None
         self.load_task: asyncio.Task[object] | None = None
+        self.keep_alive = keep_alive
+        self.leaving: ChangeReason | None = None
 
     @property
     def state(self) -> ModelState:
         """Where it is in its life."""
         return self.lifecycle.state
+
+    @property
+    def exact_name(self) -> HubName | LocalName:
+        """The name of its files, whatever its branch has come to mean; if that is known."""
+        if isinstance(self.name, HubName) and self.commit:
+            return replace(self.name, revision=self.commit)
+        return self.name
 
     def found(self, files: LocalFolder | CachedSnapshot) -> None:
         """Notes which files it is."""
@@ -148,6 +169,15 @@ class ModelRecord:
         self.details.worker_pid = model.worker.pid
         self.worker_wait_s = model.wait_s
         self.weights_s = model.loaded.weights.ToTimedelta().total_seconds()
+
+    def count(self, change: int) -> None:
+        """Notes that a request begins, 1, or ends, -1."""
+        self.active_requests += change
+        if self.active_requests:
+            self.quiet.clear()
+            return
+        self.quiet.set()
+        self.keep_alive.used()
 
     def is_named(self, name: HubName | LocalName) -> bool:
         """Whether a request by this name means this model."""
@@ -169,8 +199,13 @@ class ModelRecord:
             self.abort_error = error
             self.load_task.cancel()
 
-    def view(self) -> ModelView:
-        """The record as it is now."""
+    def view(self, active_leases: int, expires: float | None) -> ModelView:
+        """The record as it is now.
+
+        Args:
+            active_leases: How many hold it.
+            expires: Monotonic time of its end if nobody uses it; None for none.
+        """
         ran = self.lifecycle.between
         return ModelView(
             id=self.id,
@@ -194,6 +229,10 @@ class ModelRecord:
             ),
             failure=self.failure,
             stale=self.stale,
+            keep_alive_s=self.keep_alive.seconds,
+            active_leases=active_leases,
+            expires=expires,
+            last_used=self.keep_alive.last_used,
         )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+import math
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -19,7 +21,9 @@ from loaderd.server.errors import (
     WorkerDiedError,
 )
 from loaderd.server.models.events import EventBus
-from loaderd.server.models.lifecycle import ModelState
+from loaderd.server.models.keep_alive import PINNED, KeepAlive
+from loaderd.server.models.leases import Leases
+from loaderd.server.models.lifecycle import ChangeReason, ModelState
 from loaderd.server.models.record import LoadOptions, ModelRecord, ModelView, is_model_id
 from loaderd.server.store.names import HubName, LocalName, parse_name
 from loaderd.server.supervisor.worker import Worker
@@ -36,17 +40,25 @@ class ModelRegistry:
 
     Args:
         max_requests: Most generation requests that one model takes, running and waiting.
+        keep_alive_s: How long models stay that nobody uses, unless a client says otherwise.
 
     Attributes:
         events: Every change of a model's state.
         changed: Set at every change of state or name, and when draining begins; for one reader,
             who clears it.
+        on_death: Called with a READY model whose worker has died, and which is wanted still.
+        leases: What holds models between calls.
+        use_changed: Set when some model's expiry may have changed; for one reader, who clears it.
     """
 
-    def __init__(self, max_requests: int) -> None:
+    def __init__(self, max_requests: int, keep_alive_s: float = PINNED) -> None:
         self.events = EventBus()
         self.changed = asyncio.Event()
+        self.use_changed = asyncio.Event()
+        self.on_death: Callable[[ModelRecord], None] | None = None
         self._max_requests = max_requests
+        self._keep_alive_s = keep_alive_s
+        self.leases = Leases(time.monotonic, self.use_changed.set)
         self._records: dict[str, ModelRecord] = {}
         self._draining = False
         self._idle = asyncio.Event()
@@ -56,7 +68,18 @@ class ModelRegistry:
 
     def views(self) -> list[ModelView]:
         """All models as they are now, oldest first."""
-        return [record.view() for record in self._records.values()]
+        return [self.view(record) for record in self._records.values()]
+
+    def view(self, record: ModelRecord) -> ModelView:
+        """A model as it is now."""
+        expiry = self._expiry(record)
+        leases = len(self.leases.of(record.id))
+        return record.view(leases, None if expiry == math.inf else expiry)
+
+    def expiries(self) -> list[tuple[ModelRecord, float]]:
+        """Models that nobody uses now, and at which monotonic time they are to go."""
+        found = [(record, self._expiry(record)) for record in self._records.values()]
+        return [(record, expiry) for record, expiry in found if expiry < math.inf]
 
     def find(self, text: str) -> ModelRecord:
         """The model that a request names by id or name.
@@ -85,10 +108,41 @@ class ModelRegistry:
             raise InvalidArgumentError("model", f"several models have this name; use an id: {ids}")
         return found[0]
 
+    def known(self, text: str) -> ModelRecord | None:
+        """As `find`, but None where there is none.
+
+        Raises:
+            InvalidNameError, InvalidArgumentError: As `find`.
+        """
+        try:
+            return self.find(text)
+        except ModelNotLoadedError:
+            return None
+
+    def worker_of(self, record: ModelRecord) -> Worker:
+        """The worker that serves a model.
+
+        Raises:
+            DrainingError: The daemon is shutting down.
+            ModelNotLoadedError: The model is not READY.
+        """
+        self.check_open()
+        if record.state is not ModelState.READY or record.worker is None:
+            raise ModelNotLoadedError(model=str(record.name))
+        return record.worker
+
     def held(self, identity: str, options: LoadOptions) -> ModelRecord | None:
         """The model of these files and options that is loaded, loading or unloading."""
         for record in self._records.values():
             if (record.identity, record.options) == (identity, options) and record.state.is_held:
+                return record
+        return None
+
+    def failed(self, identity: str, options: LoadOptions) -> ModelRecord | None:
+        """The model of these files and options that has failed; it can be loaded again."""
+        for record in self._records.values():
+            is_it = (record.identity, record.options) == (identity, options)
+            if is_it and record.state is ModelState.FAILED:
                 return record
         return None
 
@@ -102,8 +156,8 @@ class ModelRegistry:
         failed = [each for each in self._records.values() if each.state is ModelState.FAILED]
         for stale in failed:
             if stale.is_named(name) and stale.options == options:
-                self.to(stale, ModelState.UNLOADED)
-        record = ModelRecord(name, options)
+                self._forget(stale)
+        record = ModelRecord(name, options, KeepAlive(self._keep_alive_s, time.monotonic))
         self._records[record.id] = record
         self._publish(record, None)
         return record
@@ -127,8 +181,11 @@ class ModelRegistry:
         record.failure = failure
         if state is ModelState.READY:
             record.ready_at = datetime.now(UTC)
+            record.keep_alive.ready()
+            self.use_changed.set()
         elif state is ModelState.UNLOADED:
             del self._records[record.id]
+            self.leases.drop(record.id)
             record.gone.set()
         elif state is ModelState.FAILED:
             record.worker = None
@@ -149,29 +206,47 @@ class ModelRegistry:
         self._spawn(self._watch(record, worker))
 
     @contextmanager
-    def use(self, text: str) -> Iterator[tuple[str, Worker]]:
+    def use(
+        self, text: str, keep_alive_s: float | None = None, lease_id: str | None = None
+    ) -> Iterator[tuple[str, Worker]]:
         """Counts a request on a READY model while it runs.
+
+        Args:
+            text: The model.
+            keep_alive_s: Its keep-alive from now on; None for the one that it has.
+            lease_id: A lease on it, which is renewed by it; None for none.
 
         Yields:
             The model's id and the worker that holds it.
 
         Raises:
-            LoaderdError: As `find`, and QueueFullError, DrainingError.
+            LoaderdError: As `find`, and QueueFullError, DrainingError, LeaseNotFoundError.
         """
-        self.check_open()
         record = self.find(text)
-        if record.state is not ModelState.READY or record.worker is None:
-            raise ModelNotLoadedError(model=text)
-        if record.active_requests >= self._max_requests:
-            raise QueueFullError(model=str(record.name), limit=self._max_requests)
-        self._count(record, 1)
-        try:
-            yield record.id, record.worker
-        finally:
-            self._count(record, -1)
+        worker = self.worker_of(record)
+        with nullcontext() if lease_id is None else self.leases.use(lease_id, record.id):
+            if record.active_requests >= self._max_requests:
+                raise QueueFullError(model=str(record.name), limit=self._max_requests)
+            if keep_alive_s is not None:
+                record.keep_alive.seconds = keep_alive_s
+            self._count(record, 1)
+            try:
+                yield record.id, worker
+            finally:
+                self._count(record, -1)
 
-    async def unload(self, text: str, force: bool) -> tuple[ModelView, int]:
+    def keep(self, record: ModelRecord, seconds: float) -> None:
+        """Sets a model's keep-alive."""
+        record.keep_alive.seconds = seconds
+        self.use_changed.set()
+
+    async def unload(self, text: str, force: bool, grace_s: float = 0.0) -> tuple[ModelView, int]:
         """Ends a model. Cancelling the call does not stop what has begun.
+
+        Args:
+            text: The model.
+            force: Whether to end what uses it.
+            grace_s: How long that may go on before.
 
         Returns:
             The model, UNLOADED, and the bytes that its process held.
@@ -182,10 +257,15 @@ class ModelRegistry:
         record = self.find(text)
         if record.state is ModelState.UNLOADING:
             raise ModelNotLoadedError(model=text)
-        if not force and (record.active_requests or record.state.is_loading):
-            raise ModelInUseError(model=text, active_requests=record.active_requests)
-        freed = await asyncio.shield(self._end(record))
-        return record.view(), freed
+        leases = len(self.leases.of(record.id))
+        if not force and (record.active_requests or leases or record.state.is_loading):
+            raise ModelInUseError(text, record.active_requests, leases)
+        freed = await asyncio.shield(self._end(record, ChangeReason.UNLOAD, grace_s))
+        return self.view(record), freed
+
+    def retire(self, record: ModelRecord, reason: ChangeReason) -> asyncio.Task[int]:
+        """Begins to end a model that nobody uses; the task's result is the bytes that it held."""
+        return self._end(record, reason)
 
     @property
     def draining(self) -> bool:
@@ -215,24 +295,44 @@ class ModelRegistry:
     async def close(self) -> None:
         """Ends all models; requests that still run end with DrainingError."""
         for record in list(self._records.values()):
+            record.quiet.set()
             if record.worker is not None:
                 record.worker.link.fail(DrainingError())
-        await asyncio.gather(*(self._end(record) for record in list(self._records.values())))
+        await asyncio.gather(
+            *(self._end(record, ChangeReason.SHUTDOWN) for record in list(self._records.values()))
+        )
 
-    def _end(self, record: ModelRecord) -> asyncio.Task[int]:
+    def _expiry(self, record: ModelRecord) -> float:
+        """When it is to go; infinity for one that is in use, pinned or not READY."""
+        if record.state is not ModelState.READY or record.active_requests:
+            return math.inf
+        leased = [lease.expires for lease in self.leases.of(record.id)]
+        return max(record.keep_alive.expiry(), *leased, -math.inf)
+
+    def _end(
+        self, record: ModelRecord, reason: ChangeReason, grace_s: float = 0.0
+    ) -> asyncio.Task[int]:
         """Ends a model; no request is taken any more when this returns."""
         error = ModelNotLoadedError(model=str(record.name))
         worker, record.worker = record.worker, None
+        record.leaving = reason
         if worker is not None:
             self.to(record, ModelState.UNLOADING)
-            return self._spawn(self._close(record, worker, error))
+            return self._spawn(self._close(record, worker, error, grace_s))
         if record.state.is_loading:
             record.abort(error)
         elif record.state is ModelState.FAILED:
             self.to(record, ModelState.UNLOADED)
         return self._spawn(self._gone(record))
 
-    async def _close(self, record: ModelRecord, worker: Worker, error: LoaderdError) -> int:
+    async def _close(
+        self, record: ModelRecord, worker: Worker, error: LoaderdError, grace_s: float
+    ) -> int:
+        try:
+            async with asyncio.timeout(grace_s):
+                await record.quiet.wait()
+        except TimeoutError:
+            pass  # what runs still is ended
         await worker.close(error)
         self.to(record, ModelState.UNLOADED)
         return worker.link.memory_bytes
@@ -243,17 +343,26 @@ class ModelRegistry:
 
     async def _watch(self, record: ModelRecord, worker: Worker) -> None:
         await worker.wait()
-        if record.state is ModelState.READY:
-            self.to(record, ModelState.FAILED, WorkerDiedError(model=str(record.name)))
+        if record.state is not ModelState.READY:
+            return
+        is_wanted = self._expiry(record) > time.monotonic()
+        self.to(record, ModelState.FAILED, WorkerDiedError(model=str(record.name)))
+        if is_wanted and self.on_death is not None and not self._draining:
+            self.on_death(record)
 
     def _forget_old_failures(self) -> None:
         failed = [each for each in self._records.values() if each.state is ModelState.FAILED]
         failed.sort(key=lambda each: each.lifecycle.entered[ModelState.FAILED])
         for record in failed[:-_MAX_FAILED]:
-            self.to(record, ModelState.UNLOADED)
+            self._forget(record)
+
+    def _forget(self, record: ModelRecord) -> None:
+        record.leaving = ChangeReason.FORGOTTEN
+        self.to(record, ModelState.UNLOADED)
 
     def _count(self, record: ModelRecord, change: int) -> None:
-        record.active_requests += change
+        record.count(change)
+        self.use_changed.set()
         self._active_requests += change
         if self._active_requests:
             self._idle.clear()
@@ -261,7 +370,7 @@ class ModelRegistry:
             self._idle.set()
 
     def _publish(self, record: ModelRecord, previous: ModelState | None) -> None:
-        self.events.publish(datetime.now(UTC), previous, record.view())
+        self.events.publish(datetime.now(UTC), previous, self.view(record), _reason(record))
         self.changed.set()
 
     def _spawn(self, work: Coroutine[None, None, R]) -> asyncio.Task[R]:
@@ -269,3 +378,13 @@ class ModelRegistry:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _reason(record: ModelRecord) -> ChangeReason:
+    if record.state is ModelState.FAILED:
+        return ChangeReason.FAILURE
+    if record.leaving is not None:
+        return record.leaving
+    # A load that ends so was left by all who waited for it, or led to a model that was there.
+    is_over = record.state is ModelState.UNLOADED
+    return ChangeReason.UNLOAD if is_over else ChangeReason.LOAD

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime, timedelta
+
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from loaderd.server.errors import InvalidArgumentError
 from loaderd.server.models.events import ModelEvent
+from loaderd.server.models.keep_alive import LONGEST_S, PINNED
+from loaderd.server.models.leases import Lease
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.loads import LoadProgress
 from loaderd.server.models.record import LoadOptions, LoadTimings, ModelView
@@ -44,6 +51,10 @@ def model(view: ModelView) -> model_pb2.Model:
         created_at=Timestamp(),
         timings=_timings(view.timings),
         stale=view.stale,
+        keep_alive=duration(-1.0 if view.keep_alive_s == PINNED else view.keep_alive_s),
+        active_leases=view.active_leases,
+        expires_at=_timestamp(view.expires),
+        last_used_at=_timestamp(view.last_used),
     )
     message.created_at.FromDatetime(view.created_at)
     if view.ready_at is not None:
@@ -73,12 +84,59 @@ def _timings(timings: LoadTimings) -> model_pb2.LoadTimings:
     )
 
 
+def lease(value: Lease) -> model_pb2.Lease:
+    """A lease as its holder sees it."""
+    return model_pb2.Lease(
+        id=value.id,
+        model_id=value.model_id,
+        ttl=duration(value.ttl_s),
+        expires_at=_timestamp(value.expires),
+    )
+
+
+def keep_alive(request: Message, field: str = "keep_alive") -> float | None:
+    """Seconds that a client wants a model to stay unused; None where it does not say.
+
+    Raises:
+        InvalidArgumentError: It is no valid time span, or too long.
+    """
+    seconds = span(request, field)
+    if seconds is not None and seconds > LONGEST_S:
+        raise InvalidArgumentError(field, "must be at most a year; negative is for ever")
+    return PINNED if seconds is not None and seconds < 0 else seconds
+
+
+def span(request: Message, field: str) -> float | None:
+    """Seconds of a field that is a Duration; None where it is not set.
+
+    Raises:
+        InvalidArgumentError: It is no valid time span.
+    """
+    if not request.HasField(field):
+        return None
+    try:
+        seconds: float = getattr(request, field).ToTimedelta().total_seconds()
+    except (ValueError, OverflowError):
+        raise InvalidArgumentError(field, "is no valid time span") from None
+    return seconds
+
+
+def _timestamp(monotonic: float | None) -> Timestamp | None:
+    """A monotonic time as the wall clock tells it now."""
+    if monotonic is None:
+        return None
+    message = Timestamp()
+    message.FromDatetime(datetime.now(UTC) + timedelta(seconds=monotonic - time.monotonic()))
+    return message
+
+
 def model_event(event: ModelEvent) -> model_pb2.ModelEvent:
     """A change of state as clients see it."""
     message = model_pb2.ModelEvent(
         sequence=event.sequence,
         previous_state=state(event.previous),
         model=model(event.model),
+        reason=model_pb2.ChangeReason.Value(f"CHANGE_REASON_{event.reason.name}"),
     )
     message.time.FromDatetime(event.time)
     return message

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
 
 from loaderd.server.errors import InvalidArgumentError
+from loaderd.server.models.loads import Loads
 from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.rpc.convert import keep_alive as keep_alive_of
 from loaderd.server.supervisor.output_stream import OutputStream
 from loaderd.v1 import generation_pb2, generation_pb2_grpc
 from loaderd.worker.v1 import worker_pb2
@@ -24,8 +26,9 @@ _MAX_REQUEST_ID = 128
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Text from loaded models. The model's worker reads and checks the parameters."""
 
-    def __init__(self, registry: ModelRegistry) -> None:
+    def __init__(self, registry: ModelRegistry, loads: Loads) -> None:
         self._registry = registry
+        self._loads = loads
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
@@ -38,7 +41,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         completions: defaultdict[int, generation_pb2.Completion] = defaultdict(
             generation_pb2.Completion
         )
-        with self._run(streamed, context) as (model_id, stream):
+        async with self._run(streamed, context) as (model_id, stream):
             response.model_id = model_id
             response.request_id = streamed.request_id
             async for message in stream:
@@ -66,7 +69,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.StreamGenerateRequest, context: Context
     ) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
         """Streams text as it comes."""
-        with self._run(request, context) as (model_id, stream):
+        async with self._run(request, context) as (model_id, stream):
             async for message in stream:
                 if message.HasField("started"):
                     message.started.model_id = model_id
@@ -95,22 +98,28 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _call(self, model: str, call: worker_pb2.Call) -> worker_pb2.Reply:
         use = ExitStack()
+        await self._loads.ensure(model)
         _, worker = use.enter_context(self._registry.use(model))
         return await worker.link.call(call, on_end=use.close)
 
-    @contextmanager
-    def _run(
+    @asynccontextmanager
+    async def _run(
         self, request: generation_pb2.StreamGenerateRequest, context: Context
-    ) -> Iterator[tuple[str, OutputStream]]:
+    ) -> AsyncIterator[tuple[str, OutputStream]]:
         if not request.HasField("request_id"):
             request.request_id = secrets.token_hex(8)
         name = request.request_id
         if not (0 < len(name) <= _MAX_REQUEST_ID and name.isascii() and name.isprintable()):
             problem = f"must be 1 to {_MAX_REQUEST_ID} printable ASCII characters"
             raise InvalidArgumentError("request_id", problem)
+        keep_alive = keep_alive_of(request)
+        lease_id = request.lease_id if request.HasField("lease_id") else None
+        await self._loads.ensure(request.model)
         # The model is in use until its worker is done, not until a slow client has read it all.
         with ExitStack() as use:
-            model_id, worker = use.enter_context(self._registry.use(request.model))
+            model_id, worker = use.enter_context(
+                self._registry.use(request.model, keep_alive, lease_id)
+            )
             client = _client_of(context.peer())
             with worker.link.generate(request, on_end=use.close, client=client) as stream:
                 yield model_id, stream

@@ -57,7 +57,7 @@ class RpcServer:
             CacheService(registry, store), self._server
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(registry), self._server
+            GenerationService(registry, loads), self._server
         )
         system_pb2_grpc.add_SystemServiceServicer_to_server(
             SystemService(registry, supervisor, store.settings), self._server

@@ -42,6 +42,7 @@ _CODES = {
     "CACHE_NOT_WRITABLE": code_pb2.FAILED_PRECONDITION,
     "DOWNLOAD_CANCELLED": code_pb2.ABORTED,
     "DOWNLOAD_INTERRUPTED": code_pb2.UNAVAILABLE,
+    "LEASE_NOT_FOUND": code_pb2.NOT_FOUND,
 }
 """The gRPC code of each reason."""
 
@@ -76,6 +77,13 @@ def _details(error: LoaderdError) -> Iterator[Message]:
 def _resource(error: LoaderdError) -> Message:
     details: Message = error_details_pb2.ResourceInfo(
         resource_type="model", resource_name=error.metadata["model"], description=str(error)
+    )
+    return details
+
+
+def _lease(error: LoaderdError) -> Message:
+    details: Message = error_details_pb2.ResourceInfo(
+        resource_type="lease", resource_name=error.metadata["lease"], description=str(error)
     )
     return details
 
@@ -124,4 +132,5 @@ _DESCRIPTIONS: dict[str, Callable[[LoaderdError], Message]] = {
     "SNAPSHOT_IN_USE": _precondition,
     "CACHE_LIMIT": _quota,
     "CACHE_NOT_WRITABLE": _precondition,
+    "LEASE_NOT_FOUND": _lease,
 }

@@ -29,6 +29,8 @@ CAPABILITIES = (
     "cache.verify",
     "generation.chat",
     "generation.stream",
+    "models.leases",
+    "models.load_on_demand",
     "models.watch",
 )
 """Optional abilities that clients may ask for before they rely on them."""

@@ -9,6 +9,8 @@ HONOURED = frozenset(
         "add_special_tokens",
         "truncate_prompt_tokens",
         "priority",
+        "keep_alive",
+        "lease_id",
         "do_sample",
         "temperature",
         "top_k",
@@ -45,4 +47,5 @@ HONOURED = frozenset(
         "cache_salt",
     }
 )
-"""An engine without a prefix cache honours the last two by doing nothing."""
+"""An engine without a prefix cache honours the last two by doing nothing; `keep_alive` and
+`lease_id` the daemon honours for all of them."""

@@ -1,0 +1,74 @@
+"""Loads models again whose workers died."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict, deque
+
+from loaderd.server.errors import LoaderdError
+from loaderd.server.models.lifecycle import ModelState
+from loaderd.server.models.loads import Loads
+from loaderd.server.models.record import ModelRecord
+
+logger = logging.getLogger(__name__)
+
+MOST_DEATHS = 5
+"""So many within `MEMORY_S`, and a model stays FAILED until somebody asks for it."""
+MEMORY_S = 600.0
+_FIRST_WAIT_S = 1.0
+
+
+class Restarts:
+    """Brings models back that somebody wants still: at once, then with growing waits, then never.
+
+    Args:
+        loads: Loads them.
+        first_wait_s: Seconds before the second restart; doubled for each more.
+    """
+
+    def __init__(self, loads: Loads, first_wait_s: float = _FIRST_WAIT_S) -> None:
+        self._loads = loads
+        self._first_wait_s = first_wait_s
+        self._deaths: defaultdict[str, deque[float]] = defaultdict(deque)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, record: ModelRecord) -> None:
+        """A model's worker has died."""
+        task = asyncio.create_task(self._restart(record))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Gives up what has begun."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _restart(self, record: ModelRecord) -> None:
+        while (deaths := self._note_death(record)) <= MOST_DEATHS:
+            if deaths > 1:
+                await asyncio.sleep(self._first_wait_s * 2 ** (deaths - 2))
+            if record.state is not ModelState.FAILED:
+                return  # somebody else has loaded it, or does not want it any more
+            logger.info(
+                "%s %s: loading it again, %d of %d", record.id, record.name, deaths, MOST_DEATHS
+            )
+            try:
+                await self._loads.again(record)
+                return
+            except LoaderdError as error:
+                logger.warning("%s %s: did not come back: %s", record.id, record.name, error)
+        logger.error("%s %s: given up after %d failures", record.id, record.name, MOST_DEATHS)
+
+    def _note_death(self, record: ModelRecord) -> int:
+        """How often the model has failed lately."""
+        now = time.monotonic()
+        for name, times in list(self._deaths.items()):
+            while times and times[0] < now - MEMORY_S:
+                times.popleft()
+            if not times:
+                del self._deaths[name]
+        self._deaths[record.id].append(now)
+        return len(self._deaths[record.id])
