@@ -20,6 +20,7 @@ from loaderd.server.models.idle import IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
 from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.models.restarts import Restarts
 from loaderd.server.rpc.server import RpcServer
 from loaderd.server.store.store import ModelStore, StoreSettings
 from loaderd.server.supervisor.supervisor import Supervisor
@@ -79,9 +80,12 @@ def make_model(folder: Path) -> Path:
 
 @asynccontextmanager
 async def open_box(
-    tmp_path: Path, on_demand: OnDemand = OnDemand.OFF, keep_alive_s: float = PINNED
+    tmp_path: Path,
+    on_demand: OnDemand = OnDemand.OFF,
+    keep_alive_s: float = PINNED,
+    restart_wait_s: float | None = None,
 ) -> AsyncIterator[Box]:
-    """The insides with a model folder beside them."""
+    """The insides with a model folder beside them; models come back only with a wait for it."""
     async with AsyncExitStack() as stack:
         launcher = FakeLauncher()
         limits = WorkerLimits(
@@ -100,6 +104,9 @@ async def open_box(
         )
         registry = ModelRegistry(MAX_REQUESTS, keep_alive_s)
         loads = Loads(registry, store, supervisor, on_demand)
+        restarts = Restarts(loads, restart_wait_s or 0.0)
+        if restart_wait_s is not None:
+            registry.on_death = restarts.begin
         server = RpcServer(registry, loads, store, supervisor)
         port = server.bind("127.0.0.1:0")
         socket = f"unix:{tmp_path / 'box.sock'}"
@@ -119,6 +126,7 @@ async def open_box(
             system_pb2_grpc.SystemServiceStub(channel),
         )
         idle.cancel()
+        await restarts.close()
         await registry.drain(0)
         await registry.close()
         await store.close()
