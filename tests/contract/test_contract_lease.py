@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from loaderd.client import AsyncClient, AsyncModel, ChangeReason, ModelList, errors
+from loaderd.client import AsyncClient, AsyncModel, ChangeReason, ModelList, ModelState, errors
 from tests.contract.backend import Backend
 
 PROMPT = "Once upon a time"
@@ -132,7 +132,7 @@ async def test_changes_have_reasons(client: AsyncClient, backend: Backend) -> No
         async for event in updates:
             assert not isinstance(event, ModelList)
             reasons.append(event.reason)
-            if event.reason is ChangeReason.UNLOAD and event.model.state.name == "UNLOADED":
+            if event.model.state is ModelState.UNLOADED:
                 break
     assert set(reasons) == {ChangeReason.LOAD, ChangeReason.UNLOAD}
     assert reasons == sorted(reasons)

@@ -65,7 +65,7 @@ class Models:
 
     def all(self) -> list[model_pb2.Model]:
         with self._lock:
-            return [self._copy(model) for model in self._models.values()]
+            return [self.copy(model) for model in self._models.values()]
 
     def find(self, name: str) -> model_pb2.Model:
         """The model of this name or id, itself."""
@@ -142,7 +142,7 @@ class Models:
             self.leases.drop(model.id)
             self._change(model, model_pb2.MODEL_STATE_UNLOADING)
             self._remove(model)
-            return self._copy(model)
+            return self.copy(model)
 
     def keep(self, model: model_pb2.Model, request: Any) -> None:
         """Takes over a keep-alive and a lease that a request brings."""
@@ -262,7 +262,7 @@ class Models:
         for watcher in self._watchers:
             watcher.put(event)
 
-    def _copy(self, model: model_pb2.Model) -> model_pb2.Model:
+    def copy(self, model: model_pb2.Model) -> model_pb2.Model:
         copy = model_pb2.Model()
         copy.CopyFrom(model)
         copy.active_leases = self.leases.of(model.id)
@@ -291,16 +291,16 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             response = model_pb2.LoadModelResponse()
             if request.HasField("lease_ttl"):
                 response.lease.CopyFrom(self._models.leases.acquire(model.id, request.lease_ttl))
-            response.model.CopyFrom(self._models.find(model.id))
+            response.model.CopyFrom(self._models.copy(model))
             yield response
 
     def UnloadModel(
         self, request: model_pb2.UnloadModelRequest, context: Any
     ) -> model_pb2.UnloadModelResponse:
-        if request.HasField("grace") and not request.force:
-            raise FailureError("INVALID_ARGUMENT", field="grace", problem="goes with force")
         response = model_pb2.UnloadModelResponse(freed_bytes=self._models.freed_bytes)
         with self._daemon.seen("UnloadModel", request, context).follow(context):
+            if request.HasField("grace") and not request.force:
+                raise FailureError("INVALID_ARGUMENT", field="grace", problem="goes with force")
             response.model.CopyFrom(self._models.unload(request.model, force=request.force))
         return response
 
@@ -309,7 +309,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.GetModelResponse:
         response = model_pb2.GetModelResponse()
         with self._daemon.seen("GetModel", request, context).follow(context):
-            response.model.CopyFrom(self._models.find(request.model))
+            response.model.CopyFrom(self._models.copy(self._models.find(request.model)))
         return response
 
     def ListModels(

@@ -31,7 +31,8 @@ _SERVER_PACKAGES = (
 )
 
 # By setting, what each of its values is.
-_REPEATABLE = {"allow_local": "DIR", "allow_pickle": "NAME"}
+_REPEATABLE = {"allow_local": "DIR", "allow_pickle": "NAME", "preload": "MODEL"}
+_FILE_ONLY = {"models"}
 
 _EPILOG = """\
 Each option can also be set by a variable (--drain-timeout: LOADERD_DRAIN_TIMEOUT) or in the TOML
@@ -98,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"loaderd {version('loaderd')}")
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
     for name, field in ServerConfig.model_fields.items():
+        if name in _FILE_ONLY:
+            continue
         flag = "--" + name.replace("_", "-")
         text = (field.description or "").replace("%", "%%")
         if "Default:" not in text and field.default not in (None, False):

@@ -12,8 +12,10 @@ from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
     ByteSize,
+    ConfigDict,
     Field,
     ValidationError,
     model_validator,
@@ -104,6 +106,37 @@ FilePath = Annotated[Path, AfterValidator(_absolute)]
 Folder = Annotated[Path, AfterValidator(_absolute), AfterValidator(_existing_folder)]
 
 
+def _model_name(text: str) -> str:
+    """A name that clients could use; a local folder's path made absolute."""
+    text = str(_absolute(Path(text))) if text.startswith((".", "~")) else text
+    try:
+        parse_name(text)
+    except InvalidNameError as error:
+        raise ValueError(f"{text!r}: {error.problem}") from None
+    return text
+
+
+ModelName = Annotated[str, AfterValidator(_model_name)]
+
+
+class DeclaredModel(BaseModel):
+    """A model that is to be there always: a table `[[models]]` of the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: ModelName
+    """`org/name`, `org/name@revision`, or a local folder."""
+
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    """Number type of the weights. Default: the daemon's choice."""
+
+    device_map: str = "auto"
+    """Where to put its layers."""
+
+    keep_alive: Seconds = Field(default=-1, le=366 * 24 * 3600)
+    """As the daemon's setting of this name. Default: it stays until somebody unloads it."""
+
+
 class ServerConfig(BaseSettings):
     """Everything that an operator can set. Immutable; made by `load_config`."""
 
@@ -164,6 +197,14 @@ class ServerConfig(BaseSettings):
     keep_alive: Seconds = Field(default=300, le=366 * 24 * 3600)
     """Seconds that a model stays loaded while nobody uses it, unless a client says otherwise; 0:
     until its first use has ended; negative: until somebody unloads it."""
+
+    preload: Annotated[tuple[ModelName, ...], NoDecode, BeforeValidator(_split)] = ()
+    """Model to load at the start and to keep; give it again for more (LOADERD_PRELOAD: separated by
+    colons). One that does not load is tried again. Default: none."""
+
+    models: tuple[DeclaredModel, ...] = ()
+    """Models to load at the start, before those of --preload; in the file, a table [[models]] each
+    with name, dtype, device_map and keep_alive. Default: none."""
 
     load_on_demand: Literal["off", "cached", "any"] = "cached"
     """Which models a request for text loads when they are not: none, those whose files are there,
@@ -283,4 +324,4 @@ def _describe(location: tuple[int | str, ...], kind: str, message: str) -> str:
     if kind == "extra_forbidden":
         message = "there is no such setting; loaderd --help lists them"
     message = message.removeprefix("Value error, ")
-    return f"{location[0]}: {message}" if location else message
+    return f"{'.'.join(map(str, location))}: {message}" if location else message

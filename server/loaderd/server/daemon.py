@@ -13,10 +13,13 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from loaderd.server.config import ServerConfig
+from loaderd.server.config import ConfigError, ServerConfig
+from loaderd.server.errors import InvalidArgumentError
 from loaderd.server.models.idle import IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
+from loaderd.server.models.manifest import Declared, Manifest
+from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.restarts import Restarts
 from loaderd.server.rpc.server import RpcServer
@@ -27,6 +30,7 @@ from loaderd.server.supervisor.launcher import LocalLauncher
 from loaderd.server.supervisor.runtime_folder import RuntimeFolder
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
+from loaderd.v1 import model_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +91,17 @@ class Daemon:
             loads = Loads(registry, store, supervisor, OnDemand(config.load_on_demand))
             restarts = Restarts(loads)
             registry.on_death = restarts.begin
+            manifest = Manifest(_declared(config), registry, loads)
             server = RpcServer(registry, loads, store, supervisor)
             addresses = self._bind(server)
             self._catch_signals(supervisor)
             health = asyncio.create_task(server.health.follow())
-            idle = asyncio.create_task(IdleUnloader(registry).run())
             await store.start()
             await supervisor.start()
             await server.start()
+            background = [
+                asyncio.create_task(work.run()) for work in (IdleUnloader(registry), manifest)
+            ]
             try:
                 listening = " and ".join(addresses)
                 print(f"loaderd {version('loaderd')} listening on {listening}", flush=True)
@@ -103,8 +110,8 @@ class Daemon:
                 await asyncio.gather(registry.drain(config.drain_timeout), store.close())
                 await asyncio.wait([health], timeout=_LAST_MESSAGES_S)
             finally:
-                health.cancel()
-                idle.cancel()
+                for task in (health, *background):
+                    task.cancel()
                 await restarts.close()
                 await store.close()
                 await registry.close()
@@ -152,6 +159,24 @@ class Daemon:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal, number)
+
+
+def _declared(config: ServerConfig) -> list[Declared]:
+    """The manifest, and what the command line adds.
+
+    Raises:
+        ConfigError: A model's options are out of bounds.
+    """
+    models = []
+    for model in config.models:
+        dtype = model_pb2.Dtype.Value(f"DTYPE_{(model.dtype or 'unspecified').upper()}")
+        try:
+            options = LoadOptions(dtype=dtype, device_map=model.device_map)
+        except InvalidArgumentError as error:
+            raise ConfigError(f"models: {model.name}: {error}") from error
+        keep_alive_s = model.keep_alive if model.keep_alive >= 0 else PINNED
+        models.append(Declared(model.name, options, keep_alive_s))
+    return models + [Declared(name) for name in config.preload]
 
 
 @contextmanager

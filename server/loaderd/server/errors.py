@@ -246,7 +246,7 @@ class WorkerDiedError(LoaderdError):
     """The process that holds the model ended or stopped answering."""
 
     reason = "WORKER_DIED"
-    text = "the process that worked on {model!r} ended; load or fetch it again"
+    text = "the process that worked on {model!r} ended; try again"
     model: str
 
 

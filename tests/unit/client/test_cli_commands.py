@@ -125,10 +125,33 @@ def test_ps_lists_models(ctl: Ctl) -> None:
     ctl("load", "demo/base", "--dtype", "float16")
 
     heading, first, second = lines(ctl("ps").stdout)
-    assert heading == ["NAME", "ID", "STATE", "DTYPE", "DEVICE", "WEIGHTS", "REQUESTS", "READY"]
+    columns = ["NAME", "ID", "STATE", "DTYPE", "DEVICE", "WEIGHTS", "REQUESTS", "READY", "UNTIL"]
+    assert heading == columns
     assert first[:8] == ["demo/chat", "m-1", "ready", "bfloat16", "cpu", "38.0", "MB", "0"]
     assert second[:4] == ["demo/base", "m-2", "ready", "float16"]
     assert [model["name"] for model in document(ctl("ps", "--json"))] == ["demo/chat", "demo/base"]
+
+
+def test_ps_tells_until_when_a_model_stays(ctl: Ctl, client: Client) -> None:
+    ctl("load", "demo/chat", "--keep-alive", "always")
+    ctl("load", "demo/base", "--keep-alive", "2h")
+
+    _, pinned, idle = ctl("ps").stdout.splitlines()
+    assert pinned.rstrip().endswith("pinned")
+    assert "in 1 h 59 min" in idle or "in 2 h 0 min" in idle
+    client.model("demo/base").lease(60)
+    assert ctl("ps").stdout.splitlines()[2].rstrip().endswith("1 lease")
+    refused = ctl("unload", "demo/base")
+    assert refused.exit_code == ExitCode.PRECONDITION
+    assert ctl("unload", "demo/base", "--grace", "5s").exit_code == ExitCode.INVALID
+    assert ctl("unload", "demo/base", "--force", "--grace", "5s").exit_code == ExitCode.OK
+
+
+@pytest.mark.parametrize("text", ["forever", "5", "-1", ""])
+def test_a_keep_alive_that_is_none_is_refused(ctl: Ctl, text: str) -> None:
+    refused = ctl("load", "demo/chat", f"--keep-alive={text}")
+    assert refused.exit_code == ExitCode.USAGE
+    assert "always" in refused.stderr
 
 
 def test_a_table_is_not_cut_where_there_is_no_terminal(

@@ -43,6 +43,7 @@ class Box:
 
     launcher: FakeLauncher
     registry: ModelRegistry
+    loads: Loads
     folder: Path
     tcp: str
     socket: str
@@ -118,6 +119,7 @@ async def open_box(
         yield Box(
             launcher,
             registry,
+            loads,
             make_model(tmp_path / "model"),
             f"127.0.0.1:{port}",
             socket,

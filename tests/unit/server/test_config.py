@@ -83,6 +83,9 @@ def test_a_socket_replaces_tcp_unless_a_port_is_asked_for(tmp_path: Path) -> Non
         ({"hub_endpoint": "ftp://example.com"}, "https"),
         ({"config": "/no/such/file"}, "config"),
         ({"bogus": "1"}, "bogus"),
+        ({"keep_alive": "1e9"}, "keep_alive"),
+        ({"load_on_demand": "yes"}, "load_on_demand"),
+        ({"preload": ["a/b/c"]}, "preload.*'a/b/c'"),
     ],
 )
 def test_a_bad_setting_is_named(flags: dict[str, object], says: str) -> None:
@@ -97,6 +100,37 @@ def test_an_unknown_setting_in_the_file_is_named(tmp_path: Path) -> None:
         load_config({"config": str(file)})
     file.write_text("port = ")
     with pytest.raises(ConfigError, match="config"):
+        load_config({"config": str(file)})
+
+
+def test_models_that_are_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "loaderd.toml"
+    file.write_text(
+        '[[models]]\nname = "org/name@v1"\ndtype = "float32"\nkeep_alive = 60\n'
+        '[[models]]\nname = "./model"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    config = load_config({"config": str(file), "preload": ["org/other", "~/x"]})
+    first, second = config.models
+    assert (first.name, first.dtype, first.keep_alive) == ("org/name@v1", "float32", 60)
+    assert (second.name, second.device_map) == (str(tmp_path / "model"), "auto")
+    assert second.keep_alive < 0
+    assert config.preload == ("org/other", str(Path("~/x").expanduser()))
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ('name = "a/b/c"', "models.0.name.*'a/b/c'"),
+        ('name = "a/b"\ndtype = "int3"', "models.0.dtype"),
+        ('name = "a/b"\ncolour = "red"', "models.0.colour"),
+        ("keep_alive = 3", "models.0.name"),
+    ],
+)
+def test_a_bad_model_of_the_file_is_named(tmp_path: Path, table: str, says: str) -> None:
+    file = tmp_path / "loaderd.toml"
+    file.write_text(f"[[models]]\n{table}\n")
+    with pytest.raises(ConfigError, match=says):
         load_config({"config": str(file)})
 
 
@@ -120,5 +154,5 @@ def test_help_explains_every_setting() -> None:
     command = [sys.executable, "-m", "loaderd.server.cli", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     for name, field in ServerConfig.model_fields.items():
-        assert "--" + name.replace("_", "-") in text
+        assert name == "models" or "--" + name.replace("_", "-") in text
         assert field.description

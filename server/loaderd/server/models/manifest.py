@@ -1,0 +1,82 @@
+"""Models that the operator wants to be there always."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from loaderd.server.errors import DrainingError, LoaderdError
+from loaderd.server.models.keep_alive import PINNED
+from loaderd.server.models.loads import Loads
+from loaderd.server.models.record import LoadOptions, ModelRecord
+from loaderd.server.models.registry import ModelRegistry
+
+logger = logging.getLogger(__name__)
+
+_FIRST_WAIT_S = 5.0
+_LONGEST_WAIT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A model of the manifest.
+
+    Attributes:
+        name: As a client would name it.
+        options: How to load it.
+        keep_alive_s: How long it stays when nobody uses it.
+    """
+
+    name: str
+    options: LoadOptions = field(default_factory=LoadOptions)
+    keep_alive_s: float = PINNED
+
+
+class Manifest:
+    """Loads what is declared, one after the other, and tries again what does not load.
+
+    A model that was loaded is not looked after any more: a client may unload it, and one whose
+    worker dies comes back as all others do.
+
+    Args:
+        declared: The models, the most wanted one first.
+        registry: Has the models.
+        loads: Loads them.
+        first_wait_s: Seconds before a model is tried again; doubled each time, up to some minutes.
+    """
+
+    def __init__(
+        self,
+        declared: Sequence[Declared],
+        registry: ModelRegistry,
+        loads: Loads,
+        first_wait_s: float = _FIRST_WAIT_S,
+    ) -> None:
+        self._declared = declared
+        self._registry = registry
+        self._loads = loads
+        self._first_wait_s = first_wait_s
+
+    async def run(self) -> None:
+        """Runs until all are loaded, or the daemon drains."""
+        waiting, wait_s = list(self._declared), self._first_wait_s
+        while waiting := [model for model in waiting if not await self._load(model)]:
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+    async def _load(self, model: Declared) -> bool:
+        """Whether it need not be tried again."""
+        try:
+            async with aclosing(self._loads.load(model.name, model.options)) as updates:
+                async for update in updates:
+                    if isinstance(update, ModelRecord):
+                        self._registry.keep(update, model.keep_alive_s)
+        except DrainingError:
+            return True  # nobody wants it any more
+        except LoaderdError as error:
+            logger.error("%s, which is to be there always: %s", model.name, error)
+            return False
+        return True

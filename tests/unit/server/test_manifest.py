@@ -1,0 +1,55 @@
+"""Models that are to be there always, on fake workers."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from loaderd.server.errors import ModelUnsupportedError
+from loaderd.server.models.manifest import Declared, Manifest
+from loaderd.server.models.record import LoadOptions
+from loaderd.v1 import model_pb2
+from tests.unit.server.box import Box, make_model
+from tests.waiting import until_in_loop as until
+
+SOON_S = 0.01
+
+
+def manifest(box: Box, *models: Declared) -> Manifest:
+    return Manifest(models, box.registry, box.loads, first_wait_s=SOON_S)
+
+
+async def test_what_is_declared_is_loaded_as_declared(box: Box, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other")
+    options = LoadOptions(dtype=model_pb2.DTYPE_FLOAT32)
+    await manifest(
+        box, Declared(str(box.folder)), Declared(str(other), options, keep_alive_s=60)
+    ).run()
+    first, second = await box.list()
+    assert (first.name, first.keep_alive.ToTimedelta().total_seconds()) == (str(box.folder), -1)
+    assert (second.name, second.keep_alive.seconds) == (str(other), 60)
+    assert second.options.dtype == model_pb2.DTYPE_FLOAT32
+    assert {first.state, second.state} == {model_pb2.MODEL_STATE_READY}
+
+
+async def test_what_does_not_load_is_tried_again_and_holds_up_no_other(
+    box: Box, tmp_path: Path
+) -> None:
+    late = tmp_path / "late"
+    running = asyncio.create_task(
+        manifest(box, Declared(str(late)), Declared(str(box.folder))).run()
+    )
+    await until(lambda: box.launcher.loads == 1)
+    box.launcher.load_error = ModelUnsupportedError(model="x", problem="y")
+    make_model(late)
+    await until(lambda: box.launcher.loads > 3)
+    assert not running.done()
+    box.launcher.load_error = None
+    await running
+    assert {model.name for model in await box.list()} == {str(late), str(box.folder)}
+
+
+async def test_a_daemon_that_drains_loads_no_more(box: Box) -> None:
+    await box.registry.drain(0)
+    await manifest(box, Declared(str(box.folder))).run()
+    assert box.launcher.loads == 0
