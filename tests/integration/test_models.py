@@ -1,5 +1,6 @@
 """Load, list, watch, unload: a spawned daemon, the real model, the SDK."""
 
+import itertools
 import json
 import shutil
 import threading
@@ -21,7 +22,7 @@ from loaderd.client import (
     ModelState,
     errors,
 )
-from loaderd.v1 import model_pb2
+from loaderd.v1 import generation_pb2, model_pb2
 from tests.daemon import SpawnedDaemon
 from tests.waiting import until
 
@@ -171,20 +172,37 @@ def test_a_worker_that_is_killed_takes_its_model_and_nothing_else(
     other = client.load(str(tiny_model))
     details = model.info.details
     assert details is not None
-    with model.stream("One, two,", max_new_tokens=2000, ignore_eos=True) as stream:
-        next(iter(stream))
-        psutil.Process(details.worker_pid).kill()
-        with pytest.raises(errors.WorkerDiedError) as caught:
-            list(stream)
-    assert caught.value.retry_after is not None
-    until(lambda: model.refresh().state is ModelState.FAILED)
-    assert model.info.failure is not None
-    assert model.info.failure.reason == "WORKER_DIED"
-    assert client.health(model.name) is HealthStatus.NOT_SERVING
-    assert other.generate("one", max_new_tokens=2).usage.generated_tokens <= 2
-    again = client.load(model.name)
-    assert again.info.state is ModelState.READY
-    assert again.id != model.id
+    with client.watch() as updates:
+        assert isinstance(next(iter(updates)), ModelList)
+        with model.stream("One, two,", max_new_tokens=2000, ignore_eos=True) as stream:
+            next(iter(stream))
+            psutil.Process(details.worker_pid).kill()
+            with pytest.raises(errors.WorkerDiedError) as caught:
+                list(stream)
+        assert caught.value.retry_after is not None
+        assert other.generate("one", max_new_tokens=2).usage.generated_tokens <= 2
+        events = list(itertools.islice(updates, 3))
+    assert [event.model.state for event in events if isinstance(event, ModelEvent)] == [
+        ModelState.FAILED,
+        ModelState.LOADING,
+        ModelState.READY,
+    ]
+    failed, _, back = (event.model for event in events if isinstance(event, ModelEvent))
+    assert failed.failure is not None
+    assert failed.failure.reason == "WORKER_DIED"
+    assert failed.id == back.id == model.id
+    assert back.details is not None
+    assert back.details.worker_pid != details.worker_pid
+    assert model.generate("One, two,", max_new_tokens=4).usage.generated_tokens == 4
+    assert client.health(model.name) is HealthStatus.SERVING
+
+
+def test_a_request_loads_the_model_that_it_names(client: Client, tiny_model: Path) -> None:
+    request = generation_pb2.GenerateRequest(model=str(tiny_model), text="one", max_new_tokens=2)
+    request.keep_alive.FromSeconds(0)
+    answer = client.raw.generation.Generate(request, timeout=60)
+    assert answer.usage.generated_tokens
+    until(lambda: not client.models())  # its first use has ended
 
 
 @pytest.mark.parametrize(
