@@ -147,7 +147,7 @@ async def test_a_value_out_of_bounds_names_its_field(
 
 async def test_what_the_engine_does_not_honour_is_refused(model: AsyncModel) -> None:
     assert model.details is not None
-    values: dict[str, Any] = {"lease_id": "x", "prompt_logprobs": 2, "cache_salt": "x", "n": 2}
+    values: dict[str, Any] = {"prompt_logprobs": 2, "cache_salt": "x", "n": 2}
     unsupported = [name for name in values if name not in model.details.supported_parameters]
 
     for name in unsupported:

@@ -218,7 +218,6 @@ async def test_the_async_client_streams_and_cancels(
         ({"num_beams": 33}, "num_beams"),
         ({"num_beams": 4, "top_p": 0.9}, "top_p"),
         ({"length_penalty": 2.0}, "length_penalty"),
-        ({"lease_id": "lease"}, "lease_id"),
         ({"logit_bias": {1: 200.0}}, "logit_bias"),
         ({"n": 33}, "n"),
         ({"cache_salt": "x" * 257}, "cache_salt"),

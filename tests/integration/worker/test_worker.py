@@ -135,7 +135,7 @@ def test_tokenizer_calls_are_answered_while_a_request_runs(worker: Worker) -> No
     text = worker.call(detokenize=DetokenizeRequest(token_ids=tokens.token_ids)).detokenize.text
     asked = ApplyChatTemplateRequest(messages=CHAT.messages)
     rendered = worker.call(apply_chat_template=asked).apply_chat_template.text
-    refused = worker.start(text=TEXT, lease_id="lease")
+    refused = worker.start(text=TEXT, temperature=-1.0)
     assert worker.outputs(refused).error is not None
     assert not worker.has_ended(key)
     worker.cancel(key)
@@ -147,7 +147,7 @@ def test_tokenizer_calls_are_answered_while_a_request_runs(worker: Worker) -> No
 @pytest.mark.parametrize(
     ("fields", "reason", "field"),
     [
-        ({"text": TEXT, "lease_id": "lease"}, "UNSUPPORTED_OPTION", "lease_id"),
+        ({"text": TEXT, "stop": [""]}, "INVALID_ARGUMENT", "stop"),
         ({"text": TEXT, "num_beams": 4, "n": 5}, "INVALID_ARGUMENT", "n"),
         ({"text": TEXT, "logit_bias": {3: 101.0}}, "INVALID_ARGUMENT", "logit_bias"),
         ({"text": TEXT, "temperature": float("nan")}, "INVALID_ARGUMENT", "temperature"),
