@@ -17,7 +17,7 @@ MODEL := .cache/models/SmolLM2-135M-Instruct
 CODE := server client tests benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test check protos model bench bench-engine bench-peers clean
+.PHONY: help setup demo run test check protos model bench bench-engine bench-turmoil bench-peers clean
 .PHONY: check-style check-types check-protos check-stubs
 
 help: ## List the targets
@@ -46,6 +46,9 @@ bench: $(SETUP) $(MODEL) ## Run the benchmarks (ARGS="options")
 
 bench-engine: $(SETUP) $(MODEL) ## What the engine promises, each figure beside its bar (ARGS="options")
 	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+bench-turmoil: $(SETUP) $(MODEL) ## Models beside each other while clients unload and kill (ARGS="options")
+	$(BIN)/python -m benchmarks.turmoil --model $(MODEL) $(ARGS)
 
 bench-peers: $(BENCH_SETUP) $(MODEL) ## Beside other servers (PEERS="transformers vllm llama" installs them)
 	$(BIN)/python -m benchmarks.peers $(PEERS) $(ARGS)

@@ -18,7 +18,7 @@ AT_ONCE = 100
 _MAX_REQUESTS = 96
 """Fewer than come at once, so that some find the queue full."""
 _GROWTH_MIB = {"daemon": 16, "worker": 64}
-_COMPLAINTS = ("Traceback", "incident", "was never retrieved", "was destroyed", "never awaited")
+COMPLAINTS = ("Traceback", "incident", "was never retrieved", "was destroyed", "never awaited")
 """What a log has of work that went wrong or was forgotten."""
 
 
@@ -79,5 +79,5 @@ async def soak(model: Path, requests: int, *, warm_up: int, seed: int = 0) -> Re
             figures = [] if outcomes.defects else await witness.look_again()
         exit_code = daemon.stop()
         lines = daemon.log.splitlines()
-    complaints = [line for line in lines if any(each in line for each in _COMPLAINTS)]
+    complaints = [line for line in lines if any(each in line for each in COMPLAINTS)]
     return Report(outcomes, figures, complaints, exit_code)
