@@ -89,6 +89,8 @@ EXPORTS = {
     "ModelSource",
     "ModelState",
     "ProblemKind",
+    "Quantization",
+    "QuantizationName",
     "SkipReason",
     # errors
     "LoaderdError",

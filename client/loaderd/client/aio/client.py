@@ -24,6 +24,8 @@ from loaderd.client.types import (
     DtypeName,
     HealthStatus,
     LoadProgress,
+    Quantization,
+    QuantizationName,
     ServerInfo,
     UnloadResult,
 )
@@ -70,6 +72,7 @@ class AsyncClient:
         *,
         dtype: Dtype | DtypeName | None = None,
         device_map: str | None = None,
+        quantization: Quantization | QuantizationName | None = None,
         on_progress: Callable[[LoadProgress], object] | None = None,
         timeout: float | None = None,
     ) -> AsyncModel:
@@ -81,11 +84,14 @@ class AsyncClient:
             name: `org/name`, `org/name@revision`, or the path of a local folder.
             dtype: Number type of weights and computation. None: the daemon's choice.
             device_map: "auto", "cpu", or one accelerator such as "cuda:0". None: "auto".
+            quantization: Keeps weights in 8 or 4 bits. None: as the files have them.
             on_progress: Called with each progress, and awaited if it returns an awaitable. What it
                 raises cancels the load.
             timeout: Seconds; None: as long as it takes.
         """
-        operation = self.start_load(name, dtype=dtype, device_map=device_map, timeout=timeout)
+        operation = self.start_load(
+            name, dtype=dtype, device_map=device_map, quantization=quantization, timeout=timeout
+        )
         return await operation.wait(on_progress)
 
     def start_load(
@@ -94,10 +100,11 @@ class AsyncClient:
         *,
         dtype: Dtype | DtypeName | None = None,
         device_map: str | None = None,
+        quantization: Quantization | QuantizationName | None = None,
         timeout: float | None = None,
     ) -> AsyncLoadOperation:
         """Starts what `load` does and returns its handle."""
-        request = load_request(name, dtype=dtype, device_map=device_map)
+        request = load_request(name, dtype=dtype, device_map=device_map, quantization=quantization)
         return AsyncLoadOperation(
             self._transport,
             self._transport.stream(self.raw.models.LoadModel, request, timeout),

@@ -23,6 +23,8 @@ from loaderd.client.types import (
     DtypeName,
     HealthStatus,
     LoadProgress,
+    Quantization,
+    QuantizationName,
     ServerInfo,
     UnloadResult,
 )
@@ -69,6 +71,7 @@ class Client:
         *,
         dtype: Dtype | DtypeName | None = None,
         device_map: str | None = None,
+        quantization: Quantization | QuantizationName | None = None,
         on_progress: Callable[[LoadProgress], object] | None = None,
         timeout: float | None = None,
     ) -> Model:
@@ -80,10 +83,13 @@ class Client:
             name: `org/name`, `org/name@revision`, or the path of a local folder.
             dtype: Number type of weights and computation. None: the daemon's choice.
             device_map: "auto", "cpu", or one accelerator such as "cuda:0". None: "auto".
+            quantization: Keeps weights in 8 or 4 bits. None: as the files have them.
             on_progress: Called with each progress. What it raises cancels the load.
             timeout: Seconds; None: as long as it takes.
         """
-        operation = self.start_load(name, dtype=dtype, device_map=device_map, timeout=timeout)
+        operation = self.start_load(
+            name, dtype=dtype, device_map=device_map, quantization=quantization, timeout=timeout
+        )
         return operation.wait(on_progress)
 
     def start_load(
@@ -92,10 +98,11 @@ class Client:
         *,
         dtype: Dtype | DtypeName | None = None,
         device_map: str | None = None,
+        quantization: Quantization | QuantizationName | None = None,
         timeout: float | None = None,
     ) -> LoadOperation:
         """Starts what `load` does and returns its handle."""
-        request = load_request(name, dtype=dtype, device_map=device_map)
+        request = load_request(name, dtype=dtype, device_map=device_map, quantization=quantization)
         return LoadOperation(
             self._transport,
             self._transport.stream(self.raw.models.LoadModel, request, timeout),

@@ -25,6 +25,8 @@ from loaderd.client.types.enums import (
     ModelSource,
     ModelState,
     ProblemKind,
+    Quantization,
+    QuantizationName,
     SkipReason,
 )
 from loaderd.client.types.generation import (
@@ -95,6 +97,8 @@ __all__ = [
     "ModelState",
     "PlannedFile",
     "ProblemKind",
+    "Quantization",
+    "QuantizationName",
     "RenderedPrompt",
     "Resolution",
     "ServerInfo",
