@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,9 +29,12 @@ from loaderd.server.errors import (
     ModelUnsupportedError,
     SnapshotCorruptError,
     SnapshotIncompleteError,
+    UnsupportedOptionError,
 )
 from loaderd.server.store.selection import CONFIG
 from loaderd.server.worker import devices
+from loaderd.server.worker.quantization import FIELD as QUANTIZATION
+from loaderd.server.worker.quantization import Quantizer
 from loaderd.server.worker.tokenizer_files import without_foreign_files
 from loaderd.server.worker.weight_files import WeightFiles
 
@@ -54,25 +58,32 @@ class ModelFolder:
     name: str
     allow_pickle: bool = False
 
-    def load_model(self, dtype: torch.dtype, device_map: str) -> PreTrainedModel:
+    def load_model(
+        self, dtype: torch.dtype, device_map: str, quantizer: Quantizer | None = None
+    ) -> PreTrainedModel:
         """Loads the model, ready for inference.
 
         Args:
             dtype: Of the weights and of the computation.
             device_map: "auto", "cpu" or a device such as "cuda:0".
+            quantizer: What quantizes the weights, if anything does.
 
         Raises:
             SnapshotIncompleteError: A file is missing.
             SnapshotCorruptError: A file is damaged, or a tensor is missing or of another shape.
             ModelUnsupportedError: It is no causal language model that transformers knows.
             DeviceMemoryError: It does not fit.
-            InvalidArgumentError, UnsupportedOptionError: See `devices.check_device_map`.
+            InvalidArgumentError: See `devices.check_device_map`.
+            UnsupportedOptionError: As above, or the model cannot be quantized.
         """
         devices.check_device_map(device_map)
         weights = self._weights()
         config = self._config()
         model_class = self._model_class(config)
-        if _needed_bytes(weights, dtype, config) > devices.free_bytes(device_map):
+        if quantizer is not None and getattr(config, "quantization_config", None) is not None:
+            raise UnsupportedOptionError(QUANTIZATION, "the model's files are quantized already")
+        free = quantizer.free_bytes(device_map) if quantizer else devices.free_bytes(device_map)
+        if _needed_bytes(weights, dtype, config, quantizer) > free:
             raise DeviceMemoryError(self.name)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -80,6 +91,7 @@ class ModelFolder:
                 config=config,
                 dtype=dtype,
                 device_map=device_map,
+                quantization_config=quantizer.config if quantizer else None,
                 use_safetensors=not weights.are_pickles,
                 weights_only=True,
                 # Never what the config says: that may name a kernel of the hub.
@@ -98,6 +110,8 @@ class ModelFolder:
                 raise
             raise DeviceMemoryError(self.name) from error
         self._check_report(report, weights.listing)
+        if quantizer is not None:
+            quantizer.check(model)
         if "disk" in getattr(model, "hf_device_map", {}).values():
             raise DeviceMemoryError(self.name)
         return model
@@ -172,8 +186,20 @@ class ModelFolder:
         raise ModelUnsupportedError(self.name, problem) from error
 
 
-def _needed_bytes(weights: WeightFiles, dtype: torch.dtype, config: PreTrainedConfig) -> int:
-    numbers = weights.count_numbers()
+def _needed_bytes(
+    weights: WeightFiles,
+    dtype: torch.dtype,
+    config: PreTrainedConfig,
+    quantizer: Quantizer | None,
+) -> int:
+    shapes = weights.shapes()
+    numbers = sum(map(math.prod, shapes))
+    if quantizer is not None:
+        # Matrices but for embeddings and what gives the logits, which have a row for each token.
+        tokens = config.get_text_config(decoder=True).vocab_size
+        linear = (shape for shape in shapes if len(shape) == 2 and shape[0] != tokens)
+        fewer = sum(map(math.prod, linear))
+        return (numbers - fewer) * int(dtype.itemsize) + math.ceil(fewer * quantizer.bits / 8)
     if getattr(config, "quantization_config", None) is not None:
         return weights.size_bytes
     return numbers * int(dtype.itemsize)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -69,22 +69,22 @@ class WeightFiles:
         """Bytes of the files."""
         return sum((self.folder / shard).stat().st_size for shard in self.shards)
 
-    def count_numbers(self) -> int:
-        """How many numbers all tensors have. Looks into every file, so that none surprises later.
+    def shapes(self) -> list[Sequence[int]]:
+        """The shapes of all tensors. Looks into every file, so that none surprises later.
 
         Raises:
             ModelUnsupportedError: A pickle holds something else than tensors.
             SnapshotCorruptError: A file cannot be read.
         """
         shapes_of = self._pickled_shapes if self.are_pickles else self._shapes
-        return sum(math.prod(shape) for shard in self.shards for shape in shapes_of(shard))
+        return [shape for shard in self.shards for shape in shapes_of(shard)]
 
     def unreadable(self, file: str) -> SnapshotCorruptError:
         """The error for a file that is damaged."""
         kind = "pickled tensors" if self.are_pickles else "safetensors data"
         return SnapshotCorruptError(self.model, file, kind, "something else")
 
-    def _shapes(self, shard: str) -> list[list[int]]:
+    def _shapes(self, shard: str) -> Sequence[Sequence[int]]:
         try:
             with safe_open(self.folder / shard, framework="pt") as weights:
                 keys = weights.keys()
@@ -92,7 +92,7 @@ class WeightFiles:
         except SafetensorError as error:
             raise self.unreadable(shard) from error
 
-    def _pickled_shapes(self, shard: str) -> list[torch.Size]:
+    def _pickled_shapes(self, shard: str) -> Sequence[Sequence[int]]:
         """The shapes of a pickle's tensors; whatever code it holds is not run."""
         try:
             tensors = torch.load(self.folder / shard, map_location="meta", weights_only=True)
