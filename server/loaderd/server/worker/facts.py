@@ -67,6 +67,7 @@ def model_details(
     engine_reason: str,
     *,
     quantizer: Quantizer | None = None,
+    is_gguf: bool = False,
 ) -> ModelDetails:
     """What clients get to know of this model."""
     parameters = list(model.parameters())
@@ -84,7 +85,7 @@ def model_details(
         supported_parameters=sorted(engine.supported_parameters),
         worker_pid=os.getpid(),
         quantization=quantizer.kind if quantizer else Quantization.QUANTIZATION_UNSPECIFIED,
-        quantization_reason=quantization_reason(model, quantizer),
+        quantization_reason=quantization_reason(model, quantizer, is_gguf=is_gguf),
     )
 
 

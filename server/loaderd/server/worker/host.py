@@ -156,7 +156,9 @@ class ModelHost:
         completions = Tokenizer(tokenizer, special_ids(tokenizer))
         engine, reason = self._engine(model, completions, command.model, facts)
         self._hosted = _Hosted(facts, engine, Tokenization(tokenizer, facts.vocabulary_size))
-        details = model_details(model, tokenizer, dtype, engine, reason, quantizer=quantizer)
+        details = model_details(
+            model, tokenizer, dtype, engine, reason, quantizer=quantizer, is_gguf=loader.is_gguf
+        )
         return worker_pb2.Loaded(details=details, weights=weights)
 
     def _engine(

@@ -81,9 +81,20 @@ class ModelLoader:
         with self._domain_errors("loading a tokenizer"):
             return self._folder.load_tokenizer()
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the model is a GGUF file.
+
+        Raises:
+            LoaderdError: The name leads to no model.
+        """
+        return self._folder.is_gguf
+
     @cached_property
     def _folder(self) -> ModelFolder:
-        return ModelFolder(self._path(), self._shown_name, self._allow_pickle)
+        path = self._path()
+        folder, file = (path.parent, path.name) if path.is_file() else (path, None)
+        return ModelFolder(folder, self._shown_name, self._allow_pickle, file)
 
     def _path(self) -> Path:
         name = parse_name_or_path(self.model_name)

@@ -94,8 +94,12 @@ def choose_quantizer(
     return make(devices.kind_of(device_map), dtype)
 
 
-def quantization_reason(model: PreTrainedModel, quantizer: Quantizer | None) -> str:
+def quantization_reason(
+    model: PreTrainedModel, quantizer: Quantizer | None, *, is_gguf: bool = False
+) -> str:
     """What quantized a model's weights, or in which form its files had them; for operators."""
+    if is_gguf:
+        return "blocks of a GGUF file, unpacked to the dtype"
     if quantizer is None:
         return _form_of_files(model)
     linear = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]
@@ -212,6 +216,4 @@ def _form_of_files(model: PreTrainedModel) -> str:
         return ""
     method = getattr(own, "quant_method", None) or own.get("quant_method")
     method = getattr(method, "value", method)
-    if method == "gguf":
-        return "blocks of a GGUF file, unpacked to the dtype"
     return f"as its files have them, by {method}"
