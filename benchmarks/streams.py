@@ -96,10 +96,10 @@ def table_of(title: str, rows: Sequence[tuple[str, Figures]]) -> Table:
 
 @contextmanager
 def spawned_daemon(
-    model: Path, environment: Mapping[str, str] | None = None
+    model: Path, environment: Mapping[str, str] | None = None, *, arguments: Sequence[str] = ()
 ) -> Iterator[SpawnedDaemon]:
     """A daemon that may load this model and takes any number of requests."""
-    arguments = ["--allow-local", str(model.parent), "--max-requests", "100000"]
+    arguments = ["--allow-local", str(model.parent), "--max-requests", "100000", *arguments]
     variables = {"LOADERD_LOG_LEVEL": "warning", **(environment or {})}
     with (
         tempfile.TemporaryDirectory() as folder,

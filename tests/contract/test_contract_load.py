@@ -146,6 +146,9 @@ async def test_an_explicit_dtype_is_obeyed(
 async def test_options_that_are_left_out_stay_unset(model: AsyncModel) -> None:
     assert model.info.options.dtype is None
     assert model.info.options.device_map is None
+    assert model.info.options.quantization is None
+    assert model.details is not None
+    assert model.details.quantization is None
 
 
 async def test_other_options_are_another_model(client: AsyncClient, backend: Backend) -> None:

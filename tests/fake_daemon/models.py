@@ -229,6 +229,8 @@ class Models:
             has_chat_template=model.repo_id != "demo/base",
             supported_parameters=sorted(SUPPORTED),
             worker_pid=4242,
+            quantization=model.options.quantization,
+            quantization_reason="by the fake" if model.options.quantization else "",
         )
         model.details.CopyFrom(details)
         model.ready_at.GetCurrentTime()

@@ -22,6 +22,14 @@ class DtypeName(StrEnum):
     FLOAT32 = "float32"
 
 
+class QuantizationName(StrEnum):
+    """What `--quantization` takes."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+    NF4 = "nf4"
+
+
 def parser(parse: Callable[[str], T]) -> Callable[[str], T]:
     """Makes a usage error, with its text, of a value that `parse` does not take."""
 

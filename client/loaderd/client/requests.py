@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2
 
 from loaderd.client.errors import InvalidArgumentError, InvalidNameError
 from loaderd.client.parameters import GenerationParameters, Seconds
-from loaderd.client.types import Dtype, DtypeName, Message
+from loaderd.client.types import Dtype, DtypeName, Message, Quantization, QuantizationName
 from loaderd.v1 import cache_pb2, generation_pb2, model_pb2
 
 ModelName: TypeAlias = str | os.PathLike[str]
@@ -26,6 +26,8 @@ ChatMessages: TypeAlias = Sequence[Message | Mapping[str, str]]
 """A chat, oldest first: `Message`s, or mappings with "role" and "content"."""
 
 Setter: TypeAlias = Callable[[Any, str, Any], None]
+
+Choice = TypeVar("Choice", Dtype, Quantization)
 
 _NOT_UNICODE = "is not valid Unicode text"
 
@@ -69,6 +71,7 @@ def load_request(
     *,
     dtype: Dtype | DtypeName | None,
     device_map: str | None,
+    quantization: Quantization | QuantizationName | None = None,
     keep_alive: Seconds | None = None,
     lease_ttl: Seconds | None = None,
 ) -> model_pb2.LoadModelRequest:
@@ -81,7 +84,11 @@ def load_request(
     if device_map is not None:
         _set(options, "device_map", device_map)
     if dtype is not None:
-        options.dtype = model_pb2.Dtype.ValueType(_dtype(dtype))
+        options.dtype = model_pb2.Dtype.ValueType(_member(Dtype, "dtype", dtype))
+    if quantization is not None:
+        options.quantization = model_pb2.Quantization.ValueType(
+            _member(Quantization, "quantization", quantization)
+        )
     request = model_pb2.LoadModelRequest(model=model_name(name), options=options)
     if keep_alive is not None:
         _set(request, "keep_alive", keep_alive)
@@ -281,13 +288,14 @@ def _chat_message(index: int, message: Message | Mapping[str, str]) -> generatio
     return request
 
 
-def _dtype(value: Dtype | str) -> Dtype:
-    if isinstance(value, Dtype):
+def _member(kind: type[Choice], argument: str, value: Choice | str) -> Choice:
+    """The member that a name means."""
+    if isinstance(value, kind):
         return value
-    names = [dtype.name.lower() for dtype in Dtype if dtype is not Dtype.UNSPECIFIED]
+    names = [member.name.lower() for member in kind if member]
     if value not in names:
-        raise InvalidArgumentError.of("dtype", f"{value!r} is none of {', '.join(names)}")
-    return Dtype[value.upper()]
+        raise InvalidArgumentError.of(argument, f"{value!r} is none of {', '.join(names)}")
+    return kind[str(value).upper()]
 
 
 def _duration(value: Seconds) -> Duration:

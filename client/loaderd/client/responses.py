@@ -61,6 +61,7 @@ def _load_options(options: model_pb2.LoadOptions) -> types.LoadOptions:
     return types.LoadOptions(
         dtype=member(types.Dtype, options.dtype) if options.dtype else None,
         device_map=options.device_map if options.HasField("device_map") else None,
+        quantization=_quantization(options.quantization),
     )
 
 
@@ -78,7 +79,13 @@ def _model_details(details: model_pb2.ModelDetails) -> types.ModelDetails:
         has_chat_template=details.has_chat_template,
         supported_parameters=tuple(details.supported_parameters),
         worker_pid=details.worker_pid,
+        quantization=_quantization(details.quantization),
+        quantization_reason=details.quantization_reason,
     )
+
+
+def _quantization(number: int) -> types.Quantization | None:
+    return member(types.Quantization, number) if number else None
 
 
 def _load_timings(timings: model_pb2.LoadTimings) -> types.LoadTimings:

@@ -102,6 +102,44 @@ DTYPE_FLOAT32: Dtype.ValueType  # 3
 """IEEE 754 single precision."""
 Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
+class _Quantization:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _QuantizationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Quantization.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    QUANTIZATION_UNSPECIFIED: _Quantization.ValueType  # 0
+    """As the files have them."""
+    QUANTIZATION_INT8: _Quantization.ValueType  # 1
+    """Weights of linear layers as 8-bit integers, with a scale for each output: torchao."""
+    QUANTIZATION_INT4: _Quantization.ValueType  # 2
+    """Weights of linear layers as 4-bit integers, with a scale for each group of
+    them: torchao, on CUDA devices, in bfloat16.
+    """
+    QUANTIZATION_NF4: _Quantization.ValueType  # 3
+    """Weights of linear layers as 4-bit NormalFloat, with a scale for each block of
+    them: bitsandbytes.
+    """
+
+class Quantization(_Quantization, metaclass=_QuantizationEnumTypeWrapper):
+    """How a model's weights are kept in less memory than their dtype takes. They are
+    quantized while the model loads; activations and results have the dtype.
+    """
+
+QUANTIZATION_UNSPECIFIED: Quantization.ValueType  # 0
+"""As the files have them."""
+QUANTIZATION_INT8: Quantization.ValueType  # 1
+"""Weights of linear layers as 8-bit integers, with a scale for each output: torchao."""
+QUANTIZATION_INT4: Quantization.ValueType  # 2
+"""Weights of linear layers as 4-bit integers, with a scale for each group of
+them: torchao, on CUDA devices, in bfloat16.
+"""
+QUANTIZATION_NF4: Quantization.ValueType  # 3
+"""Weights of linear layers as 4-bit NormalFloat, with a scale for each block of
+them: bitsandbytes.
+"""
+Global___Quantization: _TypeAlias = Quantization  # noqa: Y015
+
 class _ModelSource:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -182,6 +220,7 @@ class LoadOptions(_message.Message):
 
     DTYPE_FIELD_NUMBER: _builtins.int
     DEVICE_MAP_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
     """Unset or DTYPE_UNSPECIFIED: the daemon's policy, see Dtype. An unknown value
     is INVALID_ARGUMENT.
@@ -191,24 +230,34 @@ class LoadOptions(_message.Message):
     "cpu", or one accelerator such as "cuda:0". Anything else is
     INVALID_ARGUMENT; a device that the box lacks is UNSUPPORTED_OPTION.
     """
+    quantization: Global___Quantization.ValueType
+    """Unset or QUANTIZATION_UNSPECIFIED: none. An unknown value is INVALID_ARGUMENT;
+    one that this box, this installation or this model cannot do is
+    UNSUPPORTED_OPTION, and its problem says what is missing.
+    """
     def __init__(
         self,
         *,
         dtype: Global___Dtype.ValueType | None = ...,
         device_map: _builtins.str | None = ...,
+        quantization: Global___Quantization.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_device_map", b"_device_map", "_dtype", b"_dtype", "device_map", b"device_map", "dtype", b"dtype"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_device_map", b"_device_map", "_dtype", b"_dtype", "_quantization", b"_quantization", "device_map", b"device_map", "dtype", b"dtype", "quantization", b"quantization"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device_map", b"_device_map", "_dtype", b"_dtype", "device_map", b"device_map", "dtype", b"dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device_map", b"_device_map", "_dtype", b"_dtype", "_quantization", b"_quantization", "device_map", b"device_map", "dtype", b"dtype", "quantization", b"quantization"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__device_map: _TypeAlias = _typing.Literal["device_map"]  # noqa: Y015
     _WhichOneofArgType__device_map: _TypeAlias = _typing.Literal["_device_map", b"_device_map"]  # noqa: Y015
     _WhichOneofReturnType__dtype: _TypeAlias = _typing.Literal["dtype"]  # noqa: Y015
     _WhichOneofArgType__dtype: _TypeAlias = _typing.Literal["_dtype", b"_dtype"]  # noqa: Y015
+    _WhichOneofReturnType__quantization: _TypeAlias = _typing.Literal["quantization"]  # noqa: Y015
+    _WhichOneofArgType__quantization: _TypeAlias = _typing.Literal["_quantization", b"_quantization"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__device_map) -> _WhichOneofReturnType__device_map | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dtype) -> _WhichOneofReturnType__dtype | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quantization) -> _WhichOneofReturnType__quantization | None: ...
 
 Global___LoadOptions: _TypeAlias = LoadOptions  # noqa: Y015
 
@@ -946,6 +995,8 @@ class ModelDetails(_message.Message):
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     SUPPORTED_PARAMETERS_FIELD_NUMBER: _builtins.int
     WORKER_PID_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_REASON_FIELD_NUMBER: _builtins.int
     architecture: _builtins.str
     """The class that serves it, for example "LlamaForCausalLM"."""
     dtype: Global___Dtype.ValueType
@@ -966,6 +1017,12 @@ class ModelDetails(_message.Message):
     """Whether `messages` can be given to it."""
     worker_pid: _builtins.int
     """The worker's process id on the daemon's box."""
+    quantization: Global___Quantization.ValueType
+    """How its weights were quantized at the load; unspecified: they were not."""
+    quantization_reason: _builtins.str
+    """What quantized them, or in which form the files had them; empty when they
+    are plain.
+    """
     @_builtins.property
     def device_map(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Module name -> device; one entry with an empty name when it is all on one."""
@@ -991,10 +1048,12 @@ class ModelDetails(_message.Message):
         has_chat_template: _builtins.bool = ...,
         supported_parameters: _abc.Iterable[_builtins.str] | None = ...,
         worker_pid: _builtins.int = ...,
+        quantization: Global___Quantization.ValueType = ...,
+        quantization_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "device_map", b"device_map", "dtype", b"dtype", "dtype_reason", b"dtype_reason", "engine", b"engine", "engine_reason", b"engine_reason", "has_chat_template", b"has_chat_template", "parameter_count", b"parameter_count", "supported_parameters", b"supported_parameters", "weight_bytes", b"weight_bytes", "worker_pid", b"worker_pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "device_map", b"device_map", "dtype", b"dtype", "dtype_reason", b"dtype_reason", "engine", b"engine", "engine_reason", b"engine_reason", "has_chat_template", b"has_chat_template", "parameter_count", b"parameter_count", "quantization", b"quantization", "quantization_reason", b"quantization_reason", "supported_parameters", b"supported_parameters", "weight_bytes", b"weight_bytes", "worker_pid", b"worker_pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from loaderd.cli.exits import ExitCode
-from loaderd.cli.options import DtypeName
-from loaderd.client import Client, Dtype
+from loaderd.cli.options import DtypeName, QuantizationName
+from loaderd.client import Client, Dtype, Quantization
 from tests.fake_daemon import FakeDaemon
 from tests.fake_daemon.models import FREED_BYTES, WEIGHT_BYTES
 from tests.unit.client.ctl import Ctl, document
@@ -57,14 +57,30 @@ def test_load_of_a_model_that_is_there_says_so(ctl: Ctl) -> None:
 
 def test_load_with_options_as_json(ctl: Ctl, daemon: FakeDaemon) -> None:
     model = document(
-        ctl("load", "demo/base", "--dtype", "float32", "--device-map", "cpu", "--json")
+        ctl(
+            "load",
+            "demo/base",
+            "--dtype",
+            "float32",
+            "--device-map",
+            "cpu",
+            "--json",
+            "--quantization",
+            "int8",
+        )
     )
 
     sent = daemon.last("LoadModel").request.options
     assert (sent.dtype, sent.device_map) == (Dtype.FLOAT32, "cpu")
+    assert sent.quantization == Quantization.INT8
     assert model["state"] == "ready"
     assert model["source"] == "cached"
-    assert model["options"] == {"dtype": "float32", "device_map": "cpu"}
+    assert model["options"] == {
+        "dtype": "float32",
+        "device_map": "cpu",
+        "quantization": "int8",
+    }
+    assert model["details"]["quantization"] == "int8"
     assert model["details"]["weight_bytes"] == WEIGHT_BYTES
     assert model["timings"]["total"] == 0.025
     assert model["timings"]["download"] is None
@@ -75,6 +91,18 @@ def test_the_dtypes_are_those_of_the_sdk() -> None:
     assert {name.value for name in DtypeName} == {
         dtype.name.lower() for dtype in Dtype if dtype is not Dtype.UNSPECIFIED
     }
+
+
+def test_the_quantizations_are_those_of_the_sdk() -> None:
+    assert {name.value for name in QuantizationName} == {
+        member.name.lower() for member in Quantization if member is not Quantization.UNSPECIFIED
+    }
+
+
+def test_load_tells_that_weights_are_quantized(ctl: Ctl) -> None:
+    loaded = ctl("load", "demo/chat", "--quantization", "nf4")
+
+    assert loaded.stdout.startswith("demo/chat is ready as m-1, bfloat16, nf4 weights on cpu")
 
 
 def test_a_local_path_is_made_absolute(

@@ -93,6 +93,8 @@ EXPORTS = {
     "ModelSource",
     "ModelState",
     "ProblemKind",
+    "Quantization",
+    "QuantizationName",
     "SkipReason",
     # errors
     "LoaderdError",

@@ -15,7 +15,14 @@ from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loaderd.client import Client, Dtype, GenerationParameters, Message, errors
+from loaderd.client import (
+    Client,
+    Dtype,
+    GenerationParameters,
+    Message,
+    Quantization,
+    errors,
+)
 from loaderd.client.requests import generation_request, load_request, model_name
 from loaderd.v1.generation_pb2 import GenerateRequest, StreamGenerateRequest
 from tests.fake_daemon import FakeDaemon
@@ -300,10 +307,28 @@ def test_a_handle_names_its_model_by_id(daemon: FakeDaemon, client: Client) -> N
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_dtypes_by_name(dtype: Any) -> None:
-    by_name = load_request("a/b", dtype=dtype, device_map=None)
+    by_name = load_request("a/b", dtype=dtype, device_map=None, quantization=None)
 
-    assert by_name == load_request("a/b", dtype=Dtype[dtype.upper()], device_map=None)
+    assert by_name == load_request(
+        "a/b", dtype=Dtype[dtype.upper()], device_map=None, quantization=None
+    )
     assert not by_name.options.HasField("device_map")
+    assert not by_name.options.HasField("quantization")
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "nf4"])
+def test_quantizations_by_name(name: Any) -> None:
+    by_name = load_request("a/b", dtype=None, device_map=None, quantization=name)
+
+    member = Quantization[name.upper()]
+    assert by_name == load_request("a/b", dtype=None, device_map=None, quantization=member)
+    assert by_name.options.quantization == member.value
+
+
+def test_an_unknown_quantization_is_refused(client: Client) -> None:
+    with pytest.raises(errors.InvalidArgumentError, match="int8, int4, nf4") as caught:
+        client.load("demo/chat", quantization="q4_0")  # type: ignore[arg-type]  # on purpose
+    assert caught.value.field == "quantization"
 
 
 def test_an_unknown_dtype_is_refused(client: Client) -> None:

@@ -284,8 +284,8 @@ def test_a_file_that_links_out_of_the_roots_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_folder_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         local(tmp_path / "nothing")
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
     with pytest.raises(InvalidNameError, match="is a file"):
         local(file)
 

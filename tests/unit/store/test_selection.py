@@ -117,9 +117,8 @@ def test_one_file_wins_over_shards_as_in_transformers() -> None:
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
-        (["config.json", "tf_model.h5"], "only safetensors weights are loaded"),
-        (["config.json", "weights.pt"], "only safetensors weights are loaded"),
-        (["config.json", "model-q4_k_m.gguf"], "only safetensors weights are loaded"),
+        (["config.json", "tf_model.h5"], "only safetensors and GGUF weights"),
+        (["config.json", "weights.pt"], "only safetensors and GGUF weights"),
         (["config.json", "adapter_model.safetensors"], "neither model.safetensors nor listed"),
         (["config.json", "model.fp16.safetensors"], "neither model.safetensors nor listed"),
         (["config.json", "README.md"], "no safetensors weights"),
@@ -133,8 +132,27 @@ def test_what_cannot_be_loaded_is_said(names: list[str], problem: str) -> None:
         assert problem in caught.value.problem
 
 
+SINGLE = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+
+
+def test_the_only_gguf_file_is_taken_where_there_is_nothing_else() -> None:
+    weights = "model-q4_k_m.gguf"
+    names = ["README.md", "config.json", weights, "tokenizer.json"]
+    assert find_weights(names, "org/model", allow_pickle=False) == weights
+    assert select(names, {weights}) == ["config.json", weights, "tokenizer.json"]
+    assert find_weights([*names, SINGLE], "org/model", allow_pickle=False) == SINGLE
+    assert find_weights([*names, PICKLE], "org/model", allow_pickle=True) == PICKLE
+
+
+@pytest.mark.parametrize("count", [2, 10, 13])
+def test_several_gguf_files_are_listed(count: int) -> None:
+    names = [f"model-q{number:02}.gguf" for number in range(count)]
+    with pytest.raises(ModelUnsupportedError) as caught:
+        find_weights(names, "org/model", allow_pickle=False)
+    assert ", ".join(names[:10]) in caught.value.problem
+    assert ("and 3 more" in caught.value.problem) is (count == 13)
 
 
 @pytest.mark.parametrize("names", [[PICKLE], [PICKLE_INDEX], [PICKLE, "model.fp16.safetensors"]])

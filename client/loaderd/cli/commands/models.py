@@ -29,6 +29,10 @@ def load(
         str | None, typer.Option(help='"auto", "cpu", or one accelerator such as "cuda:0".')
     ] = None,
     keep_alive: options.KeepAlive = None,
+    quantization: Annotated[
+        options.QuantizationName | None,
+        typer.Option(help="Keep weights in 8 or 4 bits. Default: as the files have them."),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Load a model, downloading what the cache lacks."""
@@ -40,6 +44,7 @@ def load(
             dtype=dtype.value if dtype else None,
             device_map=device_map,
             keep_alive=keep_alive,
+            quantization=quantization.value if quantization else None,
             timeout=session.timeout,
         )
         with operation:
@@ -139,7 +144,8 @@ def _sentence(model: ModelInfo, *, worked: bool) -> str:
     """What came of a load; `worked` says whether it had anything to do."""
     parts = [f"{model.name} is ready as {model.id}"]
     if (details := model.details) is not None:
-        parts.append(f"{_name(details.dtype)} on {_devices(details)}")
+        weights = f", {_name(details.quantization)} weights" if details.quantization else ""
+        parts.append(f"{_name(details.dtype)}{weights} on {_devices(details)}")
     if not worked:
         parts.append("was loaded already")
     elif model.timings.total is not None:

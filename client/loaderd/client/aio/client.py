@@ -32,6 +32,8 @@ from loaderd.client.types import (
     DtypeName,
     HealthStatus,
     LoadProgress,
+    Quantization,
+    QuantizationName,
     ServerInfo,
     UnloadResult,
 )
@@ -79,6 +81,7 @@ class AsyncClient:
         dtype: Dtype | DtypeName | None = None,
         device_map: str | None = None,
         keep_alive: Seconds | None = None,
+        quantization: Quantization | QuantizationName | None = None,
         on_progress: Callable[[LoadProgress], object] | None = None,
         timeout: float | None = None,
     ) -> AsyncModel:
@@ -93,12 +96,18 @@ class AsyncClient:
             keep_alive: How long the model stays loaded while nobody uses it; 0: until its first
                 use has ended; negative: until somebody unloads it. None: the daemon's setting, or
                 what the model has.
+            quantization: Keeps weights in 8 or 4 bits. None: as the files have them.
             on_progress: Called with each progress, and awaited if it returns an awaitable. What it
                 raises cancels the load.
             timeout: Seconds; None: as long as it takes.
         """
         operation = self.start_load(
-            name, dtype=dtype, device_map=device_map, keep_alive=keep_alive, timeout=timeout
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            quantization=quantization,
+            keep_alive=keep_alive,
+            timeout=timeout,
         )
         return await operation.wait(on_progress)
 
@@ -108,11 +117,18 @@ class AsyncClient:
         *,
         dtype: Dtype | DtypeName | None = None,
         device_map: str | None = None,
+        quantization: Quantization | QuantizationName | None = None,
         keep_alive: Seconds | None = None,
         timeout: float | None = None,
     ) -> AsyncLoadOperation:
         """Starts what `load` does and returns its handle."""
-        request = load_request(name, dtype=dtype, device_map=device_map, keep_alive=keep_alive)
+        request = load_request(
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            quantization=quantization,
+            keep_alive=keep_alive,
+        )
         return AsyncLoadOperation(
             self._transport,
             self._transport.stream(self.raw.models.LoadModel, request, timeout),
@@ -125,21 +141,28 @@ class AsyncClient:
         *,
         dtype: Dtype | DtypeName | None = None,
         device_map: str | None = None,
+        quantization: Quantization | QuantizationName | None = None,
         keep_alive: Seconds | None = None,
         timeout: float | None = None,
     ) -> AsyncLease:
         """Loads a model as `load` does, and holds it from the moment when it is READY.
 
         Args:
-            name: See `load`, as `dtype`, `device_map` and `keep_alive`.
+            name: See `load`, as all options.
             ttl: How long the lease lives after its last renewal, from a second to a day.
             dtype: See above.
             device_map: See above.
+            quantization: See above.
             keep_alive: See above.
             timeout: Seconds; None: as long as the load takes.
         """
         request = load_request(
-            name, dtype=dtype, device_map=device_map, keep_alive=keep_alive, lease_ttl=ttl
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            quantization=quantization,
+            keep_alive=keep_alive,
+            lease_ttl=ttl,
         )
         operation = AsyncLoadOperation(
             self._transport,

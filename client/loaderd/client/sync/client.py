@@ -31,6 +31,8 @@ from loaderd.client.types import (
     DtypeName,
     HealthStatus,
     LoadProgress,
+    Quantization,
+    QuantizationName,
     ServerInfo,
     UnloadResult,
 )
@@ -78,6 +80,7 @@ class Client:
         dtype: Dtype | DtypeName | None = None,
         device_map: str | None = None,
         keep_alive: Seconds | None = None,
+        quantization: Quantization | QuantizationName | None = None,
         on_progress: Callable[[LoadProgress], object] | None = None,
         timeout: float | None = None,
     ) -> Model:
@@ -92,11 +95,17 @@ class Client:
             keep_alive: How long the model stays loaded while nobody uses it; 0: until its first
                 use has ended; negative: until somebody unloads it. None: the daemon's setting, or
                 what the model has.
+            quantization: Keeps weights in 8 or 4 bits. None: as the files have them.
             on_progress: Called with each progress. What it raises cancels the load.
             timeout: Seconds; None: as long as it takes.
         """
         operation = self.start_load(
-            name, dtype=dtype, device_map=device_map, keep_alive=keep_alive, timeout=timeout
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            quantization=quantization,
+            keep_alive=keep_alive,
+            timeout=timeout,
         )
         return operation.wait(on_progress)
 
@@ -106,11 +115,18 @@ class Client:
         *,
         dtype: Dtype | DtypeName | None = None,
         device_map: str | None = None,
+        quantization: Quantization | QuantizationName | None = None,
         keep_alive: Seconds | None = None,
         timeout: float | None = None,
     ) -> LoadOperation:
         """Starts what `load` does and returns its handle."""
-        request = load_request(name, dtype=dtype, device_map=device_map, keep_alive=keep_alive)
+        request = load_request(
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            quantization=quantization,
+            keep_alive=keep_alive,
+        )
         return LoadOperation(
             self._transport,
             self._transport.stream(self.raw.models.LoadModel, request, timeout),
@@ -123,21 +139,28 @@ class Client:
         *,
         dtype: Dtype | DtypeName | None = None,
         device_map: str | None = None,
+        quantization: Quantization | QuantizationName | None = None,
         keep_alive: Seconds | None = None,
         timeout: float | None = None,
     ) -> Lease:
         """Loads a model as `load` does, and holds it from the moment when it is READY.
 
         Args:
-            name: See `load`, as `dtype`, `device_map` and `keep_alive`.
+            name: See `load`, as all options.
             ttl: How long the lease lives after its last renewal, from a second to a day.
             dtype: See above.
             device_map: See above.
+            quantization: See above.
             keep_alive: See above.
             timeout: Seconds; None: as long as the load takes.
         """
         request = load_request(
-            name, dtype=dtype, device_map=device_map, keep_alive=keep_alive, lease_ttl=ttl
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            quantization=quantization,
+            keep_alive=keep_alive,
+            lease_ttl=ttl,
         )
         operation = LoadOperation(
             self._transport,

@@ -26,6 +26,8 @@ from loaderd.client.types.enums import (
     ModelSource,
     ModelState,
     ProblemKind,
+    Quantization,
+    QuantizationName,
     SkipReason,
 )
 from loaderd.client.types.generation import (
@@ -99,6 +101,8 @@ __all__ = [
     "ModelState",
     "PlannedFile",
     "ProblemKind",
+    "Quantization",
+    "QuantizationName",
     "RenderedPrompt",
     "Resolution",
     "ServerInfo",

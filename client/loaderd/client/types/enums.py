@@ -69,6 +69,23 @@ DtypeName: TypeAlias = Literal["float16", "bfloat16", "float32"]
 """The names that are accepted where a `Dtype` is."""
 
 
+class Quantization(IntEnum):
+    """How a model's weights are kept in less memory than their dtype takes."""
+
+    UNSPECIFIED = model_pb2.QUANTIZATION_UNSPECIFIED
+    """As the files have them, or in a way that this release does not know."""
+    INT8 = model_pb2.QUANTIZATION_INT8
+    """Weights of linear layers as 8-bit integers."""
+    INT4 = model_pb2.QUANTIZATION_INT4
+    """Weights of linear layers as 4-bit integers."""
+    NF4 = model_pb2.QUANTIZATION_NF4
+    """Weights of linear layers as 4-bit NormalFloat."""
+
+
+QuantizationName: TypeAlias = Literal["int8", "int4", "nf4"]
+"""The names that are accepted where a `Quantization` is."""
+
+
 class ModelSource(IntEnum):
     """Where a model's files come from."""
 

@@ -8,7 +8,13 @@ from datetime import datetime, timedelta
 from typing import TypeAlias, overload
 
 from loaderd.client.types.download import DownloadProgress
-from loaderd.client.types.enums import ChangeReason, Dtype, ModelSource, ModelState
+from loaderd.client.types.enums import (
+    ChangeReason,
+    Dtype,
+    ModelSource,
+    ModelState,
+    Quantization,
+)
 from loaderd.client.types.verification import VerifyProgress
 
 
@@ -20,6 +26,8 @@ class LoadOptions:
     """None: left to the daemon."""
     device_map: str | None
     """None: left to the daemon."""
+    quantization: Quantization | None
+    """None: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,10 @@ class ModelDetails:
     """Generation parameters that its engine honours; others are refused."""
     worker_pid: int
     """The worker's process id on the daemon's box."""
+    quantization: Quantization | None
+    """How its weights were quantized at load; None: not."""
+    quantization_reason: str
+    """What quantized them, or in which form the files had them; empty when they are plain."""
 
 
 @dataclass(frozen=True, kw_only=True)

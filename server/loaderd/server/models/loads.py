@@ -221,7 +221,9 @@ class Loads:
                     path=str(files.path),
                     model=str(name),
                     options=model_pb2.LoadOptions(
-                        dtype=options.dtype, device_map=options.device_map
+                        dtype=options.dtype,
+                        device_map=options.device_map,
+                        quantization=options.quantization,
                     ),
                     allow_pickle=self._store.allows_pickle(name),
                 )

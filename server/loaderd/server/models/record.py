@@ -39,6 +39,7 @@ class LoadOptions:
     Attributes:
         dtype: DTYPE_UNSPECIFIED is the policy's choice.
         device_map: "auto", "cpu" or one accelerator.
+        quantization: QUANTIZATION_UNSPECIFIED is none.
 
     Raises:
         InvalidArgumentError: A value is out of bounds.
@@ -46,6 +47,7 @@ class LoadOptions:
 
     dtype: model_pb2.Dtype.ValueType = model_pb2.DTYPE_UNSPECIFIED
     device_map: str = "auto"
+    quantization: model_pb2.Quantization.ValueType = model_pb2.QUANTIZATION_UNSPECIFIED
 
     def __post_init__(self) -> None:
         if self.dtype not in model_pb2.Dtype.values():
@@ -53,6 +55,9 @@ class LoadOptions:
         if not _DEVICE_MAP.fullmatch(self.device_map):
             problem = 'must be "auto", "cpu", "mps", "cuda:N" or "xpu:N"'
             raise InvalidArgumentError("options.device_map", problem)
+        if self.quantization not in model_pb2.Quantization.values():
+            problem = f"there is no quantization number {self.quantization}"
+            raise InvalidArgumentError("options.quantization", problem)
 
 
 @dataclass(frozen=True)

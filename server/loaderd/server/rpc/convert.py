@@ -33,7 +33,9 @@ def load_options(message: model_pb2.LoadOptions) -> LoadOptions:
         InvalidArgumentError: A value is out of bounds.
     """
     device_map = message.device_map if message.HasField("device_map") else "auto"
-    return LoadOptions(dtype=message.dtype, device_map=device_map)
+    return LoadOptions(
+        dtype=message.dtype, device_map=device_map, quantization=message.quantization
+    )
 
 
 def model(view: ModelView) -> model_pb2.Model:
@@ -71,6 +73,7 @@ def _options_asked_for(options: LoadOptions) -> model_pb2.LoadOptions:
     return model_pb2.LoadOptions(
         dtype=None if options.dtype == default.dtype else options.dtype,
         device_map=None if options.device_map == default.device_map else options.device_map,
+        quantization=options.quantization or None,
     )
 
 

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from loaderd.server.errors import SnapshotCorruptError
+from loaderd.server.errors import ModelUnsupportedError, SnapshotCorruptError
 from loaderd.server.store.cache import RepoFolder, digest_of_blob
 from loaderd.server.store.digests import digest_of_file, stamp_of
 from loaderd.server.store.locks import try_lock
 from loaderd.server.store.plan import PlannedFile
-from loaderd.server.store.weights import check_weights
+from loaderd.server.store.weights import check_file
 
 
 class SnapshotFiles:
@@ -107,12 +107,12 @@ class SnapshotFiles:
         return self.pointer(file), self.blob(file)
 
     def _is_sound(self, path: Path, file: PlannedFile) -> bool:
-        if not file.path.endswith(".safetensors"):
-            return True
         try:
-            check_weights(path, file.path, self.repo.repo_id)
+            check_file(path, file.path, self.repo.repo_id)
         except SnapshotCorruptError:
             return False
+        except ModelUnsupportedError:  # whole or not is for its hash to say
+            return True
         return True
 
 

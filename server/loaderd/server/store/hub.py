@@ -23,7 +23,7 @@ from loaderd.server.store.hub_guard import Exchange, guard
 from loaderd.server.store.hub_listing import fetch_file, list_files
 from loaderd.server.store.names import HubName
 from loaderd.server.store.plan import Downloaded, DownloadPlan, PlannedFile
-from loaderd.server.store.selection import CONFIG, find_weights, is_index, left_out, select
+from loaderd.server.store.selection import CONFIG, find_weights, is_gguf, is_index, left_out, select
 from loaderd.server.store.weights import read_shards
 
 # A listing has 1000 files a page; the largest repositories have some ten thousands.
@@ -65,7 +65,7 @@ def plan(
     exchange = Exchange(access.endpoint, model, on_response=_bounded(on_response, model))
     with domain_errors(name), guard(exchange):
         commit, tree = list_files(name, access)
-        if CONFIG not in tree:
+        if CONFIG not in tree and not any(map(is_gguf, tree)):  # those have it inside
             raise ModelUnsupportedError(model, f"its repository has no {CONFIG}")
         weights = find_weights(tree, model, allow_pickle=allow_pickle)
         shards: Collection[str] = ()

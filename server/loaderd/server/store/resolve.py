@@ -25,10 +25,11 @@ from loaderd.server.store.selection import (
     SINGLE_WEIGHTS,
     find_weights,
     has_weights,
+    is_gguf,
     is_index,
     select,
 )
-from loaderd.server.store.weights import check_weights, read_shards
+from loaderd.server.store.weights import check_file, read_shards
 
 MAX_JSON_BYTES = 64 << 20
 
@@ -39,7 +40,7 @@ _ESSENTIAL = frozenset({CONFIG, "tokenizer.json", "tokenizer_config.json"})
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """A local folder that holds a whole model.
+    """A local folder that holds a whole model, or a GGUF file that is one.
 
     Attributes:
         path: Its real path, symbolic links resolved.
@@ -196,7 +197,11 @@ def _resolve_local(
         )
     try:
         if folder.is_file():
-            raise InvalidNameError("model", f"{model!r} is a file; give the folder that holds it")
+            if not is_gguf(folder.name):
+                problem = f"{model!r} is a file; give the folder that holds it"
+                raise InvalidNameError("model", problem)
+            file = _ModelFiles(folder.parent, model, confine, None, allow_pickle, folder.name)
+            return LocalFolder(folder, file.check())
         if not folder.is_dir():
             raise ModelNotFoundError(model)
         files = _ModelFiles(folder, model, confine, None, allow_pickle)
@@ -236,6 +241,7 @@ class _ModelFiles:
         confine: Refuses real paths out of bounds.
         tree: The hub's listing, if the cache has it.
         allow_pickle: Take pickles when there are no safetensors.
+        weights: The file that holds the weights, if it is known.
     """
 
     folder: Path
@@ -243,18 +249,21 @@ class _ModelFiles:
     confine: _Confine
     tree: Mapping[str, TreeEntry] | None
     allow_pickle: bool
+    weights: str | None = None
 
     def check(self) -> int:
         """Checks every file that loading needs; returns their bytes."""
-        _check_config(self._read(CONFIG), self.model)
-        return sum(self._check(file) for file in self.needed())
+        needed = self.needed()
+        if CONFIG in needed or not any(map(is_gguf, needed)):  # those have it inside
+            _check_config(self._read(CONFIG), self.model)
+        return sum(map(self._check, needed))
 
     def needed(self) -> list[str]:
         """Every file that loading needs."""
         present = _names(self.folder)
         # What is in the folder counts even if no listing has it: loading would take it.
         names = present if self.tree is None else present | self.tree.keys()
-        weights = find_weights(names, self.model, allow_pickle=self.allow_pickle)
+        weights = self.weights or find_weights(names, self.model, allow_pickle=self.allow_pickle)
         shards: Collection[str] = ()
         if is_index(weights):
             shards = read_shards(self._read(weights), weights, self.model)
@@ -266,8 +275,7 @@ class _ModelFiles:
         entry = None if self.tree is None else self.tree.get(file)
         if entry is not None and size != entry.size:
             raise SnapshotCorruptError(self.model, file, f"{entry.size} bytes", f"{size} bytes")
-        if file.endswith(".safetensors"):
-            check_weights(real, file, self.model)
+        check_file(real, file, self.model)
         return size
 
     def _read(self, file: str) -> bytes:

@@ -3,7 +3,8 @@
 A repository often holds the same weights several times: as pickles, for other frameworks, in
 half precision, in its author's own layout. Loading takes one copy, the one that transformers
 takes: `model.safetensors`, or else the shards that `model.safetensors.index.json` names. Where
-there is neither and the operator allows pickles, `pytorch_model.bin` or its shards.
+there is neither and the operator allows pickles, `pytorch_model.bin` or its shards. Where there is
+nothing of these, the only GGUF file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from loaderd.server.store.plan import SkippedFile, SkipReason
 CONFIG = "config.json"
 SINGLE_WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"
+GGUF = ".gguf"
 CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
+
+_MOST_SHOWN = 10
 
 _INDEX_SUFFIX = ".index.json"
 _SAFETENSORS = (SINGLE_WEIGHTS, SINGLE_WEIGHTS + _INDEX_SUFFIX)
@@ -30,7 +34,7 @@ _SMALL_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 _INDEX = re.compile(r"(.*)\.index(\.[^./]+)?\.json")
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _OTHER_FORMATS = (
-    ".gguf", ".h5", ".llamafile", ".mlmodel", ".msgpack", ".npz", ".onnx", ".onnx_data", ".ot",
+    GGUF, ".h5", ".llamafile", ".mlmodel", ".msgpack", ".npz", ".onnx", ".onnx_data", ".ot",
     ".pb", ".tflite",
 )  # fmt: skip
 
@@ -49,6 +53,9 @@ def find_weights(names: Collection[str], model: str, *, allow_pickle: bool) -> s
     for file in _SAFETENSORS + (_PICKLES if allow_pickle else ()):
         if file in names:
             return file
+    ggufs = sorted(filter(is_gguf, names))
+    if len(ggufs) == 1 and not any(name.endswith(".safetensors") for name in names):
+        return ggufs[0]
     if any(name in names for name in _PICKLES):
         problem = (
             "it has no safetensors weights but pickles, which can hold code; to load those, start "
@@ -56,8 +63,10 @@ def find_weights(names: Collection[str], model: str, *, allow_pickle: bool) -> s
         )
     elif any(name.endswith(".safetensors") for name in names):
         problem = f"its weights are neither {_SAFETENSORS[0]} nor listed in {_SAFETENSORS[1]}"
+    elif ggufs:
+        problem = _several(ggufs)
     elif has_weights(names):
-        problem = "only safetensors weights are loaded, and it has others"
+        problem = "only safetensors and GGUF weights are loaded, and it has others"
     else:
         problem = "it has no safetensors weights"
     raise ModelUnsupportedError(model, problem)
@@ -66,6 +75,11 @@ def find_weights(names: Collection[str], model: str, *, allow_pickle: bool) -> s
 def is_index(file: str) -> bool:
     """Whether what `find_weights` found is an index."""
     return file.endswith(_INDEX_SUFFIX)
+
+
+def is_gguf(file: str) -> bool:
+    """Whether a file is a GGUF file, by its name."""
+    return file.endswith(GGUF)
 
 
 def is_pickle(file: str) -> bool:
@@ -108,6 +122,15 @@ def _skip_reason(path: str) -> SkipReason:
     if path.endswith(_OTHER_FORMATS):
         return SkipReason.OTHER_FORMAT
     return SkipReason.CODE if path.endswith(".py") else SkipReason.NOT_NEEDED
+
+
+def _several(ggufs: list[str]) -> str:
+    shown = ", ".join(ggufs[:_MOST_SHOWN])
+    rest = f" and {len(ggufs) - _MOST_SHOWN} more" if len(ggufs) > _MOST_SHOWN else ""
+    return (
+        f"it has several GGUF files ({shown}{rest}), and which one is meant is not clear; "
+        "name the path of one that is on this box"
+    )
 
 
 def _without_index(path: str) -> str:

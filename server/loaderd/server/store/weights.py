@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from loaderd.server.errors import SnapshotCorruptError
+from loaderd.server.store.gguf import read_header
 from loaderd.server.store.reading import open_unnoticed
+from loaderd.server.store.selection import is_gguf
 
 # The hub library's bound; real headers are smaller by an order of magnitude.
 MAX_HEADER_BYTES = 25_000_000
@@ -40,6 +42,23 @@ def read_shards(data: bytes, index: str, model: str) -> frozenset[str]:
     if not all(isinstance(shard, str) and _is_plain(shard, suffix) for shard in shards):
         raise SnapshotCorruptError(model, index, expected, "other names")
     return shards
+
+
+def check_file(path: Path, file: str, model: str) -> None:
+    """Checks a file as far as its header tells, if it is one of weights that has a header.
+
+    Args:
+        path: The file.
+        file: Its name in the model.
+        model: The model, for the error.
+
+    Raises:
+        SnapshotCorruptError, ModelUnsupportedError: See `check_weights` and `gguf.read_header`.
+    """
+    if file.endswith(".safetensors"):
+        check_weights(path, file, model)
+    elif is_gguf(file):
+        read_header(path, file, model)
 
 
 def check_weights(path: Path, file: str, model: str) -> None:

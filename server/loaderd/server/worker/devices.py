@@ -109,6 +109,13 @@ def uses_accelerator(device_map: str) -> bool:
     return device_map != CPU and _accelerator_kind() is not None
 
 
+def kind_of(device_map: str) -> str:
+    """The kind of device that a model with this device map is computed on, such as "cuda"."""
+    if device_map == AUTO:
+        return _accelerator_kind() or CPU
+    return device_map.partition(":")[0]
+
+
 def free_bytes(device_map: str) -> int:
     """Memory that a model with this device map can have."""
     devices = inventory()

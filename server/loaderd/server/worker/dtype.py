@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loaderd.server.errors import InvalidArgumentError
-from loaderd.v1.model_pb2 import Dtype
+from loaderd.v1.model_pb2 import Dtype, Quantization
 
 _CPU_RULES = (
     ("amx_bf16", Dtype.DTYPE_BFLOAT16, "the CPU multiplies bfloat16 matrices natively (AMX)"),
@@ -31,7 +31,11 @@ class DtypeChoice:
 
 
 def choose_dtype(
-    asked: Dtype.ValueType, *, on_accelerator: bool, flags: frozenset[str]
+    asked: Dtype.ValueType,
+    *,
+    on_accelerator: bool,
+    flags: frozenset[str],
+    quantization: Quantization.ValueType = Quantization.QUANTIZATION_UNSPECIFIED,
 ) -> DtypeChoice:
     """Chooses by rule, never by timing, so that one box always chooses alike.
 
@@ -39,6 +43,7 @@ def choose_dtype(
         asked: LoadOptions.dtype; DTYPE_UNSPECIFIED for the policy.
         on_accelerator: Whether layers go to an accelerator.
         flags: What the CPU can do, see `cpu_flags`.
+        quantization: LoadOptions.quantization.
 
     Raises:
         InvalidArgumentError: `asked` is not a value of `loaderd.v1.Dtype`.
@@ -47,6 +52,8 @@ def choose_dtype(
         raise InvalidArgumentError("options.dtype", f"{asked} is no value of loaderd.v1.Dtype")
     if asked != Dtype.DTYPE_UNSPECIFIED:
         return DtypeChoice(asked, "asked for")
+    if quantization == Quantization.QUANTIZATION_INT4:
+        return DtypeChoice(Dtype.DTYPE_BFLOAT16, "int4 weights are multiplied fastest with it")
     if on_accelerator:
         return DtypeChoice(Dtype.DTYPE_FLOAT16, "default on accelerators")
     for flag, dtype, reason in _CPU_RULES:

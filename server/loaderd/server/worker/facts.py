@@ -12,7 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loaderd.server.worker.dtype import DtypeChoice
 from loaderd.server.worker.engine.parameters import ModelFacts, SamplingDefaults
 from loaderd.server.worker.engine.protocol import Engine
-from loaderd.v1.model_pb2 import Dtype, ModelDetails
+from loaderd.server.worker.quantization import (
+    Quantizer,
+    count_bytes,
+    count_numbers,
+    quantization_reason,
+)
+from loaderd.v1.model_pb2 import Dtype, ModelDetails, Quantization
 
 TORCH_DTYPES = {
     Dtype.DTYPE_FLOAT16: torch.float16,
@@ -59,6 +65,9 @@ def model_details(
     dtype: DtypeChoice,
     engine: Engine,
     engine_reason: str,
+    *,
+    quantizer: Quantizer | None = None,
+    is_gguf: bool = False,
 ) -> ModelDetails:
     """What clients get to know of this model."""
     parameters = list(model.parameters())
@@ -69,12 +78,14 @@ def model_details(
         engine=engine.name,
         engine_reason=engine_reason,
         context_length=model_facts(model).context_length,
-        parameter_count=sum(parameter.numel() for parameter in parameters),
-        weight_bytes=sum(parameter.numel() * parameter.itemsize for parameter in parameters),
+        parameter_count=sum(map(count_numbers, parameters)),
+        weight_bytes=sum(map(count_bytes, parameters)),
         device_map=_device_map(model),
         has_chat_template=tokenizer.chat_template is not None,
         supported_parameters=sorted(engine.supported_parameters),
         worker_pid=os.getpid(),
+        quantization=quantizer.kind if quantizer else Quantization.QUANTIZATION_UNSPECIFIED,
+        quantization_reason=quantization_reason(model, quantizer, is_gguf=is_gguf),
     )
 
 

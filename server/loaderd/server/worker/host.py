@@ -31,6 +31,7 @@ from loaderd.server.worker.facts import TORCH_DTYPES, model_details, model_facts
 from loaderd.server.worker.failures import error_message, incident
 from loaderd.server.worker.link import Link
 from loaderd.server.worker.loader import ModelLoader
+from loaderd.server.worker.quantization import choose_quantizer
 from loaderd.server.worker.tokenization import Tokenization, special_ids
 from loaderd.worker.v1 import worker_pb2
 
@@ -134,6 +135,11 @@ class ModelHost:
             options.dtype,
             on_accelerator=devices.uses_accelerator(device_map),
             flags=cpu_flags(),
+            quantization=options.quantization,
+        )
+        devices.check_device_map(device_map)
+        quantizer = choose_quantizer(
+            options.quantization, device_map=device_map, dtype=TORCH_DTYPES[dtype.dtype]
         )
         loader = ModelLoader(
             command.path,
@@ -141,6 +147,7 @@ class ModelHost:
             device_map=device_map,
             shown_name=command.model,
             allow_pickle=command.allow_pickle,
+            quantizer=quantizer,
         )
         model, tokenizer = loader.load_model(), loader.load_tokenizer()
         weights = Duration()
@@ -149,7 +156,9 @@ class ModelHost:
         completions = Tokenizer(tokenizer, special_ids(tokenizer))
         engine, reason = self._engine(model, completions, command.model, facts)
         self._hosted = _Hosted(facts, engine, Tokenization(tokenizer, facts.vocabulary_size))
-        details = model_details(model, tokenizer, dtype, engine, reason)
+        details = model_details(
+            model, tokenizer, dtype, engine, reason, quantizer=quantizer, is_gguf=loader.is_gguf
+        )
         return worker_pb2.Loaded(details=details, weights=weights)
 
     def _engine(

@@ -20,6 +20,7 @@ from loaderd.server.store.resolve import NotCached, resolve
 from loaderd.server.worker import devices
 from loaderd.server.worker.failures import incident
 from loaderd.server.worker.pretrained import ModelFolder
+from loaderd.server.worker.quantization import Quantizer
 
 
 class ModelLoader:
@@ -38,6 +39,7 @@ class ModelLoader:
         shown_name: What errors call the model; default: `model_name`.
         allow_pickle: Take weights in pickles when there are no safetensors. They are read as
             tensors only; what else they hold is refused.
+        quantizer: What quantizes the weights; default: nothing does.
     """
 
     def __init__(
@@ -50,11 +52,13 @@ class ModelLoader:
         token: str | None = None,
         shown_name: str | None = None,
         allow_pickle: bool = False,
+        quantizer: Quantizer | None = None,
     ) -> None:
         self.model_name = model_name
         self.cache_dir = cache_dir or default_cache_dir()
         self.dtype = dtype
         self.device_map = device_map
+        self.quantizer = quantizer
         self._token = token
         self._shown_name = shown_name or model_name
         self._allow_pickle = allow_pickle
@@ -66,7 +70,7 @@ class ModelLoader:
             LoaderdError: The name leads to no model that can be loaded here; the class says why.
         """
         with self._domain_errors("loading a model"):
-            return self._folder.load_model(self.dtype, self.device_map)
+            return self._folder.load_model(self.dtype, self.device_map, self.quantizer)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Loads the tokenizer; without a padding token, the end-of-sequence token pads.
@@ -77,9 +81,20 @@ class ModelLoader:
         with self._domain_errors("loading a tokenizer"):
             return self._folder.load_tokenizer()
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the model is a GGUF file.
+
+        Raises:
+            LoaderdError: The name leads to no model.
+        """
+        return self._folder.is_gguf
+
     @cached_property
     def _folder(self) -> ModelFolder:
-        return ModelFolder(self._path(), self._shown_name, self._allow_pickle)
+        path = self._path()
+        folder, file = (path.parent, path.name) if path.is_file() else (path, None)
+        return ModelFolder(folder, self._shown_name, self._allow_pickle, file)
 
     def _path(self) -> Path:
         name = parse_name_or_path(self.model_name)

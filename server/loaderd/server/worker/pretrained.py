@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,26 +18,33 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import is_gguf_available
 
 from loaderd.server.errors import (
     DeviceMemoryError,
     ModelUnsupportedError,
     SnapshotCorruptError,
     SnapshotIncompleteError,
+    UnsupportedOptionError,
 )
-from loaderd.server.store.selection import CONFIG
+from loaderd.server.store.selection import CONFIG, GGUF
 from loaderd.server.worker import devices
-from loaderd.server.worker.tokenizer_files import without_foreign_files
+from loaderd.server.worker.gguf_tokenizer import gguf_tokenizer
+from loaderd.server.worker.quantization import FIELD as QUANTIZATION
+from loaderd.server.worker.quantization import Quantizer
+from loaderd.server.worker.tokenizer_files import has_tokenizer, without_foreign_files
 from loaderd.server.worker.weight_files import WeightFiles
 
 logger = logging.getLogger(__name__)
 
 _ADAPTER = "adapter_config.json"
+_UNREADABLE_GGUF = f"transformers {transformers.__version__} cannot read its GGUF file"
 _TRUST = {"trust_remote_code": False, "local_files_only": True}
 
 
@@ -48,31 +56,40 @@ class ModelFolder:
         path: The folder; everything that loading needs is in it.
         name: The model's name, for errors.
         allow_pickle: Read weights from pickles when there are no safetensors.
+        file: The GGUF file that is the model, where the folder may hold others.
     """
 
     path: Path
     name: str
     allow_pickle: bool = False
+    file: str | None = None
 
-    def load_model(self, dtype: torch.dtype, device_map: str) -> PreTrainedModel:
+    def load_model(
+        self, dtype: torch.dtype, device_map: str, quantizer: Quantizer | None = None
+    ) -> PreTrainedModel:
         """Loads the model, ready for inference.
 
         Args:
             dtype: Of the weights and of the computation.
             device_map: "auto", "cpu" or a device such as "cuda:0".
+            quantizer: What quantizes the weights, if anything does.
 
         Raises:
             SnapshotIncompleteError: A file is missing.
             SnapshotCorruptError: A file is damaged, or a tensor is missing or of another shape.
             ModelUnsupportedError: It is no causal language model that transformers knows.
             DeviceMemoryError: It does not fit.
-            InvalidArgumentError, UnsupportedOptionError: See `devices.check_device_map`.
+            InvalidArgumentError: See `devices.check_device_map`.
+            UnsupportedOptionError: As above, or the model cannot be quantized.
         """
         devices.check_device_map(device_map)
         weights = self._weights()
-        config = self._config()
+        config = self._config(weights.gguf_file)
         model_class = self._model_class(config)
-        if _needed_bytes(weights, dtype, config) > devices.free_bytes(device_map):
+        if quantizer is not None and (weights.gguf_file or _is_quantized(config)):
+            raise UnsupportedOptionError(QUANTIZATION, "the model's files are quantized already")
+        free = quantizer.free_bytes(device_map) if quantizer else devices.free_bytes(device_map)
+        if _needed_bytes(weights, dtype, config, quantizer) > free:
             raise DeviceMemoryError(self.name)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -80,6 +97,7 @@ class ModelFolder:
                 config=config,
                 dtype=dtype,
                 device_map=device_map,
+                **_quantization(weights.gguf_file, quantizer),
                 use_safetensors=not weights.are_pickles,
                 weights_only=True,
                 # Never what the config says: that may name a kernel of the hub.
@@ -94,10 +112,14 @@ class ModelFolder:
         except ImportError as error:
             self._unsupported(error, "it needs a library that is not installed")
         except Exception as error:
-            if not devices.is_out_of_memory(error):
+            if devices.is_out_of_memory(error):
+                raise DeviceMemoryError(self.name) from error
+            if weights.gguf_file is None:
                 raise
-            raise DeviceMemoryError(self.name) from error
+            self._unsupported(error, _UNREADABLE_GGUF)  # the ways to misread it are many
         self._check_report(report, weights.listing)
+        if quantizer is not None:
+            quantizer.check(model)
         if "disk" in getattr(model, "hf_device_map", {}).values():
             raise DeviceMemoryError(self.name)
         return model
@@ -109,8 +131,11 @@ class ModelFolder:
             ModelUnsupportedError: There is none that transformers can read.
         """
         try:
-            with without_foreign_files(self.path) as folder:
-                tokenizer = AutoTokenizer.from_pretrained(folder, **_TRUST)
+            if self.is_gguf and not has_tokenizer(self.path):
+                tokenizer = gguf_tokenizer(self._weights())
+            else:
+                with without_foreign_files(self.path) as folder:
+                    tokenizer = AutoTokenizer.from_pretrained(folder, **_TRUST)
         except Exception as error:  # its files are data, and the ways to misread them are many
             self._unsupported(error, "it has no tokenizer that can be read")
         if tokenizer.pad_token is None:
@@ -122,18 +147,35 @@ class ModelFolder:
             tokenizer.backend_tokenizer.no_padding()
         return tokenizer
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the model is a GGUF file.
+
+        Raises:
+            LoaderdError: See `load_model`.
+        """
+        may_be = self.file is not None or any(self.path.glob(f"*{GGUF}"))
+        return may_be and self._weights().gguf_file is not None
+
     def _weights(self) -> WeightFiles:
         if (self.path / _ADAPTER).exists():
             raise ModelUnsupportedError(self.name, "it is an adapter; load the model it adapts")
-        if not (self.path / CONFIG).exists():
+        weights = WeightFiles.find(
+            self.path, self.name, allow_pickle=self.allow_pickle, file=self.file
+        )
+        if weights.gguf_file is None and not (self.path / CONFIG).exists():
             raise SnapshotIncompleteError(self.name, CONFIG)
-        return WeightFiles.find(self.path, self.name, allow_pickle=self.allow_pickle)
+        if weights.gguf_file is not None and not is_gguf_available():
+            problem = "GGUF files need the package gguf here; install loaderd[quantization]"
+            raise ModelUnsupportedError(self.name, problem)
+        return weights
 
-    def _config(self) -> PreTrainedConfig:
+    def _config(self, gguf_file: str | None) -> PreTrainedConfig:
         try:
-            config = AutoConfig.from_pretrained(self.path, **_TRUST)
+            config = AutoConfig.from_pretrained(self.path, gguf_file=gguf_file, **_TRUST)
         except Exception as error:  # its content is data, and the ways to misread it are many
-            self._unsupported(error, self._config_problem())
+            problem = self._config_problem() if gguf_file is None else _UNREADABLE_GGUF
+            self._unsupported(error, problem)
         # It could name other weights than those that were checked, a pickle among them.
         config.transformers_weights = None
         return config
@@ -172,8 +214,31 @@ class ModelFolder:
         raise ModelUnsupportedError(self.name, problem) from error
 
 
-def _needed_bytes(weights: WeightFiles, dtype: torch.dtype, config: PreTrainedConfig) -> int:
-    numbers = weights.count_numbers()
-    if getattr(config, "quantization_config", None) is not None:
+def _is_quantized(config: PreTrainedConfig) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _quantization(gguf_file: str | None, quantizer: Quantizer | None) -> dict[str, Any]:
+    """The arguments of from_pretrained that concern it."""
+    if gguf_file is not None:
+        return {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    return {"quantization_config": quantizer.config} if quantizer else {}
+
+
+def _needed_bytes(
+    weights: WeightFiles,
+    dtype: torch.dtype,
+    config: PreTrainedConfig,
+    quantizer: Quantizer | None,
+) -> int:
+    shapes = weights.shapes()
+    numbers = sum(map(math.prod, shapes))
+    if quantizer is not None:
+        # Matrices but for embeddings and what gives the logits, which have a row for each token.
+        tokens = config.get_text_config(decoder=True).vocab_size
+        linear = (shape for shape in shapes if len(shape) == 2 and shape[0] != tokens)
+        fewer = sum(map(math.prod, linear))
+        return (numbers - fewer) * int(dtype.itemsize) + math.ceil(fewer * quantizer.bits / 8)
+    if _is_quantized(config):
         return weights.size_bytes
     return numbers * int(dtype.itemsize)

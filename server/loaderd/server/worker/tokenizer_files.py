@@ -18,6 +18,14 @@ _FILE_ARGUMENTS = frozenset({"vocab", "merges", "gguf_file", "tokenizer_object"}
 _SPECIAL_TOKENS = ("_token", "additional_special_tokens", "extra_special_tokens")
 
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a tokenizer in a folder."""
+    return any((folder / name).exists() for name in _TOKENIZERS)
+
+
 @contextmanager
 def without_foreign_files(folder: Path) -> Iterator[Path]:
     """The folder, or for the time of the block a view of it whose settings name no files."""

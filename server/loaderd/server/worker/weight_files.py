@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,8 +16,9 @@ from loaderd.server.errors import (
     SnapshotCorruptError,
     SnapshotIncompleteError,
 )
-from loaderd.server.store.selection import find_weights, is_index, is_pickle
-from loaderd.server.store.weights import check_weights, read_shards
+from loaderd.server.store.gguf import GgufHeader, read_header
+from loaderd.server.store.selection import find_weights, is_gguf, is_index, is_pickle
+from loaderd.server.store.weights import check_file, read_shards
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,16 @@ class WeightFiles:
     shards: tuple[str, ...]
 
     @staticmethod
-    def find(folder: Path, model: str, *, allow_pickle: bool) -> WeightFiles:
+    def find(
+        folder: Path, model: str, *, allow_pickle: bool, file: str | None = None
+    ) -> WeightFiles:
         """Finds the weights, and checks them as far as no tensor has to be read.
+
+        Args:
+            folder: Where.
+            model: The model's name, for errors.
+            allow_pickle: Take pickles when there are no safetensors.
+            file: The file that holds them, if it is known.
 
         Raises:
             ModelUnsupportedError: There are none that can be loaded.
@@ -48,43 +57,54 @@ class WeightFiles:
             SnapshotCorruptError: The index or a header is damaged.
         """
         names = {path.name for path in folder.iterdir()}
-        listing = find_weights(names, model, allow_pickle=allow_pickle)
+        listing = file or find_weights(names, model, allow_pickle=allow_pickle)
         shards = [listing]
         if is_index(listing):
             shards = sorted(read_shards((folder / listing).read_bytes(), listing, model))
         for shard in shards:
             if not (folder / shard).is_file():
                 raise SnapshotIncompleteError(model, shard)
-            if not is_pickle(shard):
-                check_weights(folder / shard, shard, model)
+            check_file(folder / shard, shard, model)
         return WeightFiles(folder, model, listing, tuple(shards))
 
     @property
     def are_pickles(self) -> bool:
-        """Whether they are pickles, else they are safetensors."""
+        """Whether they are pickles."""
         return is_pickle(self.listing)
+
+    @property
+    def gguf_file(self) -> str | None:
+        """The GGUF file that they are in; None for all else."""
+        return self.listing if is_gguf(self.listing) else None
+
+    @property
+    def gguf_header(self) -> GgufHeader:
+        """What the GGUF file says of itself."""
+        return read_header(self.folder / self.listing, self.listing, self.model)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the files."""
         return sum((self.folder / shard).stat().st_size for shard in self.shards)
 
-    def count_numbers(self) -> int:
-        """How many numbers all tensors have. Looks into every file, so that none surprises later.
+    def shapes(self) -> list[Sequence[int]]:
+        """The shapes of all tensors. Looks into every file, so that none surprises later.
 
         Raises:
             ModelUnsupportedError: A pickle holds something else than tensors.
             SnapshotCorruptError: A file cannot be read.
         """
+        if self.gguf_file is not None:
+            return list(self.gguf_header.shapes)
         shapes_of = self._pickled_shapes if self.are_pickles else self._shapes
-        return sum(math.prod(shape) for shard in self.shards for shape in shapes_of(shard))
+        return [shape for shard in self.shards for shape in shapes_of(shard)]
 
     def unreadable(self, file: str) -> SnapshotCorruptError:
         """The error for a file that is damaged."""
         kind = "pickled tensors" if self.are_pickles else "safetensors data"
         return SnapshotCorruptError(self.model, file, kind, "something else")
 
-    def _shapes(self, shard: str) -> list[list[int]]:
+    def _shapes(self, shard: str) -> Sequence[Sequence[int]]:
         try:
             with safe_open(self.folder / shard, framework="pt") as weights:
                 keys = weights.keys()
@@ -92,7 +112,7 @@ class WeightFiles:
         except SafetensorError as error:
             raise self.unreadable(shard) from error
 
-    def _pickled_shapes(self, shard: str) -> list[torch.Size]:
+    def _pickled_shapes(self, shard: str) -> Sequence[Sequence[int]]:
         """The shapes of a pickle's tensors; whatever code it holds is not run."""
         try:
             tensors = torch.load(self.folder / shard, map_location="meta", weights_only=True)

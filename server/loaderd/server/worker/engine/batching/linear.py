@@ -23,6 +23,7 @@ from loaderd.server.worker.engine.batching.kernels import (
     best_policy,
     uses_copies,
 )
+from loaderd.server.worker.quantization import is_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +57,13 @@ def speed_up(model: nn.Module, free_bytes: int) -> LinearPolicy:
 
 
 def _policy(model: nn.Module, free_bytes: int) -> LinearPolicy:
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D)]
+    layers = [layer for layer in model.modules() if _has_plain_weights(layer)]
     weights = [layer.weight for layer in layers]
-    if not all(map(_is_ours, weights)) or sum(each.nbytes for each in weights) < _LEAST_BYTES:
+    if (
+        not weights
+        or not all(map(_is_ours, weights))
+        or sum(each.nbytes for each in weights) < _LEAST_BYTES
+    ):
         return PLAIN
     policy = best_policy(_typical(layers))
     if sum(map(policy.copy.bytes_of, weights)) > free_bytes:
@@ -199,6 +204,8 @@ def _fuse(module: nn.Module, form: Copy) -> None:
 
 def _copy_weights(module: nn.Module, form: Copy) -> None:
     for name, child in list(module.named_children()):
+        if not _has_plain_weights(child):
+            continue
         if type(child) is nn.Linear:
             setattr(module, name, HybridLinear(child.weight, child.bias, form))
         elif type(child) is Conv1D:
@@ -208,10 +215,15 @@ def _copy_weights(module: nn.Module, form: Copy) -> None:
 
 def _are_siblings(layers: Sequence[nn.Module | None]) -> bool:
     return (
-        all(type(layer) is nn.Linear for layer in layers)
+        all(type(layer) is nn.Linear and _has_plain_weights(layer) for layer in layers)
         and len({layer.in_features for layer in layers}) == 1  # type: ignore[union-attr]
         and len({layer.bias is None for layer in layers}) == 1  # type: ignore[union-attr]
     )
+
+
+def _has_plain_weights(layer: nn.Module) -> bool:
+    """Those that are quantized know best how to multiply."""
+    return isinstance(layer, nn.Linear | Conv1D) and not is_quantized(layer.weight)
 
 
 def _is_ours(weight: torch.Tensor) -> bool:

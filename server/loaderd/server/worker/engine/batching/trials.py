@@ -14,6 +14,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from loaderd.server.worker import devices
+from loaderd.server.worker.quantization import is_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +109,20 @@ def identity_of(model: PreTrainedModel) -> str:
         "accelerators": [device.name for device in devices.accelerators()],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "quantization": _quantization(model),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "engine": _code(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _quantization(model: PreTrainedModel) -> list[str]:
+    """What its weights are made of; nothing for one that is not quantized."""
+    kinds = {type(weight) for weight in model.parameters() if is_quantized(weight)}
+    packages = {kind.__module__.partition(".")[0] for kind in kinds} - {"torch"}
+    return sorted(
+        [kind.__qualname__ for kind in kinds] + [f"{name} {version(name)}" for name in packages]
+    )
 
 
 def _read(noted: Any) -> Outcome:
