@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama  # noqa: F401 - most models build on it
 from transformers.models.qwen2 import modeling_qwen2  # noqa: F401 - as above
 
+from loaderd.server.box.cpu import cores
+from loaderd.server.box.dtype import choose_dtype, cpu_flags
 from loaderd.server.errors import LoaderdError, ModelNotLoadedError
 from loaderd.server.worker import devices
-from loaderd.server.worker.dtype import choose_dtype, cpu_flags
 from loaderd.server.worker.engine.batching.build import batching_engine
 from loaderd.server.worker.engine.batching.suitability import UnsuitableError
 from loaderd.server.worker.engine.batching.trials import Trials, default_folder
@@ -60,7 +61,7 @@ class ModelHost:
         self._hosted: _Hosted | None = None
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        torch.set_num_threads(min(torch.get_num_threads(), devices.cores()))
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
 
     def stand_by(self) -> None:
         """Tells the daemon that a load can come."""

@@ -72,8 +72,9 @@ class ModelFolder:
         weights = self._weights()
         config = self._config()
         model_class = self._model_class(config)
-        if _needed_bytes(weights, dtype, config) > devices.free_bytes(device_map):
-            raise DeviceMemoryError(self.name)
+        needed, free = _needed_bytes(weights, dtype, config), devices.free_bytes(device_map)
+        if needed > free:
+            raise DeviceMemoryError(self.name, needed, free)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.path,
