@@ -26,9 +26,10 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from loaderd.v1 import cache_pb2 as loaderd_dot_v1_dot_cache__pb2
 from loaderd.v1 import errors_pb2 as loaderd_dot_v1_dot_errors__pb2
+from loaderd.v1 import system_pb2 as loaderd_dot_v1_dot_system__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16loaderd/v1/model.proto\x12\nloaderd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16loaderd/v1/cache.proto\x1a\x17loaderd/v1/errors.proto\"f\n\x0bLoadOptions\x12%\n\x05\x64type\x18\x01 \x01(\x0e\x32\x11.loaderd.v1.DtypeH\x00\x88\x01\x01\x12\x17\n\ndevice_map\x18\x02 \x01(\tH\x01\x88\x01\x01\x42\x08\n\x06_dtypeB\r\n\x0b_device_map\"K\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x07options\x18\x02 \x01(\x0b\x32\x17.loaderd.v1.LoadOptions\"o\n\x11LoadModelResponse\x12,\n\x08progress\x18\x01 \x01(\x0b\x32\x18.loaderd.v1.LoadProgressH\x00\x12\"\n\x05model\x18\x02 \x01(\x0b\x32\x11.loaderd.v1.ModelH\x00\x42\x08\n\x06update\"\xd5\x01\n\x0cLoadProgress\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.loaderd.v1.ModelState\x12.\n\x08\x64ownload\x18\x03 \x01(\x0b\x32\x1c.loaderd.v1.DownloadProgress\x12*\n\x07\x65lapsed\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0cverification\x18\x05 \x01(\x0b\x32\x1a.loaderd.v1.VerifyProgress\"2\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"L\n\x13UnloadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.loaderd.v1.Model\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x04\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"4\n\x10GetModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.loaderd.v1.Model\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.loaderd.v1.Model\"\x14\n\x12WatchModelsRequest\"s\n\x13WatchModelsResponse\x12)\n\x08snapshot\x18\x01 \x01(\x0b\x32\x15.loaderd.v1.ModelListH\x00\x12\'\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x16.loaderd.v1.ModelEventH\x00\x42\x08\n\x06update\".\n\tModelList\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.loaderd.v1.Model\"\x9a\x01\n\nModelEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\x0eprevious_state\x18\x03 \x01(\x0e\x32\x16.loaderd.v1.ModelState\x12 \n\x05model\x18\x04 \x01(\x0b\x32\x11.loaderd.v1.Model\"\xc2\x03\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\'\n\x06source\x18\x03 \x01(\x0e\x32\x17.loaderd.v1.ModelSource\x12\x0f\n\x07repo_id\x18\x04 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x05 \x01(\t\x12%\n\x05state\x18\x06 \x01(\x0e\x32\x16.loaderd.v1.ModelState\x12(\n\x07options\x18\x07 \x01(\x0b\x32\x17.loaderd.v1.LoadOptions\x12)\n\x07\x64\x65tails\x18\x08 \x01(\x0b\x32\x18.loaderd.v1.ModelDetails\x12\x17\n\x0f\x61\x63tive_requests\x18\t \x01(\r\x12.\n\ncreated_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08ready_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x07timings\x18\x0c \x01(\x0b\x32\x17.loaderd.v1.LoadTimings\x12)\n\x07\x66\x61ilure\x18\r \x01(\x0b\x32\x18.loaderd.v1.ModelFailure\x12\r\n\x05stale\x18\x0e \x01(\x08\"\x86\x03\n\x0cModelDetails\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.loaderd.v1.Dtype\x12\x14\n\x0c\x64type_reason\x18\x03 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\x15\n\rengine_reason\x18\x05 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\x17\n\x0fparameter_count\x18\x07 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x04\x12;\n\ndevice_map\x18\t \x03(\x0b\x32\'.loaderd.v1.ModelDetails.DeviceMapEntry\x12\x19\n\x11has_chat_template\x18\n \x01(\x08\x12\x1c\n\x14supported_parameters\x18\x0b \x03(\t\x12\x12\n\nworker_pid\x18\x0c \x01(\x03\x1a\x30\n\x0e\x44\x65viceMapEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe7\x01\n\x0bLoadTimings\x12*\n\x07resolve\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x64ownload\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06worker\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07weights\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"H\n\x0cModelFailure\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.loaderd.v1.ErrorReason\x12\x0f\n\x07message\x18\x02 \x01(\t*\xde\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_RESOLVING\x10\x01\x12\x1b\n\x17MODEL_STATE_DOWNLOADING\x10\x02\x12\x17\n\x13MODEL_STATE_LOADING\x10\x03\x12\x15\n\x11MODEL_STATE_READY\x10\x04\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x05\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x06\x12\x16\n\x12MODEL_STATE_FAILED\x10\x07*X\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT16\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT32\x10\x03*r\n\x0bModelSource\x12\x1c\n\x18MODEL_SOURCE_UNSPECIFIED\x10\x00\x12\x16\n\x12MODEL_SOURCE_LOCAL\x10\x01\x12\x17\n\x13MODEL_SOURCE_CACHED\x10\x02\x12\x14\n\x10MODEL_SOURCE_HUB\x10\x03\x32\x90\x03\n\x0cModelService\x12J\n\tLoadModel\x12\x1c.loaderd.v1.LoadModelRequest\x1a\x1d.loaderd.v1.LoadModelResponse0\x01\x12N\n\x0bUnloadModel\x12\x1e.loaderd.v1.UnloadModelRequest\x1a\x1f.loaderd.v1.UnloadModelResponse\x12\x45\n\x08GetModel\x12\x1b.loaderd.v1.GetModelRequest\x1a\x1c.loaderd.v1.GetModelResponse\x12K\n\nListModels\x12\x1d.loaderd.v1.ListModelsRequest\x1a\x1e.loaderd.v1.ListModelsResponse\x12P\n\x0bWatchModels\x12\x1e.loaderd.v1.WatchModelsRequest\x1a\x1f.loaderd.v1.WatchModelsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16loaderd/v1/model.proto\x12\nloaderd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16loaderd/v1/cache.proto\x1a\x17loaderd/v1/errors.proto\x1a\x17loaderd/v1/system.proto\"f\n\x0bLoadOptions\x12%\n\x05\x64type\x18\x01 \x01(\x0e\x32\x11.loaderd.v1.DtypeH\x00\x88\x01\x01\x12\x17\n\ndevice_map\x18\x02 \x01(\tH\x01\x88\x01\x01\x42\x08\n\x06_dtypeB\r\n\x0b_device_map\"K\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x07options\x18\x02 \x01(\x0b\x32\x17.loaderd.v1.LoadOptions\"o\n\x11LoadModelResponse\x12,\n\x08progress\x18\x01 \x01(\x0b\x32\x18.loaderd.v1.LoadProgressH\x00\x12\"\n\x05model\x18\x02 \x01(\x0b\x32\x11.loaderd.v1.ModelH\x00\x42\x08\n\x06update\"\xd5\x01\n\x0cLoadProgress\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.loaderd.v1.ModelState\x12.\n\x08\x64ownload\x18\x03 \x01(\x0b\x32\x1c.loaderd.v1.DownloadProgress\x12*\n\x07\x65lapsed\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0cverification\x18\x05 \x01(\x0b\x32\x1a.loaderd.v1.VerifyProgress\"2\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"L\n\x13UnloadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.loaderd.v1.Model\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x04\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"4\n\x10GetModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.loaderd.v1.Model\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.loaderd.v1.Model\"\x14\n\x12WatchModelsRequest\"s\n\x13WatchModelsResponse\x12)\n\x08snapshot\x18\x01 \x01(\x0b\x32\x15.loaderd.v1.ModelListH\x00\x12\'\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x16.loaderd.v1.ModelEventH\x00\x42\x08\n\x06update\".\n\tModelList\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.loaderd.v1.Model\"\x9a\x01\n\nModelEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\x0eprevious_state\x18\x03 \x01(\x0e\x32\x16.loaderd.v1.ModelState\x12 \n\x05model\x18\x04 \x01(\x0b\x32\x11.loaderd.v1.Model\"\xc2\x03\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\'\n\x06source\x18\x03 \x01(\x0e\x32\x17.loaderd.v1.ModelSource\x12\x0f\n\x07repo_id\x18\x04 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x05 \x01(\t\x12%\n\x05state\x18\x06 \x01(\x0e\x32\x16.loaderd.v1.ModelState\x12(\n\x07options\x18\x07 \x01(\x0b\x32\x17.loaderd.v1.LoadOptions\x12)\n\x07\x64\x65tails\x18\x08 \x01(\x0b\x32\x18.loaderd.v1.ModelDetails\x12\x17\n\x0f\x61\x63tive_requests\x18\t \x01(\r\x12.\n\ncreated_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08ready_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x07timings\x18\x0c \x01(\x0b\x32\x17.loaderd.v1.LoadTimings\x12)\n\x07\x66\x61ilure\x18\r \x01(\x0b\x32\x18.loaderd.v1.ModelFailure\x12\r\n\x05stale\x18\x0e \x01(\x08\"\xb3\x03\n\x0cModelDetails\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.loaderd.v1.Dtype\x12\x14\n\x0c\x64type_reason\x18\x03 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\x15\n\rengine_reason\x18\x05 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\x17\n\x0fparameter_count\x18\x07 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x04\x12;\n\ndevice_map\x18\t \x03(\x0b\x32\'.loaderd.v1.ModelDetails.DeviceMapEntry\x12\x19\n\x11has_chat_template\x18\n \x01(\x08\x12\x1c\n\x14supported_parameters\x18\x0b \x03(\t\x12\x12\n\nworker_pid\x18\x0c \x01(\x03\x12\x15\n\rplanned_bytes\x18\r \x01(\x04\x12\x14\n\x0cmemory_bytes\x18\x0e \x01(\x04\x1a\x30\n\x0e\x44\x65viceMapEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe7\x01\n\x0bLoadTimings\x12*\n\x07resolve\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x64ownload\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06worker\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07weights\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"K\n\x10PlanModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x07options\x18\x02 \x01(\x0b\x32\x17.loaderd.v1.LoadOptions\"\xae\x02\n\x11PlanModelResponse\x12\x0c\n\x04\x66its\x18\x01 \x01(\x08\x12*\n\x07\x64\x65vices\x18\x02 \x03(\x0b\x32\x19.loaderd.v1.PlannedDevice\x12\x14\n\x0cneeded_bytes\x18\x03 \x01(\x04\x12\x12\n\nfree_bytes\x18\x04 \x01(\x04\x12)\n\x07holders\x18\x05 \x03(\x0b\x32\x18.loaderd.v1.MemoryHolder\x12.\n\tbreakdown\x18\x06 \x01(\x0b\x32\x1b.loaderd.v1.MemoryBreakdown\x12 \n\x05\x64type\x18\x07 \x01(\x0e\x32\x11.loaderd.v1.Dtype\x12\x14\n\x0c\x64type_reason\x18\x08 \x01(\t\x12\x11\n\tkv_tokens\x18\t \x01(\r\x12\x0f\n\x07unknown\x18\n \x03(\t\"*\n\rPlannedDevice\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\x88\x01\n\x0fMemoryBreakdown\x12\x15\n\rweights_bytes\x18\x01 \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x02 \x01(\x04\x12\x18\n\x10\x61\x63tivation_bytes\x18\x03 \x01(\x04\x12\x16\n\x0eheadroom_bytes\x18\x04 \x01(\x04\x12\x14\n\x0c\x63opies_bytes\x18\x05 \x01(\x04\"H\n\x0cModelFailure\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.loaderd.v1.ErrorReason\x12\x0f\n\x07message\x18\x02 \x01(\t*\xde\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_RESOLVING\x10\x01\x12\x1b\n\x17MODEL_STATE_DOWNLOADING\x10\x02\x12\x17\n\x13MODEL_STATE_LOADING\x10\x03\x12\x15\n\x11MODEL_STATE_READY\x10\x04\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x05\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x06\x12\x16\n\x12MODEL_STATE_FAILED\x10\x07*X\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT16\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT32\x10\x03*r\n\x0bModelSource\x12\x1c\n\x18MODEL_SOURCE_UNSPECIFIED\x10\x00\x12\x16\n\x12MODEL_SOURCE_LOCAL\x10\x01\x12\x17\n\x13MODEL_SOURCE_CACHED\x10\x02\x12\x14\n\x10MODEL_SOURCE_HUB\x10\x03\x32\xda\x03\n\x0cModelService\x12J\n\tLoadModel\x12\x1c.loaderd.v1.LoadModelRequest\x1a\x1d.loaderd.v1.LoadModelResponse0\x01\x12N\n\x0bUnloadModel\x12\x1e.loaderd.v1.UnloadModelRequest\x1a\x1f.loaderd.v1.UnloadModelResponse\x12\x45\n\x08GetModel\x12\x1b.loaderd.v1.GetModelRequest\x1a\x1c.loaderd.v1.GetModelResponse\x12K\n\nListModels\x12\x1d.loaderd.v1.ListModelsRequest\x1a\x1e.loaderd.v1.ListModelsResponse\x12P\n\x0bWatchModels\x12\x1e.loaderd.v1.WatchModelsRequest\x1a\x1f.loaderd.v1.WatchModelsResponse0\x01\x12H\n\tPlanModel\x12\x1c.loaderd.v1.PlanModelRequest\x1a\x1d.loaderd.v1.PlanModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,50 +38,58 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODELDETAILS_DEVICEMAPENTRY']._loaded_options = None
   _globals['_MODELDETAILS_DEVICEMAPENTRY']._serialized_options = b'8\001'
-  _globals['_MODELSTATE']._serialized_start=2457
-  _globals['_MODELSTATE']._serialized_end=2679
-  _globals['_DTYPE']._serialized_start=2681
-  _globals['_DTYPE']._serialized_end=2769
-  _globals['_MODELSOURCE']._serialized_start=2771
-  _globals['_MODELSOURCE']._serialized_end=2885
-  _globals['_LOADOPTIONS']._serialized_start=152
-  _globals['_LOADOPTIONS']._serialized_end=254
-  _globals['_LOADMODELREQUEST']._serialized_start=256
-  _globals['_LOADMODELREQUEST']._serialized_end=331
-  _globals['_LOADMODELRESPONSE']._serialized_start=333
-  _globals['_LOADMODELRESPONSE']._serialized_end=444
-  _globals['_LOADPROGRESS']._serialized_start=447
-  _globals['_LOADPROGRESS']._serialized_end=660
-  _globals['_UNLOADMODELREQUEST']._serialized_start=662
-  _globals['_UNLOADMODELREQUEST']._serialized_end=712
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=714
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=790
-  _globals['_GETMODELREQUEST']._serialized_start=792
-  _globals['_GETMODELREQUEST']._serialized_end=824
-  _globals['_GETMODELRESPONSE']._serialized_start=826
-  _globals['_GETMODELRESPONSE']._serialized_end=878
-  _globals['_LISTMODELSREQUEST']._serialized_start=880
-  _globals['_LISTMODELSREQUEST']._serialized_end=899
-  _globals['_LISTMODELSRESPONSE']._serialized_start=901
-  _globals['_LISTMODELSRESPONSE']._serialized_end=956
-  _globals['_WATCHMODELSREQUEST']._serialized_start=958
-  _globals['_WATCHMODELSREQUEST']._serialized_end=978
-  _globals['_WATCHMODELSRESPONSE']._serialized_start=980
-  _globals['_WATCHMODELSRESPONSE']._serialized_end=1095
-  _globals['_MODELLIST']._serialized_start=1097
-  _globals['_MODELLIST']._serialized_end=1143
-  _globals['_MODELEVENT']._serialized_start=1146
-  _globals['_MODELEVENT']._serialized_end=1300
-  _globals['_MODEL']._serialized_start=1303
-  _globals['_MODEL']._serialized_end=1753
-  _globals['_MODELDETAILS']._serialized_start=1756
-  _globals['_MODELDETAILS']._serialized_end=2146
-  _globals['_MODELDETAILS_DEVICEMAPENTRY']._serialized_start=2098
-  _globals['_MODELDETAILS_DEVICEMAPENTRY']._serialized_end=2146
-  _globals['_LOADTIMINGS']._serialized_start=2149
-  _globals['_LOADTIMINGS']._serialized_end=2380
-  _globals['_MODELFAILURE']._serialized_start=2382
-  _globals['_MODELFAILURE']._serialized_end=2454
-  _globals['_MODELSERVICE']._serialized_start=2888
-  _globals['_MODELSERVICE']._serialized_end=3288
+  _globals['_MODELSTATE']._serialized_start=3092
+  _globals['_MODELSTATE']._serialized_end=3314
+  _globals['_DTYPE']._serialized_start=3316
+  _globals['_DTYPE']._serialized_end=3404
+  _globals['_MODELSOURCE']._serialized_start=3406
+  _globals['_MODELSOURCE']._serialized_end=3520
+  _globals['_LOADOPTIONS']._serialized_start=177
+  _globals['_LOADOPTIONS']._serialized_end=279
+  _globals['_LOADMODELREQUEST']._serialized_start=281
+  _globals['_LOADMODELREQUEST']._serialized_end=356
+  _globals['_LOADMODELRESPONSE']._serialized_start=358
+  _globals['_LOADMODELRESPONSE']._serialized_end=469
+  _globals['_LOADPROGRESS']._serialized_start=472
+  _globals['_LOADPROGRESS']._serialized_end=685
+  _globals['_UNLOADMODELREQUEST']._serialized_start=687
+  _globals['_UNLOADMODELREQUEST']._serialized_end=737
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=739
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=815
+  _globals['_GETMODELREQUEST']._serialized_start=817
+  _globals['_GETMODELREQUEST']._serialized_end=849
+  _globals['_GETMODELRESPONSE']._serialized_start=851
+  _globals['_GETMODELRESPONSE']._serialized_end=903
+  _globals['_LISTMODELSREQUEST']._serialized_start=905
+  _globals['_LISTMODELSREQUEST']._serialized_end=924
+  _globals['_LISTMODELSRESPONSE']._serialized_start=926
+  _globals['_LISTMODELSRESPONSE']._serialized_end=981
+  _globals['_WATCHMODELSREQUEST']._serialized_start=983
+  _globals['_WATCHMODELSREQUEST']._serialized_end=1003
+  _globals['_WATCHMODELSRESPONSE']._serialized_start=1005
+  _globals['_WATCHMODELSRESPONSE']._serialized_end=1120
+  _globals['_MODELLIST']._serialized_start=1122
+  _globals['_MODELLIST']._serialized_end=1168
+  _globals['_MODELEVENT']._serialized_start=1171
+  _globals['_MODELEVENT']._serialized_end=1325
+  _globals['_MODEL']._serialized_start=1328
+  _globals['_MODEL']._serialized_end=1778
+  _globals['_MODELDETAILS']._serialized_start=1781
+  _globals['_MODELDETAILS']._serialized_end=2216
+  _globals['_MODELDETAILS_DEVICEMAPENTRY']._serialized_start=2168
+  _globals['_MODELDETAILS_DEVICEMAPENTRY']._serialized_end=2216
+  _globals['_LOADTIMINGS']._serialized_start=2219
+  _globals['_LOADTIMINGS']._serialized_end=2450
+  _globals['_PLANMODELREQUEST']._serialized_start=2452
+  _globals['_PLANMODELREQUEST']._serialized_end=2527
+  _globals['_PLANMODELRESPONSE']._serialized_start=2530
+  _globals['_PLANMODELRESPONSE']._serialized_end=2832
+  _globals['_PLANNEDDEVICE']._serialized_start=2834
+  _globals['_PLANNEDDEVICE']._serialized_end=2876
+  _globals['_MEMORYBREAKDOWN']._serialized_start=2879
+  _globals['_MEMORYBREAKDOWN']._serialized_end=3015
+  _globals['_MODELFAILURE']._serialized_start=3017
+  _globals['_MODELFAILURE']._serialized_end=3089
+  _globals['_MODELSERVICE']._serialized_start=3523
+  _globals['_MODELSERVICE']._serialized_end=3997
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ModelServiceStub(object):
-    """Models in memory: load, unload, list, watch.
+    """Models in memory: load, unload, list, watch, plan.
     """
 
     def __init__(self, channel):
@@ -60,10 +60,15 @@ class ModelServiceStub(object):
                 request_serializer=loaderd_dot_v1_dot_model__pb2.WatchModelsRequest.SerializeToString,
                 response_deserializer=loaderd_dot_v1_dot_model__pb2.WatchModelsResponse.FromString,
                 _registered_method=True)
+        self.PlanModel = channel.unary_unary(
+                '/loaderd.v1.ModelService/PlanModel',
+                request_serializer=loaderd_dot_v1_dot_model__pb2.PlanModelRequest.SerializeToString,
+                response_deserializer=loaderd_dot_v1_dot_model__pb2.PlanModelResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer(object):
-    """Models in memory: load, unload, list, watch.
+    """Models in memory: load, unload, list, watch, plan.
     """
 
     def LoadModel(self, request, context):
@@ -110,6 +115,15 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PlanModel(self, request, context):
+        """What loading a model would take, where it would go, and whether that is free
+        now. Loads and reserves nothing, and reads no more than the headers of the
+        weights. SNAPSHOT_NOT_FOUND when the model is not in the cache.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -138,6 +152,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=loaderd_dot_v1_dot_model__pb2.WatchModelsRequest.FromString,
                     response_serializer=loaderd_dot_v1_dot_model__pb2.WatchModelsResponse.SerializeToString,
             ),
+            'PlanModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanModel,
+                    request_deserializer=loaderd_dot_v1_dot_model__pb2.PlanModelRequest.FromString,
+                    response_serializer=loaderd_dot_v1_dot_model__pb2.PlanModelResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'loaderd.v1.ModelService', rpc_method_handlers)
@@ -147,7 +166,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService(object):
-    """Models in memory: load, unload, list, watch.
+    """Models in memory: load, unload, list, watch, plan.
     """
 
     @staticmethod
@@ -275,6 +294,33 @@ class ModelService(object):
             '/loaderd.v1.ModelService/WatchModels',
             loaderd_dot_v1_dot_model__pb2.WatchModelsRequest.SerializeToString,
             loaderd_dot_v1_dot_model__pb2.WatchModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loaderd.v1.ModelService/PlanModel',
+            loaderd_dot_v1_dot_model__pb2.PlanModelRequest.SerializeToString,
+            loaderd_dot_v1_dot_model__pb2.PlanModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

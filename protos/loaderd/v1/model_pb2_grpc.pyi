@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelServiceStub:
-    """Models in memory: load, unload, list, watch."""
+    """Models in memory: load, unload, list, watch, plan."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -55,10 +55,15 @@ class ModelServiceStub:
     """All models as they are now, then every change of state, without gaps. Runs
     until the client cancels it or the daemon drains.
     """
+    PlanModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.PlanModelRequest, _model_pb2.PlanModelResponse]
+    """What loading a model would take, where it would go, and whether that is free
+    now. Loads and reserves nothing, and reads no more than the headers of the
+    weights. SNAPSHOT_NOT_FOUND when the model is not in the cache.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
-    """Models in memory: load, unload, list, watch."""
+    """Models in memory: load, unload, list, watch, plan."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     LoadModel: _aio.UnaryStreamMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
@@ -83,9 +88,14 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """All models as they are now, then every change of state, without gaps. Runs
     until the client cancels it or the daemon drains.
     """
+    PlanModel: _aio.UnaryUnaryMultiCallable[_model_pb2.PlanModelRequest, _model_pb2.PlanModelResponse]  # type: ignore[assignment]
+    """What loading a model would take, where it would go, and whether that is free
+    now. Loads and reserves nothing, and reads no more than the headers of the
+    weights. SNAPSHOT_NOT_FOUND when the model is not in the cache.
+    """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Models in memory: load, unload, list, watch."""
+    """Models in memory: load, unload, list, watch, plan."""
 
     @_abc_1.abstractmethod
     def LoadModel(
@@ -137,6 +147,17 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_model_pb2.WatchModelsResponse], _abc.AsyncIterator[_model_pb2.WatchModelsResponse]]:
         """All models as they are now, then every change of state, without gaps. Runs
         until the client cancels it or the daemon drains.
+        """
+
+    @_abc_1.abstractmethod
+    def PlanModel(
+        self,
+        request: _model_pb2.PlanModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.PlanModelResponse, _abc.Awaitable[_model_pb2.PlanModelResponse]]:
+        """What loading a model would take, where it would go, and whether that is free
+        now. Loads and reserves nothing, and reads no more than the headers of the
+        weights. SNAPSHOT_NOT_FOUND when the model is not in the cache.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from loaderd.server.config import ServerConfig
 from loaderd.server.models.loads import Loads
+from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.server import RpcServer
 from loaderd.server.store.cache import default_cache_dir
@@ -80,7 +81,9 @@ class Daemon:
                 )
             )
             registry = ModelRegistry(config.max_requests)
-            server = RpcServer(registry, Loads(registry, store, supervisor), store, supervisor)
+            planner = Planner(store, supervisor)
+            loads = Loads(registry, store, supervisor, planner)
+            server = RpcServer(registry, loads, planner, store, supervisor)
             addresses = self._bind(server)
             self._catch_signals(supervisor)
             health = asyncio.create_task(server.health.follow())

@@ -82,7 +82,7 @@ def test_what_other_programs_hold_is_not_to_be_had() -> None:
 def test_a_stale_measurement_is_corrected_by_who_came_and_left() -> None:
     box = book(GPUS[0], BIG_CPU)
     box.reserve("m:1", "org/a", {"cuda:0": 50 * GB})
-    box.settle("m:1", {"cuda:0": 40 * GB}, 2 * GB, now=10.0)
+    box.settle("m:1", {"cuda:0": 40 * GB}, {"cuda:0": 2 * GB}, now=10.0)
     assert box.available("cuda:0") == 38 * GB  # measured before it came
     box.measure([replace(GPUS[0], free_bytes=39 * GB, measured_at=20.0), BIG_CPU])
     assert box.available("cuda:0") == 37 * GB  # another program took one
@@ -139,7 +139,7 @@ def test_the_box_is_never_promised_twice_and_all_comes_back(
             devices.note(holder, {"cpu": box.taken[holder]}, box.now)
         elif event == "ready" and holder in reserved and box.taken.get(holder):
             reserved[holder] = box.taken[holder]
-            devices.settle(holder, {"cpu": box.taken[holder]}, 0, box.now)
+            devices.settle(holder, {"cpu": box.taken[holder]}, {}, box.now)
         elif event == "unload":
             reserved.pop(holder, None)
             box.taken.pop(holder, None)

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from loaderd.server.errors import ModelNotLoadedError, ModelUnsupportedError, SlowConsumerError
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.loads import Loads
+from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.server import RpcServer
@@ -98,7 +99,9 @@ async def box(tmp_path: Path) -> AsyncIterator[Box]:
             )
         )
         registry = ModelRegistry(MAX_REQUESTS)
-        server = RpcServer(registry, Loads(registry, store, supervisor), store, supervisor)
+        planner = Planner(store, supervisor)
+        loads = Loads(registry, store, supervisor, planner)
+        server = RpcServer(registry, loads, planner, store, supervisor)
         port = server.bind("127.0.0.1:0")
         socket = f"unix:{tmp_path / 'box.sock'}"
         server.bind(socket)

@@ -111,7 +111,7 @@ def test_control_groups_bound_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     bounds = [MemoryBound(limit=1000, used=400), MemoryBound(limit=900, used=100)]
     monkeypatch.setattr(cpu_module, "memory_bounds", lambda: bounds)
     monkeypatch.setattr(cpu_module, "core_bounds", lambda: [1, 500])
-    cpu = devices.cpu()
+    cpu = cpu_module.cpu()
     assert (cpu.total_bytes, cpu.free_bytes, cpu.cores) == (900, 600, 1)
     assert cpu.name
 

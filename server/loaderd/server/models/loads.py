@@ -13,6 +13,7 @@ from functools import partial
 
 from loaderd.server.errors import InternalError, LoaderdError
 from loaderd.server.models.lifecycle import ModelState
+from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions, ModelRecord, identity_of
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.single_flight import Publish, SingleFlight
@@ -54,12 +55,16 @@ class Loads:
         registry: Where the models are kept.
         store: Where their files are.
         supervisor: Where their workers come from.
+        planner: Says whether they fit.
     """
 
-    def __init__(self, registry: ModelRegistry, store: ModelStore, supervisor: Supervisor) -> None:
+    def __init__(
+        self, registry: ModelRegistry, store: ModelStore, supervisor: Supervisor, planner: Planner
+    ) -> None:
         self._registry = registry
         self._store = store
         self._supervisor = supervisor
+        self._planner = planner
         self._flights: SingleFlight[tuple[str, LoadOptions], LoadProgress, ModelRecord] = (
             SingleFlight()
         )
@@ -149,16 +154,17 @@ class Loads:
             if isinstance(files, CachedSnapshot):
                 await self._store.prove(files, lambda update: publish(_proving(record, update)))
                 publish(_progress(record, None))
-            model = await self._supervisor.load(
-                worker_pb2.Load(
+            async with self._planner.claim(record.id, name, files, options) as claim:
+                load = worker_pb2.Load(
                     path=str(files.path),
                     model=str(name),
                     options=model_pb2.LoadOptions(
-                        dtype=options.dtype, device_map=options.device_map
+                        dtype=options.dtype, device_map=claim.device_map(options.device_map)
                     ),
                     allow_pickle=self._store.allows_pickle(name),
                 )
-            )
+                model = await self._supervisor.load(load, claim.begun)
+                claim.settle(model)
             record.loaded_by(model)
             self._registry.ready(record, model.worker)
             return record

@@ -184,17 +184,21 @@ class DeviceBook:
             reservation = self._reservations[holder]
             self._reservations[holder] = replace(reservation, taken=dict(taken), taken_since=now)
 
-    def settle(self, holder: str, taken: Mapping[str, int], more: int, now: float) -> None:
+    def settle(
+        self, holder: str, taken: Mapping[str, int], more: Mapping[str, int], now: float
+    ) -> None:
         """Turns a load's reservation into what the loaded model really holds.
 
         Args:
             holder: The model's id; nothing happens when it has no reservation.
             taken: Bytes by device that it has taken.
-            more: What it may take of each of these devices yet.
+            more: Bytes by device that it may take yet.
             now: Monotonic time.
         """
         if holder in self._reservations:
-            held = {device: count + more for device, count in taken.items() if count}
+            held = {
+                device: taken.get(device, 0) + more.get(device, 0) for device in {*taken, *more}
+            }
             self._reservations[holder] = replace(self._reservations[holder], bytes=held)
             self.note(holder, taken, now)
 

@@ -105,8 +105,8 @@ def _read_config(path: Path) -> tuple[dict[str, int | None], bool]:
         config = None  # whoever loads it says what is wrong with it
     if not isinstance(config, dict):
         config = {}
-    parts = [config, *(config.get(name) for name in _TEXT_PARTS)]
-    parts = [part for part in parts if isinstance(part, dict)]
+    candidates = [config, *(config.get(name) for name in _TEXT_PARTS)]
+    parts = [part for part in candidates if isinstance(part, dict)]
     return (
         {key: _number(parts, names) for key, names in _NAMES.items()},
         config.get("quantization_config") is not None,

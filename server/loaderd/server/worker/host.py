@@ -128,7 +128,7 @@ class ModelHost:
         self._link.send(reply=reply)
 
     def _load(self, command: worker_pb2.Load) -> worker_pb2.Loaded:
-        begin = time.monotonic()
+        begin, before = time.monotonic(), devices.held_bytes()
         options = command.options
         device_map = options.device_map if options.HasField("device_map") else devices.AUTO
         dtype = choose_dtype(
@@ -151,7 +151,10 @@ class ModelHost:
         engine, reason = self._engine(model, completions, command.model, facts)
         self._hosted = _Hosted(facts, engine, Tokenization(tokenizer, facts.vocabulary_size))
         details = model_details(model, tokenizer, dtype, engine, reason)
-        return worker_pb2.Loaded(details=details, weights=weights)
+        taken = {
+            device: max(held - before[device], 0) for device, held in devices.held_bytes().items()
+        }
+        return worker_pb2.Loaded(details=details, weights=weights, held_bytes=taken)
 
     def _engine(
         self, model: PreTrainedModel, tokenizer: Tokenizer, name: str, facts: ModelFacts
