@@ -68,12 +68,25 @@ def load_request(
     name: ModelName, *, dtype: Dtype | DtypeName | None, device_map: str | None
 ) -> model_pb2.LoadModelRequest:
     """A LoadModelRequest; options that are None stay unset."""
+    options = _load_options(dtype, device_map)
+    return model_pb2.LoadModelRequest(model=model_name(name), options=options)
+
+
+def plan_request(
+    name: ModelName, *, dtype: Dtype | DtypeName | None, device_map: str | None
+) -> model_pb2.PlanModelRequest:
+    """A PlanModelRequest; options that are None stay unset."""
+    options = _load_options(dtype, device_map)
+    return model_pb2.PlanModelRequest(model=model_name(name), options=options)
+
+
+def _load_options(dtype: Dtype | DtypeName | None, device_map: str | None) -> model_pb2.LoadOptions:
     options = model_pb2.LoadOptions()
     if device_map is not None:
         _set(options, "device_map", device_map)
     if dtype is not None:
         options.dtype = model_pb2.Dtype.ValueType(_dtype(dtype))
-    return model_pb2.LoadModelRequest(model=model_name(name), options=options)
+    return options
 
 
 def delete_request(

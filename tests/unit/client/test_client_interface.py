@@ -37,6 +37,10 @@ EXPORTS = {
     "VerifyOperation",
     # models
     "LoadOptions",
+    "LoadPlan",
+    "MemoryBreakdown",
+    "MemoryHolder",
+    "PlannedDevice",
     "LoadProgress",
     "LoadTimings",
     "ModelDetails",

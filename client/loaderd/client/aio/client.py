@@ -17,12 +17,19 @@ from loaderd.client.aio.stream import AsyncModelWatch
 from loaderd.client.aio.transport import AsyncStubs, AsyncTransport
 from loaderd.client.channel import DEFAULT_TIMEOUT
 from loaderd.client.errors import LoaderdError
-from loaderd.client.requests import ModelName, health_request, load_request, model_name
+from loaderd.client.requests import (
+    ModelName,
+    health_request,
+    load_request,
+    model_name,
+    plan_request,
+)
 from loaderd.client.types import (
     Device,
     Dtype,
     DtypeName,
     HealthStatus,
+    LoadPlan,
     LoadProgress,
     ServerInfo,
     UnloadResult,
@@ -101,6 +108,26 @@ class AsyncClient:
         return AsyncLoadOperation(
             self._transport,
             self._transport.stream(self.raw.models.LoadModel, request, timeout),
+        )
+
+    async def plan(
+        self,
+        name: ModelName,
+        *,
+        dtype: Dtype | DtypeName | None = None,
+        device_map: str | None = None,
+        timeout: float | None = None,
+    ) -> LoadPlan:
+        """Says what a load of a model in the cache would take, and whether it would fit now.
+
+        Loads and reserves nothing. The arguments are those of `load`.
+
+        Raises:
+            SnapshotNotFoundError: The cache does not have the model.
+        """
+        request = plan_request(name, dtype=dtype, device_map=device_map)
+        return responses.load_plan(
+            await self._transport.call(self.raw.models.PlanModel, request, timeout)
         )
 
     async def unload(

@@ -11,7 +11,13 @@ from grpc import StatusCode
 from loaderd.client import responses
 from loaderd.client.channel import DEFAULT_TIMEOUT
 from loaderd.client.errors import LoaderdError
-from loaderd.client.requests import ModelName, health_request, load_request, model_name
+from loaderd.client.requests import (
+    ModelName,
+    health_request,
+    load_request,
+    model_name,
+    plan_request,
+)
 from loaderd.client.sync.cache import CacheClient
 from loaderd.client.sync.model import Model
 from loaderd.client.sync.operation import LoadOperation
@@ -22,6 +28,7 @@ from loaderd.client.types import (
     Dtype,
     DtypeName,
     HealthStatus,
+    LoadPlan,
     LoadProgress,
     ServerInfo,
     UnloadResult,
@@ -99,6 +106,26 @@ class Client:
         return LoadOperation(
             self._transport,
             self._transport.stream(self.raw.models.LoadModel, request, timeout),
+        )
+
+    def plan(
+        self,
+        name: ModelName,
+        *,
+        dtype: Dtype | DtypeName | None = None,
+        device_map: str | None = None,
+        timeout: float | None = None,
+    ) -> LoadPlan:
+        """Says what a load of a model in the cache would take, and whether it would fit now.
+
+        Loads and reserves nothing. The arguments are those of `load`.
+
+        Raises:
+            SnapshotNotFoundError: The cache does not have the model.
+        """
+        request = plan_request(name, dtype=dtype, device_map=device_map)
+        return responses.load_plan(
+            self._transport.call(self.raw.models.PlanModel, request, timeout)
         )
 
     def unload(

@@ -53,7 +53,8 @@ from loaderd.client.types.model import (
     UnloadResult,
     WatchUpdate,
 )
-from loaderd.client.types.system import Device, ServerInfo
+from loaderd.client.types.plan import LoadPlan, MemoryBreakdown, PlannedDevice
+from loaderd.client.types.system import Device, MemoryHolder, ServerInfo
 from loaderd.client.types.verification import (
     FileProblem,
     VerifyProgress,
@@ -82,9 +83,12 @@ __all__ = [
     "GenerationTimings",
     "HealthStatus",
     "LoadOptions",
+    "LoadPlan",
     "LoadProgress",
     "LoadTimings",
     "LocalFolder",
+    "MemoryBreakdown",
+    "MemoryHolder",
     "Message",
     "ModelDetails",
     "ModelEvent",
@@ -93,6 +97,7 @@ __all__ = [
     "ModelList",
     "ModelSource",
     "ModelState",
+    "PlannedDevice",
     "PlannedFile",
     "ProblemKind",
     "RenderedPrompt",

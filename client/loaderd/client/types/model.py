@@ -50,6 +50,10 @@ class ModelDetails:
     """Generation parameters that its engine honours; others are refused."""
     worker_pid: int
     """The worker's process id on the daemon's box."""
+    planned_bytes: int
+    """What the plan before the load said that it would take."""
+    memory_bytes: int
+    """What the load did take, as its worker measured it."""
 
 
 @dataclass(frozen=True, kw_only=True)
