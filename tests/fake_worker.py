@@ -70,7 +70,7 @@ class FakeWorker:
                 await self._launcher.standby_gate.wait()
                 self._send(
                     standby=worker_pb2.Standby(
-                        devices=[system_pb2.Device(id="cpu", type=system_pb2.DEVICE_TYPE_CPU)],
+                        devices=self._launcher.devices,
                         versions={"torch": "0"},
                     )
                 )
@@ -117,7 +117,8 @@ class FakeWorker:
             self._send(load_failed=worker_pb2.LoadFailed(error=_error(self._launcher.load_error)))
         else:
             details = model_pb2.ModelDetails(architecture="Fake", engine="fake")
-            self._send(loaded=worker_pb2.Loaded(details=details))
+            held = self._launcher.held_bytes
+            self._send(loaded=worker_pb2.Loaded(details=details, held_bytes=held))
 
     async def _generate(self, key: int, request: generation_pb2.StreamGenerateRequest) -> None:
         verb, _, number = request.text.partition(" ")
@@ -165,6 +166,8 @@ class FakeLauncher:
         load_error: What loads fail with.
         dies_in_load: Whether workers end while they load.
         broken: Whether launching fails.
+        devices: What workers see.
+        held_bytes: What each load takes, by device.
     """
 
     def __init__(self) -> None:
@@ -177,6 +180,8 @@ class FakeLauncher:
         self.load_error: errors.LoaderdError | None = None
         self.dies_in_load = False
         self.broken = False
+        self.devices = [system_pb2.Device(id="cpu", type=system_pb2.DEVICE_TYPE_CPU)]
+        self.held_bytes: dict[str, int] = {}
 
     async def launch(self, worker_id: str, token: str, link: str) -> WorkerProcess:
         if self.broken:

@@ -86,6 +86,7 @@ async def test_the_cpu_is_the_last_device(client: AsyncClient) -> None:
     assert 0 < cpu.free_bytes <= cpu.total_bytes
     assert all(device.type is not DeviceType.CPU for device in accelerators)
     assert all(device.cores is None for device in accelerators)
+    assert cpu.available_bytes <= cpu.free_bytes
 
 
 async def test_health_of_daemon_services_and_models(client: AsyncClient, backend: Backend) -> None:

@@ -78,7 +78,9 @@ class FakeDaemon:
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(self), self._server
         )
-        system_pb2_grpc.add_SystemServiceServicer_to_server(SystemService(), self._server)
+        system_pb2_grpc.add_SystemServiceServicer_to_server(
+            SystemService(self.models), self._server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         for service in ("", *SERVICES):
             self.set_health(service, serving=True)

@@ -48,7 +48,10 @@ REASONS = {
     "DISK_FULL": Reason(
         code_pb2.RESOURCE_EXHAUSTED, {"needed_bytes": "5000000000", "free_bytes": "17"}
     ),
-    "DEVICE_MEMORY": Reason(code_pb2.RESOURCE_EXHAUSTED, {"model": "a/b"}),
+    "DEVICE_MEMORY": Reason(
+        code_pb2.RESOURCE_EXHAUSTED,
+        {"model": "a/b", "needed_bytes": "9000", "free_bytes": "7", "holders": "c/d (2.1 GB)"},
+    ),
     "QUEUE_FULL": Reason(code_pb2.RESOURCE_EXHAUSTED, {"model": "a/b", "limit": "256"}, retry=True),
     "SLOW_CONSUMER": Reason(code_pb2.RESOURCE_EXHAUSTED, {"limit": "1048576"}),
     "WORKER_DIED": Reason(code_pb2.UNAVAILABLE, {"model": "a/b"}, retry=True),

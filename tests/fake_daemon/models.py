@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from loaderd.v1 import cache_pb2, model_pb2, model_pb2_grpc
+from loaderd.v1 import cache_pb2, model_pb2, model_pb2_grpc, system_pb2
 from tests.fake_daemon.cache import commit_of, verify_steps
 from tests.fake_daemon.downloads import download_progress, download_steps
 from tests.fake_daemon.failure import FailureError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FREED_BYTES = 123_456_789
 WEIGHT_BYTES = 38_000_000
+HELD_BYTES = 52_000_000
 
 
 class Load:
@@ -165,6 +166,46 @@ class Models:
         finally:
             self._watchers.remove(events)
 
+    def holders(self) -> list[system_pb2.MemoryHolder]:
+        """Who has memory of the CPU."""
+        return [
+            system_pb2.MemoryHolder(model_id=model.id, name=model.name, bytes=HELD_BYTES)
+            for model in self.all()
+        ]
+
+    def plan(self, request: model_pb2.PlanModelRequest) -> model_pb2.PlanModelResponse:
+        """The plan of a model; `demo/base` does not fit into what other models leave."""
+        repo_id = self._daemon.cache.check_name(request.model)
+        self._check_device_map(request.options.device_map)
+        if not repo_id.startswith("/") and repo_id not in self._daemon.cache.cached:
+            raise FailureError("SNAPSHOT_NOT_FOUND", model=request.model)
+        holders = self.holders()
+        fits = repo_id != "demo/base" or not holders
+        return model_pb2.PlanModelResponse(
+            fits=fits,
+            devices=[model_pb2.PlannedDevice(id="cpu", bytes=60_000_000)] if fits else [],
+            needed_bytes=60_000_000,
+            free_bytes=12 << 30 if fits else 1000,
+            holders=holders,
+            breakdown=model_pb2.MemoryBreakdown(
+                weights_bytes=WEIGHT_BYTES,
+                kv_cache_bytes=2_000_000,
+                activation_bytes=10_000_000,
+                headroom_bytes=10_000_000,
+            ),
+            dtype=request.options.dtype or model_pb2.DTYPE_BFLOAT16,
+            dtype_reason="asked for" if request.options.dtype else "this CPU computes it natively",
+            kv_tokens=4096,
+            unknown=[] if repo_id == "demo/chat" else ["activations: there is no hidden size"],
+        )
+
+    @staticmethod
+    def _check_device_map(device_map: str) -> None:
+        if device_map.startswith("cuda:"):
+            raise FailureError("UNSUPPORTED_OPTION", field="options.device_map", problem="no such")
+        if device_map not in {"", "auto", "cpu"}:
+            raise FailureError("INVALID_ARGUMENT", field="options.device_map", problem="is none")
+
     def _find_loaded(self, request: model_pb2.LoadModelRequest) -> model_pb2.Model | None:
         for model in self._models.values():
             if (model.name, model.options) == (request.model, request.options):
@@ -173,11 +214,7 @@ class Models:
 
     def _start(self, request: model_pb2.LoadModelRequest) -> model_pb2.Model:
         repo_id = self._daemon.cache.check_name(request.model)
-        device_map = request.options.device_map
-        if device_map.startswith("cuda:"):
-            raise FailureError("UNSUPPORTED_OPTION", field="options.device_map", problem="no such")
-        if device_map not in {"", "auto", "cpu"}:
-            raise FailureError("INVALID_ARGUMENT", field="options.device_map", problem="is none")
+        self._check_device_map(request.options.device_map)
         local = repo_id.startswith("/")
         cached = local or repo_id in self._daemon.cache.cached
         steps = [_step(model_pb2.MODEL_STATE_RESOLVING)]
@@ -231,6 +268,8 @@ class Models:
             worker_pid=4242,
             quantization=model.options.quantization,
             quantization_reason="by the fake" if model.options.quantization else "",
+            planned_bytes=60_000_000,
+            memory_bytes=52_000_000,
         )
         model.details.CopyFrom(details)
         model.ready_at.GetCurrentTime()
@@ -319,6 +358,14 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.ListModelsResponse:
         with self._daemon.seen("ListModels", request, context).follow(context):
             return model_pb2.ListModelsResponse(models=self._models.all())
+
+    def PlanModel(
+        self, request: model_pb2.PlanModelRequest, context: Any
+    ) -> model_pb2.PlanModelResponse:
+        response = model_pb2.PlanModelResponse()
+        with self._daemon.seen("PlanModel", request, context).follow(context):
+            response.CopyFrom(self._models.plan(request))
+        return response
 
     def WatchModels(
         self, request: model_pb2.WatchModelsRequest, context: grpc.ServicerContext

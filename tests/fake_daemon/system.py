@@ -6,9 +6,13 @@ from __future__ import annotations
 from typing import Any
 
 from loaderd.v1 import system_pb2, system_pb2_grpc
+from tests.fake_daemon.models import Models
 
 
 class SystemService(system_pb2_grpc.SystemServiceServicer):
+    def __init__(self, models: Models) -> None:
+        self._models = models
+
     def GetServerInfo(
         self, request: system_pb2.GetServerInfoRequest, context: Any
     ) -> system_pb2.GetServerInfoResponse:
@@ -29,6 +33,8 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
     def ListDevices(
         self, request: system_pb2.ListDevicesRequest, context: Any
     ) -> system_pb2.ListDevicesResponse:
+        holders = self._models.holders()
+        reserved = sum(holder.bytes for holder in holders)
         return system_pb2.ListDevicesResponse(
             devices=[
                 system_pb2.Device(
@@ -37,6 +43,7 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
                     name="Fake GPU",
                     total_bytes=80 << 30,
                     free_bytes=70 << 30,
+                    available_bytes=70 << 30,
                 ),
                 system_pb2.Device(
                     id="cpu",
@@ -45,6 +52,9 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
                     total_bytes=16 << 30,
                     free_bytes=12 << 30,
                     cores=8,
+                    reserved_bytes=reserved,
+                    holders=holders,
+                    available_bytes=(12 << 30) - reserved,
                 ),
             ]
         )

@@ -35,19 +35,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loaderd.cli": {"loaderd.client"},
     "loaderd.server": set(),
     "loaderd.server.errors": {"loaderd.v1"},
+    "loaderd.server.box": {"loaderd.server.errors", "loaderd.v1"},
     "loaderd.server.parent": set(),
     "loaderd.server.single_flight": set(),
     "loaderd.server.config": {"loaderd.server.errors", "loaderd.server.store.names"},
     "loaderd.server.store.names": {"loaderd.server.errors"},
     "loaderd.server.store": _BASE | {"loaderd.server.config", "loaderd.server.parent"},
     "loaderd.server.supervisor": _BASE | {"loaderd.worker.v1", "loaderd.server.config"},
-    "loaderd.server.models": _BASE | _LOWER | {"loaderd.worker.v1"},
+    "loaderd.server.models": _BASE | _LOWER | {"loaderd.worker.v1", "loaderd.server.box"},
     "loaderd.server.rpc": _BASE | _LOWER | {"loaderd.worker.v1", "loaderd.server.models"},
     "loaderd.server.daemon": _BASE | _LOWER | {"loaderd.server.models", "loaderd.server.rpc"},
     "loaderd.server.cli": {"loaderd.server.config", "loaderd.server.daemon"},
     "loaderd.server.worker": {
         "loaderd.v1",
         "loaderd.worker.v1",
+        "loaderd.server.box",
         "loaderd.server.errors",
         "loaderd.server.parent",
         "loaderd.server.store",
@@ -68,7 +70,7 @@ GRPC_PARTS = (
     "loaderd.server.daemon",
     "loaderd.server.worker",
 )
-PURE = ("loaderd.server.models.lifecycle",)
+PURE = ("loaderd.server.models.lifecycle", "loaderd.server.models.placement")
 NOT_PURE = GRPC | HEAVY | {"asyncio"}
 
 # Besides the standard library.

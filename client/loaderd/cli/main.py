@@ -61,6 +61,7 @@ app = typer.Typer(
 )
 for command in (
     models.load,
+    models.plan,
     models.unload,
     models.ps,
     models.watch,

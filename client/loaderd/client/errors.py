@@ -217,6 +217,9 @@ class DeviceMemoryError(LoaderdError):
     code = StatusCode.RESOURCE_EXHAUSTED
     reason = "DEVICE_MEMORY"
     model = _TextField()
+    needed_bytes = _NumberField()
+    free_bytes = _NumberField()
+    holders = _TextField()
 
 
 class QueueFullError(LoaderdError):

@@ -80,6 +80,32 @@ def load_request(
     Raises:
         InvalidArgumentError: A value that the wire cannot carry.
     """
+    options = _load_options(dtype, device_map, quantization)
+    request = model_pb2.LoadModelRequest(model=model_name(name), options=options)
+    if keep_alive is not None:
+        _set(request, "keep_alive", keep_alive)
+    if lease_ttl is not None:
+        _set(request, "lease_ttl", lease_ttl)
+    return request
+
+
+def plan_request(
+    name: ModelName,
+    *,
+    dtype: Dtype | DtypeName | None,
+    device_map: str | None,
+    quantization: Quantization | QuantizationName | None = None,
+) -> model_pb2.PlanModelRequest:
+    """A PlanModelRequest; options that are None stay unset."""
+    options = _load_options(dtype, device_map, quantization)
+    return model_pb2.PlanModelRequest(model=model_name(name), options=options)
+
+
+def _load_options(
+    dtype: Dtype | DtypeName | None,
+    device_map: str | None,
+    quantization: Quantization | QuantizationName | None,
+) -> model_pb2.LoadOptions:
     options = model_pb2.LoadOptions()
     if device_map is not None:
         _set(options, "device_map", device_map)
@@ -89,12 +115,7 @@ def load_request(
         options.quantization = model_pb2.Quantization.ValueType(
             _member(Quantization, "quantization", quantization)
         )
-    request = model_pb2.LoadModelRequest(model=model_name(name), options=options)
-    if keep_alive is not None:
-        _set(request, "keep_alive", keep_alive)
-    if lease_ttl is not None:
-        _set(request, "lease_ttl", lease_ttl)
-    return request
+    return options
 
 
 def unload_request(

@@ -81,6 +81,8 @@ def _model_details(details: model_pb2.ModelDetails) -> types.ModelDetails:
         worker_pid=details.worker_pid,
         quantization=_quantization(details.quantization),
         quantization_reason=details.quantization_reason,
+        planned_bytes=details.planned_bytes,
+        memory_bytes=details.memory_bytes,
     )
 
 
@@ -115,6 +117,31 @@ def load_progress(progress: model_pb2.LoadProgress) -> types.LoadProgress:
         if progress.HasField("verification")
         else None,
         elapsed=progress.elapsed.ToTimedelta(),
+    )
+
+
+def load_plan(response: model_pb2.PlanModelResponse) -> types.LoadPlan:
+    """What a load would take."""
+    parts = response.breakdown
+    return types.LoadPlan(
+        fits=response.fits,
+        devices=tuple(
+            types.PlannedDevice(id=each.id, bytes=each.bytes) for each in response.devices
+        ),
+        needed_bytes=response.needed_bytes,
+        free_bytes=response.free_bytes,
+        holders=tuple(map(_memory_holder, response.holders)),
+        breakdown=types.MemoryBreakdown(
+            weights_bytes=parts.weights_bytes,
+            kv_cache_bytes=parts.kv_cache_bytes,
+            activation_bytes=parts.activation_bytes,
+            headroom_bytes=parts.headroom_bytes,
+            copies_bytes=parts.copies_bytes,
+        ),
+        dtype=member(types.Dtype, response.dtype),
+        dtype_reason=response.dtype_reason,
+        kv_tokens=response.kv_tokens,
+        unknown=tuple(response.unknown),
     )
 
 
@@ -422,7 +449,14 @@ def device(message: system_pb2.Device) -> types.Device:
         total_bytes=message.total_bytes,
         free_bytes=message.free_bytes,
         cores=message.cores or None,
+        reserved_bytes=message.reserved_bytes,
+        holders=tuple(map(_memory_holder, message.holders)),
+        available_bytes=message.available_bytes,
     )
+
+
+def _memory_holder(message: system_pb2.MemoryHolder) -> types.MemoryHolder:
+    return types.MemoryHolder(model_id=message.model_id, name=message.name, bytes=message.bytes)
 
 
 def _time(owner: ProtoMessage, field: str, value: Timestamp) -> datetime | None:

@@ -87,7 +87,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_DEVICE_MEMORY: _ErrorReason.ValueType  # 16
     """RESOURCE_EXHAUSTED. The device's memory cannot hold the model or request.
-    Metadata: model. Details: QuotaFailure.
+    Metadata: model, and where they are known needed_bytes, free_bytes and
+    holders (the models that have the rest, such as "org/a (2.1 GB)").
+    Details: QuotaFailure.
     """
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 17
     """RESOURCE_EXHAUSTED. The model's queue is full.
@@ -218,7 +220,9 @@ Metadata: needed_bytes, free_bytes. Details: QuotaFailure.
 """
 ERROR_REASON_DEVICE_MEMORY: ErrorReason.ValueType  # 16
 """RESOURCE_EXHAUSTED. The device's memory cannot hold the model or request.
-Metadata: model. Details: QuotaFailure.
+Metadata: model, and where they are known needed_bytes, free_bytes and
+holders (the models that have the rest, such as "org/a (2.1 GB)").
+Details: QuotaFailure.
 """
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 17
 """RESOURCE_EXHAUSTED. The model's queue is full.

@@ -12,6 +12,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from loaderd.v1 import cache_pb2 as _cache_pb2
 from loaderd.v1 import errors_pb2 as _errors_pb2
+from loaderd.v1 import system_pb2 as _system_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -997,6 +998,8 @@ class ModelDetails(_message.Message):
     WORKER_PID_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     QUANTIZATION_REASON_FIELD_NUMBER: _builtins.int
+    PLANNED_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     architecture: _builtins.str
     """The class that serves it, for example "LlamaForCausalLM"."""
     dtype: Global___Dtype.ValueType
@@ -1022,6 +1025,14 @@ class ModelDetails(_message.Message):
     quantization_reason: _builtins.str
     """What quantized them, or in which form the files had them; empty when they
     are plain.
+    """
+    planned_bytes: _builtins.int
+    """What the plan before the load said that it would take on all devices, in
+    bytes.
+    """
+    memory_bytes: _builtins.int
+    """What the load did take, as the worker measured it when it was done, in bytes:
+    growth of its resident memory, and its allocations on accelerators.
     """
     @_builtins.property
     def device_map(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -1050,10 +1061,12 @@ class ModelDetails(_message.Message):
         worker_pid: _builtins.int = ...,
         quantization: Global___Quantization.ValueType = ...,
         quantization_reason: _builtins.str = ...,
+        planned_bytes: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "device_map", b"device_map", "dtype", b"dtype", "dtype_reason", b"dtype_reason", "engine", b"engine", "engine_reason", b"engine_reason", "has_chat_template", b"has_chat_template", "parameter_count", b"parameter_count", "quantization", b"quantization", "quantization_reason", b"quantization_reason", "supported_parameters", b"supported_parameters", "weight_bytes", b"weight_bytes", "worker_pid", b"worker_pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "device_map", b"device_map", "dtype", b"dtype", "dtype_reason", b"dtype_reason", "engine", b"engine", "engine_reason", b"engine_reason", "has_chat_template", b"has_chat_template", "memory_bytes", b"memory_bytes", "parameter_count", b"parameter_count", "planned_bytes", b"planned_bytes", "quantization", b"quantization", "quantization_reason", b"quantization_reason", "supported_parameters", b"supported_parameters", "weight_bytes", b"weight_bytes", "worker_pid", b"worker_pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1106,6 +1119,168 @@ class LoadTimings(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadTimings: _TypeAlias = LoadTimings  # noqa: Y015
+
+@_typing.final
+class PlanModelRequest(_message.Message):
+    """See ModelService.PlanModel."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """A name as in LoadModelRequest.model. Required; INVALID_NAME if malformed."""
+    @_builtins.property
+    def options(self) -> Global___LoadOptions:
+        """As in LoadModelRequest.options."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        options: Global___LoadOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanModelRequest: _TypeAlias = PlanModelRequest  # noqa: Y015
+
+@_typing.final
+class PlanModelResponse(_message.Message):
+    """See ModelService.PlanModel."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FITS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    NEEDED_BYTES_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
+    BREAKDOWN_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    DTYPE_REASON_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_FIELD_NUMBER: _builtins.int
+    UNKNOWN_FIELD_NUMBER: _builtins.int
+    fits: _builtins.bool
+    """Whether a load would be let begin now; if not, it would fail with
+    DEVICE_MEMORY.
+    """
+    needed_bytes: _builtins.int
+    """What it would take of all these devices, in bytes."""
+    free_bytes: _builtins.int
+    """What could be had of the devices that it may be on, in bytes."""
+    dtype: Global___Dtype.ValueType
+    """The dtype that it would have; never unspecified."""
+    dtype_reason: _builtins.str
+    """Why this dtype."""
+    kv_tokens: _builtins.int
+    """For how many tokens keys and values are counted."""
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedDevice]:
+        """Where it would go, and how much of it; empty when it does not fit."""
+
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedCompositeFieldContainer[_system_pb2.MemoryHolder]:
+        """Which models have memory of the devices that it may be on."""
+
+    @_builtins.property
+    def breakdown(self) -> Global___MemoryBreakdown:
+        """What needed_bytes is made of."""
+
+    @_builtins.property
+    def unknown(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is not counted because config.json does not tell it; one sentence each."""
+
+    def __init__(
+        self,
+        *,
+        fits: _builtins.bool = ...,
+        devices: _abc.Iterable[Global___PlannedDevice] | None = ...,
+        needed_bytes: _builtins.int = ...,
+        free_bytes: _builtins.int = ...,
+        holders: _abc.Iterable[_system_pb2.MemoryHolder] | None = ...,
+        breakdown: Global___MemoryBreakdown | None = ...,
+        dtype: Global___Dtype.ValueType = ...,
+        dtype_reason: _builtins.str = ...,
+        kv_tokens: _builtins.int = ...,
+        unknown: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["breakdown", b"breakdown"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["breakdown", b"breakdown", "devices", b"devices", "dtype", b"dtype", "dtype_reason", b"dtype_reason", "fits", b"fits", "free_bytes", b"free_bytes", "holders", b"holders", "kv_tokens", b"kv_tokens", "needed_bytes", b"needed_bytes", "unknown", b"unknown"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanModelResponse: _TypeAlias = PlanModelResponse  # noqa: Y015
+
+@_typing.final
+class PlannedDevice(_message.Message):
+    """What a model would take of one device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Its Device.id."""
+    bytes: _builtins.int
+    """In bytes."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedDevice: _TypeAlias = PlannedDevice  # noqa: Y015
+
+@_typing.final
+class MemoryBreakdown(_message.Message):
+    """Parts of the memory that a model takes, in bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
+    KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    ACTIVATION_BYTES_FIELD_NUMBER: _builtins.int
+    HEADROOM_BYTES_FIELD_NUMBER: _builtins.int
+    COPIES_BYTES_FIELD_NUMBER: _builtins.int
+    weights_bytes: _builtins.int
+    """The weights in their dtype."""
+    kv_cache_bytes: _builtins.int
+    """Keys and values of one sequence, the least that is of use."""
+    activation_bytes: _builtins.int
+    """What a step computes with, on each device."""
+    headroom_bytes: _builtins.int
+    """What a process needs besides, on each device."""
+    copies_bytes: _builtins.int
+    """Copies of weights in a form that the CPU multiplies faster; 0 where they are
+    not made, or there is no room for them.
+    """
+    def __init__(
+        self,
+        *,
+        weights_bytes: _builtins.int = ...,
+        kv_cache_bytes: _builtins.int = ...,
+        activation_bytes: _builtins.int = ...,
+        headroom_bytes: _builtins.int = ...,
+        copies_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "copies_bytes", b"copies_bytes", "headroom_bytes", b"headroom_bytes", "kv_cache_bytes", b"kv_cache_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryBreakdown: _TypeAlias = MemoryBreakdown  # noqa: Y015
 
 @_typing.final
 class ModelFailure(_message.Message):

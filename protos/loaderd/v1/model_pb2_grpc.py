@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ModelServiceStub(object):
-    """Models in memory: load, unload, list, watch.
+    """Models in memory: load, unload, list, watch, plan.
     """
 
     def __init__(self, channel):
@@ -75,10 +75,15 @@ class ModelServiceStub(object):
                 request_serializer=loaderd_dot_v1_dot_model__pb2.ReleaseLeaseRequest.SerializeToString,
                 response_deserializer=loaderd_dot_v1_dot_model__pb2.ReleaseLeaseResponse.FromString,
                 _registered_method=True)
+        self.PlanModel = channel.unary_unary(
+                '/loaderd.v1.ModelService/PlanModel',
+                request_serializer=loaderd_dot_v1_dot_model__pb2.PlanModelRequest.SerializeToString,
+                response_deserializer=loaderd_dot_v1_dot_model__pb2.PlanModelResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer(object):
-    """Models in memory: load, unload, list, watch.
+    """Models in memory: load, unload, list, watch, plan.
     """
 
     def LoadModel(self, request, context):
@@ -148,6 +153,15 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PlanModel(self, request, context):
+        """What loading a model would take, where it would go, and whether that is free
+        now. Loads and reserves nothing, and reads no more than the headers of the
+        weights. SNAPSHOT_NOT_FOUND when the model is not in the cache.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -191,6 +205,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=loaderd_dot_v1_dot_model__pb2.ReleaseLeaseRequest.FromString,
                     response_serializer=loaderd_dot_v1_dot_model__pb2.ReleaseLeaseResponse.SerializeToString,
             ),
+            'PlanModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanModel,
+                    request_deserializer=loaderd_dot_v1_dot_model__pb2.PlanModelRequest.FromString,
+                    response_serializer=loaderd_dot_v1_dot_model__pb2.PlanModelResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'loaderd.v1.ModelService', rpc_method_handlers)
@@ -200,7 +219,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService(object):
-    """Models in memory: load, unload, list, watch.
+    """Models in memory: load, unload, list, watch, plan.
     """
 
     @staticmethod
@@ -409,6 +428,33 @@ class ModelService(object):
             '/loaderd.v1.ModelService/ReleaseLease',
             loaderd_dot_v1_dot_model__pb2.ReleaseLeaseRequest.SerializeToString,
             loaderd_dot_v1_dot_model__pb2.ReleaseLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loaderd.v1.ModelService/PlanModel',
+            loaderd_dot_v1_dot_model__pb2.PlanModelRequest.SerializeToString,
+            loaderd_dot_v1_dot_model__pb2.PlanModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelServiceStub:
-    """Models in memory: load, unload, list, watch."""
+    """Models in memory: load, unload, list, watch, plan."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -64,10 +64,15 @@ class ModelServiceStub:
     """Starts a lease's time anew. LEASE_NOT_FOUND when it has ended."""
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_model_pb2.ReleaseLeaseRequest, _model_pb2.ReleaseLeaseResponse]
     """Ends a lease. LEASE_NOT_FOUND when it has ended already."""
+    PlanModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.PlanModelRequest, _model_pb2.PlanModelResponse]
+    """What loading a model would take, where it would go, and whether that is free
+    now. Loads and reserves nothing, and reads no more than the headers of the
+    weights. SNAPSHOT_NOT_FOUND when the model is not in the cache.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
-    """Models in memory: load, unload, list, watch."""
+    """Models in memory: load, unload, list, watch, plan."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     LoadModel: _aio.UnaryStreamMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
@@ -101,9 +106,14 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Starts a lease's time anew. LEASE_NOT_FOUND when it has ended."""
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_model_pb2.ReleaseLeaseRequest, _model_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
     """Ends a lease. LEASE_NOT_FOUND when it has ended already."""
+    PlanModel: _aio.UnaryUnaryMultiCallable[_model_pb2.PlanModelRequest, _model_pb2.PlanModelResponse]  # type: ignore[assignment]
+    """What loading a model would take, where it would go, and whether that is free
+    now. Loads and reserves nothing, and reads no more than the headers of the
+    weights. SNAPSHOT_NOT_FOUND when the model is not in the cache.
+    """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Models in memory: load, unload, list, watch."""
+    """Models in memory: load, unload, list, watch, plan."""
 
     @_abc_1.abstractmethod
     def LoadModel(
@@ -183,5 +193,16 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ReleaseLeaseResponse, _abc.Awaitable[_model_pb2.ReleaseLeaseResponse]]:
         """Ends a lease. LEASE_NOT_FOUND when it has ended already."""
+
+    @_abc_1.abstractmethod
+    def PlanModel(
+        self,
+        request: _model_pb2.PlanModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.PlanModelResponse, _abc.Awaitable[_model_pb2.PlanModelResponse]]:
+        """What loading a model would take, where it would go, and whether that is free
+        now. Loads and reserves nothing, and reads no more than the headers of the
+        weights. SNAPSHOT_NOT_FOUND when the model is not in the cache.
+        """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

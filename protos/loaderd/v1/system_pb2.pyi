@@ -221,6 +221,9 @@ class Device(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     FREE_BYTES_FIELD_NUMBER: _builtins.int
     CORES_FIELD_NUMBER: _builtins.int
+    RESERVED_BYTES_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
+    AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its name in LoadOptions.device_map, for example "cuda:0" or "cpu"."""
     type: Global___DeviceType.ValueType
@@ -230,9 +233,23 @@ class Device(_message.Message):
     total_bytes: _builtins.int
     """Its memory, in bytes; for the CPU what the box or its cgroup allows."""
     free_bytes: _builtins.int
-    """Memory that was free when the newest worker process had started."""
+    """Memory that is free: of the CPU now, within its cgroups' bounds; of an
+    accelerator when the newest worker process had started.
+    """
     cores: _builtins.int
     """Cores of a CPU that the daemon may use; 0 for accelerators."""
+    reserved_bytes: _builtins.int
+    """Memory that models have reserved, in bytes: what loads will need, and what
+    loaded models hold.
+    """
+    available_bytes: _builtins.int
+    """What a load could have now: free, and reserved by nobody."""
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryHolder]:
+        """Whose that is, the most first. On unified memory the devices that share it
+        have the same holders.
+        """
+
     def __init__(
         self,
         *,
@@ -242,11 +259,44 @@ class Device(_message.Message):
         total_bytes: _builtins.int = ...,
         free_bytes: _builtins.int = ...,
         cores: _builtins.int = ...,
+        reserved_bytes: _builtins.int = ...,
+        holders: _abc.Iterable[Global___MemoryHolder] | None = ...,
+        available_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cores", b"cores", "free_bytes", b"free_bytes", "id", b"id", "name", b"name", "total_bytes", b"total_bytes", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_bytes", b"available_bytes", "cores", b"cores", "free_bytes", b"free_bytes", "holders", b"holders", "id", b"id", "name", b"name", "reserved_bytes", b"reserved_bytes", "total_bytes", b"total_bytes", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Device: _TypeAlias = Device  # noqa: Y015
+
+@_typing.final
+class MemoryHolder(_message.Message):
+    """A model that has memory of a device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """Its Model.id."""
+    name: _builtins.str
+    """Its name."""
+    bytes: _builtins.int
+    """How much of this device, in bytes."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "model_id", b"model_id", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryHolder: _TypeAlias = MemoryHolder  # noqa: Y015

@@ -19,6 +19,7 @@ from loaderd.server.models.idle import IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
 from loaderd.server.models.manifest import Declared, Manifest
+from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.restarts import Restarts
@@ -88,11 +89,13 @@ class Daemon:
             )
             keep_alive = config.keep_alive if config.keep_alive >= 0 else PINNED
             registry = ModelRegistry(config.max_requests, keep_alive)
-            loads = Loads(registry, store, supervisor, OnDemand(config.load_on_demand))
+            planner = Planner(store, supervisor)
+            on_demand = OnDemand(config.load_on_demand)
+            loads = Loads(registry, store, supervisor, planner, on_demand)
             restarts = Restarts(loads)
             registry.on_death = restarts.begin
             manifest = Manifest(_declared(config), registry, loads)
-            server = RpcServer(registry, loads, store, supervisor)
+            server = RpcServer(registry, loads, planner, store, supervisor)
             addresses = self._bind(server)
             self._catch_signals(supervisor)
             health = asyncio.create_task(server.health.follow())

@@ -7,7 +7,7 @@ texts are fixed: whatever a client sees is made of these sentences and the field
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar, get_type_hints
 
 from loaderd.v1.errors_pb2 import ErrorReason
@@ -33,8 +33,9 @@ class LoaderdError(Exception):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The fields as strings."""
-        return {f.name: str(_shortened(getattr(self, f.name))) for f in fields(self)}
+        """The fields as strings, without those that are not known."""
+        values = {f.name: _shortened(getattr(self, f.name)) for f in fields(self)}
+        return {name: str(value) for name, value in values.items() if value is not None}
 
     @property
     def number(self) -> ErrorReason.ValueType:
@@ -50,8 +51,9 @@ class LoaderdError(Exception):
         """
         kind = BY_REASON[ErrorReason.Name(number).removeprefix(_PREFIX)]
         hints = get_type_hints(kind)
-        convert = {f.name: (int if hints[f.name] is int else str) for f in fields(kind)}
-        return kind(**{name: to(metadata[name]) for name, to in convert.items()})
+        given = [f.name for f in fields(kind) if f.default is MISSING or f.name in metadata]
+        numbers = {name for name in given if hints[name] in (int, int | None)}
+        return kind(**{name: (int if name in numbers else str)(metadata[name]) for name in given})
 
 
 @dataclass(eq=False)
@@ -214,11 +216,34 @@ class DiskFullError(LoaderdError):
 
 @dataclass(eq=False)
 class DeviceMemoryError(LoaderdError):
-    """The device's memory cannot hold the model or the request."""
+    """The device's memory cannot hold the model or the request.
+
+    Attributes:
+        model: The model.
+        needed_bytes: What it would take; None where a device only said that it is full.
+        free_bytes: What could be had.
+        holders: Who has the rest, such as "org/a (2.1 GB), org/b (0.3 GB)".
+    """
 
     reason = "DEVICE_MEMORY"
-    text = "not enough device memory for {model!r}; unload another model or choose another device"
+    text = (
+        "not enough device memory for {model!r}{numbers}; unload another model or choose another "
+        "device"
+    )
     model: str
+    needed_bytes: int | None = None
+    free_bytes: int | None = None
+    holders: str | None = None
+
+    def __str__(self) -> str:
+        told = [
+            f"{self.needed_bytes} bytes are needed" if self.needed_bytes is not None else "",
+            f"{self.free_bytes} are free" if self.free_bytes is not None else "",
+            f"held by {_shortened(self.holders)}" if self.holders is not None else "",
+        ]
+        numbers = ", ".join(filter(None, told))
+        model = _shortened(self.model)
+        return self.text.format(model=model, numbers=f": {numbers}" if numbers else "")
 
 
 @dataclass(eq=False)
@@ -363,7 +388,7 @@ BY_REASON: dict[str, type[LoaderdError]] = {
 """The error classes by reason."""
 
 
-def _shortened(value: str | int) -> str | int:
+def _shortened(value: str | int | None) -> str | int | None:
     if isinstance(value, str) and len(value) > _LONGEST_FIELD:
         return value[: _LONGEST_FIELD - 1] + "\N{HORIZONTAL ELLIPSIS}"
     return value

@@ -212,12 +212,47 @@ def test_info_health_and_devices(ctl: Ctl, daemon: FakeDaemon) -> None:
     assert (down.exit_code, down.stdout) == (ExitCode.UNAVAILABLE, "not serving\n")
 
     heading, gpu, cpu = lines(ctl("devices").stdout)
-    assert heading == ["ID", "TYPE", "NAME", "MEMORY", "FREE", "CORES"]
-    assert gpu == ["cuda:0", "cuda", "Fake", "GPU", "85.9", "GB", "75.2", "GB", "-"]
+    assert " ".join(heading) == "ID TYPE NAME MEMORY FREE RESERVED AVAILABLE CORES"
+    assert " ".join(gpu) == "cuda:0 cuda Fake GPU 85.9 GB 75.2 GB 0 B 75.2 GB -"
     assert cpu[-1] == "8"
     devices = document(ctl("devices", "--json"))
     assert [device["type"] for device in devices] == ["cuda", "cpu"]
     assert devices[0]["free_bytes"] == 70 << 30
+
+
+def test_devices_say_who_has_their_memory(ctl: Ctl) -> None:
+    ctl("load", "demo/chat")
+    assert ctl("devices").stdout.splitlines()[-1] == "cpu: 52.0 MB demo/chat (m-1)"
+    cpu = document(ctl("devices", "--json"))[-1]
+    assert cpu["reserved_bytes"] == 52_000_000
+    assert cpu["holders"] == [{"model_id": "m-1", "name": "demo/chat", "bytes": 52_000_000}]
+    assert document(ctl("ps", "--json"))[0]["details"]["memory_bytes"] == 52_000_000
+
+
+def test_a_plan_says_what_a_load_takes_and_exits_by_whether_it_fits(ctl: Ctl) -> None:
+    result = ctl("plan", "demo/chat", "--dtype", "float32", "--device-map", "cpu")
+    assert result.exit_code == ExitCode.OK
+    told = [line.split("  ", 1) for line in result.stdout.splitlines()]
+    shown = {name.strip(): text.strip() for name, text in told}
+    assert shown["fits"] == "yes, on cpu (60.0 MB)"
+    assert shown["dtype"] == "float32: asked for"
+    assert shown["weights"] == "38.0 MB"
+    assert shown["keys and values of 4096 tokens"] == "2.0 MB"
+    assert "held by" not in shown
+
+    ctl("load", "demo/chat")
+    full = ctl("plan", "demo/base")
+    assert full.exit_code == ExitCode.EXHAUSTED
+    assert full.stdout.splitlines()[0].split() == ["fits", "no"]
+    assert "demo/chat (52.0 MB)" in full.stdout
+    assert "not counted" in full.stdout
+    planned = ctl("plan", "demo/base", "--json")
+    assert planned.exit_code == ExitCode.EXHAUSTED
+    assert json.loads(planned.stdout)["breakdown"]["weights_bytes"] == 38_000_000
+
+
+def test_a_plan_of_what_is_not_cached_is_not_found(ctl: Ctl) -> None:
+    assert ctl("plan", "demo/remote").exit_code == ExitCode.NOT_FOUND
 
 
 def test_run_answers_on_stdout(ctl: Ctl, daemon: FakeDaemon) -> None:

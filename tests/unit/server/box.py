@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from loaderd.server.models.idle import IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
+from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.restarts import Restarts
 from loaderd.server.rpc.server import RpcServer
@@ -104,11 +105,12 @@ async def open_box(
             )
         )
         registry = ModelRegistry(MAX_REQUESTS, keep_alive_s)
-        loads = Loads(registry, store, supervisor, on_demand)
+        planner = Planner(store, supervisor)
+        loads = Loads(registry, store, supervisor, planner, on_demand)
         restarts = Restarts(loads, restart_wait_s or 0.0)
         if restart_wait_s is not None:
             registry.on_death = restarts.begin
-        server = RpcServer(registry, loads, store, supervisor)
+        server = RpcServer(registry, loads, planner, store, supervisor)
         port = server.bind("127.0.0.1:0")
         socket = f"unix:{tmp_path / 'box.sock'}"
         server.bind(socket)

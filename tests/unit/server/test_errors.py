@@ -40,7 +40,8 @@ _DETAILS = {
 def example(kind: type[errors.LoaderdError]) -> errors.LoaderdError:
     hints = get_type_hints(kind)
     values = {
-        f.name: 7 if hints[f.name] is int else f"some {f.name}" for f in dataclasses.fields(kind)
+        f.name: 7 if hints[f.name] in (int, int | None) else f"some {f.name}"
+        for f in dataclasses.fields(kind)
     }
     return kind(**values)
 
@@ -57,6 +58,17 @@ def test_an_error_survives_the_way_between_processes(reason: str) -> None:
     assert type(copy) is type(error)
     assert str(copy) == str(error)
     assert copy.metadata == error.metadata
+
+
+def test_what_is_not_known_is_neither_told_nor_sent() -> None:
+    error = errors.DeviceMemoryError("org/name")
+    assert error.metadata == {"model": "org/name"}
+    assert str(error) == (
+        "not enough device memory for 'org/name'; unload another model or choose another device"
+    )
+    copy = errors.LoaderdError.from_metadata(error.number, error.metadata)
+    assert isinstance(copy, errors.DeviceMemoryError)
+    assert (copy.needed_bytes, copy.free_bytes, copy.holders) == (None, None, None)
 
 
 @pytest.mark.parametrize("reason", sorted(errors.BY_REASON))

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from loaderd.server.errors import DrainingError
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.loads import LoadProgress, Loads, OnDemand
+from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions, ModelRecord
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.single_flight import Publish, SingleFlight
@@ -31,6 +34,7 @@ LIMITS = WorkerLimits(standby=0, load_timeout=20, heartbeat_timeout=60, max_stre
 class SteeredStore:
     """Knows which commit each revision is, and downloads when it is let."""
 
+    folder: Path
     revisions: dict[str, str] = field(default_factory=lambda: {"main": OLD, "v1": OLD})
     cached: set[str] = field(default_factory=set)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -64,7 +68,15 @@ class SteeredStore:
         return False
 
     def _snapshot(self, name: HubName, commit: str) -> CachedSnapshot:
-        return CachedSnapshot(name.repo_id, name.revision, commit, Path("/cache") / commit, 10)
+        folder = make_model(self.folder / commit)
+        return CachedSnapshot(name.repo_id, name.revision, commit, folder, 10)
+
+
+def make_model(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file({"weight": np.zeros(4, np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
 
 
 @dataclass
@@ -93,13 +105,10 @@ async def box(tmp_path: Path) -> AsyncIterator[Box]:
         supervisor = Supervisor(tmp_path, launcher, LIMITS)
         await supervisor.start()
         stack.push_async_callback(supervisor.close)
-        registry, store = ModelRegistry(4), SteeredStore()
-        yield Box(
-            launcher,
-            registry,
-            store,
-            Loads(registry, cast(ModelStore, store), supervisor, OnDemand.OFF),
-        )
+        registry, store = ModelRegistry(4), SteeredStore(tmp_path)
+        models = cast(ModelStore, store)
+        loads = Loads(registry, models, supervisor, Planner(models, supervisor), OnDemand.OFF)
+        yield Box(launcher, registry, store, loads)
         launcher.load_gate.set()
         await registry.close()
 

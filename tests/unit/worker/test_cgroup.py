@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from loaderd.server.worker.cgroup import MemoryBound, core_bounds, memory_bounds
+from loaderd.server.box.cgroup import MemoryBound, core_bounds, memory_bounds
 
 
 def write(root: Path, files: dict[str, str]) -> None:

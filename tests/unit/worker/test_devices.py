@@ -4,9 +4,10 @@ from typing import Any
 import pytest
 import torch
 
+from loaderd.server.box import cpu as cpu_module
+from loaderd.server.box.cgroup import MemoryBound
 from loaderd.server.errors import InvalidArgumentError, UnsupportedOptionError
 from loaderd.server.worker import devices
-from loaderd.server.worker.cgroup import MemoryBound
 from loaderd.v1.system_pb2 import DeviceType
 
 GIB = 2**30
@@ -108,9 +109,9 @@ def test_what_is_no_device(gpus: Gpus, device_map: str) -> None:
 
 def test_control_groups_bound_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     bounds = [MemoryBound(limit=1000, used=400), MemoryBound(limit=900, used=100)]
-    monkeypatch.setattr(devices, "memory_bounds", lambda: bounds)
-    monkeypatch.setattr(devices, "core_bounds", lambda: [1, 500])
-    cpu = devices.cpu()
+    monkeypatch.setattr(cpu_module, "memory_bounds", lambda: bounds)
+    monkeypatch.setattr(cpu_module, "core_bounds", lambda: [1, 500])
+    cpu = cpu_module.cpu()
     assert (cpu.total_bytes, cpu.free_bytes, cpu.cores) == (900, 600, 1)
     assert cpu.name
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from loaderd.server.box.dtype import choose_dtype, cpu_flags
 from loaderd.server.errors import InvalidArgumentError
-from loaderd.server.worker.dtype import choose_dtype, cpu_flags
 from loaderd.v1.model_pb2 import Dtype
 
 UNSET = Dtype.DTYPE_UNSPECIFIED

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from loaderd.server.worker.dtype import DtypeChoice
+from loaderd.server.box.dtype import DtypeChoice
 from loaderd.server.worker.engine.parameters import SamplingDefaults
 from loaderd.server.worker.engine.sequential import SequentialEngine
 from loaderd.server.worker.facts import model_details, model_facts

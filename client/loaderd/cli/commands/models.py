@@ -1,4 +1,4 @@
-"""Commands on models in memory: load, unload, ps, watch."""
+"""Commands on models in memory: load, plan, unload, ps, watch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loaderd.cli import options, output
+from loaderd.cli.exits import ExitCode
 from loaderd.cli.progress import progress_display
 from loaderd.cli.session import session_of
 from loaderd.cli.units import age, count, parse_span, size, span
 
 if TYPE_CHECKING:
-    from loaderd.client import ChangeReason, ModelDetails, ModelInfo, ModelState
+    from loaderd.client import ChangeReason, LoadPlan, ModelDetails, ModelInfo, ModelState
 
 
 def load(
@@ -58,6 +59,35 @@ def load(
         output.json_result(info)
     else:
         output.result(_sentence(info, worked=worked))
+
+
+def plan(
+    context: typer.Context,
+    model: options.Model,
+    dtype: Annotated[
+        options.DtypeName | None,
+        typer.Option(help="Number type of the weights. Default: the daemon's choice."),
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help='"auto", "cpu", or one accelerator such as "cuda:0".')
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Say what a load would take and whether it would fit now; the exit code is 0 only if so."""
+    session = session_of(context)
+    with session.connect() as client:
+        planned = client.plan(
+            model,
+            dtype=dtype.value if dtype else None,
+            device_map=device_map,
+            timeout=session.timeout,
+        )
+    if json:
+        output.json_result(planned)
+    else:
+        output.fields(_plan_fields(planned))
+    if not planned.fits:
+        raise typer.Exit(ExitCode.EXHAUSTED)
 
 
 def unload(
@@ -138,6 +168,27 @@ def _change(model: ModelInfo, previous: ModelState, reason: ChangeReason) -> str
     arrow = f"{_name(previous)} -> {_name(model.state)}" if previous else _name(model.state)
     why = model.failure.message if model.failure else _CHANGES.get(_name(reason), "")
     return f"{model.name} ({model.id}): {arrow}" + (f": {why}" if why else "")
+
+
+def _plan_fields(plan: LoadPlan) -> list[tuple[str, str]]:
+    parts = plan.breakdown
+    sizes = [
+        ("weights", parts.weights_bytes),
+        (f"keys and values of {plan.kv_tokens} tokens", parts.kv_cache_bytes),
+        ("activations", parts.activation_bytes),
+        ("copies of weights", parts.copies_bytes),
+        ("headroom", parts.headroom_bytes),
+        ("needed", plan.needed_bytes),
+        ("free", plan.free_bytes),
+    ]
+    places = ", ".join(f"{device.id} ({size(device.bytes)})" for device in plan.devices)
+    return [
+        ("fits", f"yes, on {places}" if plan.fits else "no"),
+        ("dtype", f"{_name(plan.dtype)}: {plan.dtype_reason}"),
+        *((name, size(bytes_)) for name, bytes_ in sizes),
+        *(("held by", f"{each.name} ({size(each.bytes)})") for each in plan.holders),
+        *(("not counted", text) for text in plan.unknown),
+    ]
 
 
 def _sentence(model: ModelInfo, *, worked: bool) -> str:

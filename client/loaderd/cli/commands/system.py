@@ -67,7 +67,7 @@ def health(
 
 
 def devices(context: typer.Context, json: options.Json = False) -> None:
-    """List the accelerators and the CPU of the daemon's box."""
+    """List the accelerators and the CPU of the daemon's box, and who has their memory."""
     session = session_of(context)
     with session.connect() as client:
         found = client.devices(timeout=session.timeout)
@@ -75,7 +75,7 @@ def devices(context: typer.Context, json: options.Json = False) -> None:
         output.json_result(found)
         return
     output.table(
-        ("ID", "TYPE", "NAME", "MEMORY", "FREE", "CORES"),
+        ("ID", "TYPE", "NAME", "MEMORY", "FREE", "RESERVED", "AVAILABLE", "CORES"),
         (
             (
                 device.id,
@@ -83,8 +83,13 @@ def devices(context: typer.Context, json: options.Json = False) -> None:
                 device.name,
                 size(device.total_bytes),
                 size(device.free_bytes),
+                size(device.reserved_bytes),
+                size(device.available_bytes),
                 str(device.cores or "-"),
             )
             for device in found
         ),
     )
+    for device in found:
+        for holder in device.holders:
+            output.result(f"{device.id}: {size(holder.bytes)} {holder.name} ({holder.model_id})")

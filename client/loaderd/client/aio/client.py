@@ -24,6 +24,7 @@ from loaderd.client.requests import (
     health_request,
     load_request,
     model_name,
+    plan_request,
     unload_request,
 )
 from loaderd.client.types import (
@@ -31,6 +32,7 @@ from loaderd.client.types import (
     Dtype,
     DtypeName,
     HealthStatus,
+    LoadPlan,
     LoadProgress,
     Quantization,
     QuantizationName,
@@ -169,6 +171,27 @@ class AsyncClient:
             self._transport.stream(self.raw.models.LoadModel, request, timeout),
         )
         return await operation.leased()
+
+    async def plan(
+        self,
+        name: ModelName,
+        *,
+        dtype: Dtype | DtypeName | None = None,
+        device_map: str | None = None,
+        quantization: Quantization | QuantizationName | None = None,
+        timeout: float | None = None,
+    ) -> LoadPlan:
+        """Says what a load of a model in the cache would take, and whether it would fit now.
+
+        Loads and reserves nothing. The arguments are those of `load`.
+
+        Raises:
+            SnapshotNotFoundError: The cache does not have the model.
+        """
+        request = plan_request(name, dtype=dtype, device_map=device_map, quantization=quantization)
+        return responses.load_plan(
+            await self._transport.call(self.raw.models.PlanModel, request, timeout)
+        )
 
     async def unload(
         self,

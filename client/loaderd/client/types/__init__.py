@@ -57,7 +57,8 @@ from loaderd.client.types.model import (
     UnloadResult,
     WatchUpdate,
 )
-from loaderd.client.types.system import Device, ServerInfo
+from loaderd.client.types.plan import LoadPlan, MemoryBreakdown, PlannedDevice
+from loaderd.client.types.system import Device, MemoryHolder, ServerInfo
 from loaderd.client.types.verification import (
     FileProblem,
     VerifyProgress,
@@ -88,9 +89,12 @@ __all__ = [
     "HealthStatus",
     "LeaseInfo",
     "LoadOptions",
+    "LoadPlan",
     "LoadProgress",
     "LoadTimings",
     "LocalFolder",
+    "MemoryBreakdown",
+    "MemoryHolder",
     "Message",
     "ModelDetails",
     "ModelEvent",
@@ -99,6 +103,7 @@ __all__ = [
     "ModelList",
     "ModelSource",
     "ModelState",
+    "PlannedDevice",
     "PlannedFile",
     "ProblemKind",
     "Quantization",

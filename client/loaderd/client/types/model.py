@@ -62,6 +62,10 @@ class ModelDetails:
     """How its weights were quantized at load; None: not."""
     quantization_reason: str
     """What quantized them, or in which form the files had them; empty when they are plain."""
+    planned_bytes: int
+    """What the plan before the load said that it would take."""
+    memory_bytes: int
+    """What the load did take, as its worker measured it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,18 @@ class ServerInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryHolder:
+    """A model that has memory of a device."""
+
+    model_id: str
+    """The model's id."""
+    name: str
+    """Its name."""
+    bytes: int
+    """How much."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Device:
     """One device."""
 
@@ -52,6 +64,12 @@ class Device:
     total_bytes: int
     """Its memory."""
     free_bytes: int
-    """Memory that was free when last looked at."""
+    """Memory that is free: of the CPU now, of an accelerator when it was last looked at."""
+    reserved_bytes: int
+    """Memory that models have reserved: what loads will need, and what loaded models hold."""
+    holders: tuple[MemoryHolder, ...]
+    """Whose that is, the most first."""
+    available_bytes: int
+    """What a load could have now: free, and reserved by nobody."""
     cores: int | None
     """Cores that the daemon may use; None for accelerators."""

@@ -14,6 +14,7 @@ from functools import partial
 
 from loaderd.server.errors import InternalError, LoaderdError, ModelNotLoadedError
 from loaderd.server.models.lifecycle import ModelState
+from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions, ModelRecord, identity_of, is_model_id
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.single_flight import Publish, SingleFlight
@@ -63,6 +64,7 @@ class Loads:
         registry: Where the models are kept.
         store: Where their files are.
         supervisor: Where their workers come from.
+        planner: Says whether they fit.
         on_demand: Which models `ensure` loads.
     """
 
@@ -71,11 +73,13 @@ class Loads:
         registry: ModelRegistry,
         store: ModelStore,
         supervisor: Supervisor,
+        planner: Planner,
         on_demand: OnDemand,
     ) -> None:
         self._registry = registry
         self._store = store
         self._supervisor = supervisor
+        self._planner = planner
         self._on_demand = on_demand
         self._flights: SingleFlight[tuple[str, LoadOptions], LoadProgress, ModelRecord] = (
             SingleFlight()
@@ -216,18 +220,19 @@ class Loads:
             if isinstance(files, CachedSnapshot):
                 await self._store.prove(files, lambda update: publish(_proving(record, update)))
                 publish(_progress(record, None))
-            model = await self._supervisor.load(
-                worker_pb2.Load(
+            async with self._planner.claim(record.id, name, files, options) as claim:
+                load = worker_pb2.Load(
                     path=str(files.path),
                     model=str(name),
                     options=model_pb2.LoadOptions(
                         dtype=options.dtype,
-                        device_map=options.device_map,
+                        device_map=claim.device_map(options.device_map),
                         quantization=options.quantization,
                     ),
                     allow_pickle=self._store.allows_pickle(name),
                 )
-            )
+                model = await self._supervisor.load(load, claim.begun)
+                claim.settle(model)
             record.loaded_by(model)
             self._registry.ready(record, model.worker)
             return record

@@ -14,9 +14,10 @@ from loaderd.server.models.keep_alive import LONGEST_S, PINNED
 from loaderd.server.models.leases import Lease
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.loads import LoadProgress
+from loaderd.server.models.planner import LoadPlan
 from loaderd.server.models.record import LoadOptions, LoadTimings, ModelView
 from loaderd.server.rpc.convert_cache import download_progress, duration, verify_progress
-from loaderd.v1 import model_pb2
+from loaderd.v1 import model_pb2, system_pb2
 
 
 def state(value: ModelState | None) -> model_pb2.ModelState.ValueType:
@@ -154,4 +155,33 @@ def load_progress(progress: LoadProgress) -> model_pb2.LoadProgress:
         download=None if progress.download is None else download_progress(progress.download),
         elapsed=duration(progress.elapsed_s),
         verification=None if reading is None else verify_progress(reading),
+    )
+
+
+def load_plan(plan: LoadPlan) -> model_pb2.PlanModelResponse:
+    """What a load would take, as clients see it."""
+    placement, needs = plan.placement, plan.estimate.needs
+    return model_pb2.PlanModelResponse(
+        fits=placement.fits,
+        devices=[
+            model_pb2.PlannedDevice(id=device, bytes=count)
+            for device, count in placement.devices.items()
+        ],
+        needed_bytes=placement.needed_bytes,
+        free_bytes=placement.free_bytes,
+        holders=[
+            system_pb2.MemoryHolder(model_id=each.id, name=each.name, bytes=each.bytes)
+            for each in placement.holders
+        ],
+        breakdown=model_pb2.MemoryBreakdown(
+            weights_bytes=needs.weights,
+            kv_cache_bytes=needs.kv_cache,
+            activation_bytes=needs.activations,
+            headroom_bytes=needs.headroom,
+            copies_bytes=needs.copies if placement.copies else 0,
+        ),
+        dtype=plan.dtype.dtype,
+        dtype_reason=plan.dtype.reason,
+        kv_tokens=plan.estimate.kv_tokens,
+        unknown=plan.estimate.unknown,
     )

@@ -11,6 +11,7 @@ import grpc
 from loaderd.server.errors import InvalidArgumentError
 from loaderd.server.models.leases import Lease, check_ttl
 from loaderd.server.models.loads import LoadProgress, Loads
+from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import ModelRecord
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc import convert
@@ -20,11 +21,12 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
-    """Models in memory: load, unload, list, watch."""
+    """Models in memory: load, unload, list, watch, plan."""
 
-    def __init__(self, registry: ModelRegistry, loads: Loads) -> None:
+    def __init__(self, registry: ModelRegistry, loads: Loads, planner: Planner) -> None:
         self._registry = registry
         self._loads = loads
+        self._planner = planner
 
     async def LoadModel(
         self, request: model_pb2.LoadModelRequest, context: Context
@@ -87,6 +89,13 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             yield model_pb2.WatchModelsResponse(snapshot=models)
             async for event in events:
                 yield model_pb2.WatchModelsResponse(event=convert.model_event(event))
+
+    async def PlanModel(
+        self, request: model_pb2.PlanModelRequest, context: Context
+    ) -> model_pb2.PlanModelResponse:
+        """What a load would take."""
+        options = convert.load_options(request.options)
+        return convert.load_plan(await self._planner.plan(request.model, options))
 
     async def AcquireLease(
         self, request: model_pb2.AcquireLeaseRequest, context: Context

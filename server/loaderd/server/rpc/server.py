@@ -6,6 +6,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loaderd.server.models.loads import Loads
+from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.cache_service import CacheService
 from loaderd.server.rpc.generation_service import GenerationService
@@ -47,11 +48,16 @@ class RpcServer:
     """
 
     def __init__(
-        self, registry: ModelRegistry, loads: Loads, store: ModelStore, supervisor: Supervisor
+        self,
+        registry: ModelRegistry,
+        loads: Loads,
+        planner: Planner,
+        store: ModelStore,
+        supervisor: Supervisor,
     ) -> None:
         self._server = grpc.aio.server(options=_OPTIONS, interceptors=[StatusInterceptor()])
         model_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelService(registry, loads), self._server
+            ModelService(registry, loads, planner), self._server
         )
         cache_pb2_grpc.add_CacheServiceServicer_to_server(
             CacheService(registry, store), self._server
@@ -60,7 +66,7 @@ class RpcServer:
             GenerationService(registry, loads), self._server
         )
         system_pb2_grpc.add_SystemServiceServicer_to_server(
-            SystemService(registry, supervisor, store.settings), self._server
+            SystemService(registry, supervisor, planner, store.settings), self._server
         )
         services = [
             file.DESCRIPTOR.services_by_name[name].full_name

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.convert_cache import duration
 from loaderd.server.store.store import StoreSettings
@@ -31,6 +32,7 @@ CAPABILITIES = (
     "generation.stream",
     "models.leases",
     "models.load_on_demand",
+    "models.plan",
     "models.watch",
 )
 """Optional abilities that clients may ask for before they rely on them."""
@@ -40,10 +42,15 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
     """The daemon and the box that it runs on."""
 
     def __init__(
-        self, registry: ModelRegistry, supervisor: Supervisor, store: StoreSettings
+        self,
+        registry: ModelRegistry,
+        supervisor: Supervisor,
+        planner: Planner,
+        store: StoreSettings,
     ) -> None:
         self._registry = registry
         self._supervisor = supervisor
+        self._planner = planner
         self._store = store
         self._started_at = datetime.now(UTC)
         self._started = time.monotonic()
@@ -72,4 +79,4 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
         self, request: system_pb2.ListDevicesRequest, context: Context
     ) -> system_pb2.ListDevicesResponse:
         """Accelerators, then the CPU."""
-        return system_pb2.ListDevicesResponse(devices=await self._supervisor.devices())
+        return system_pb2.ListDevicesResponse(devices=await self._planner.devices())

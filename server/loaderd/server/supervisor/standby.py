@@ -64,6 +64,17 @@ class StandbyPool:
             raise
         return worker
 
+    async def wait(self) -> None:
+        """Waits until a spare is up; starts one if there is none.
+
+        Raises:
+            LoaderdError: It died while it started.
+            OSError: It could not be started.
+        """
+        if not self._spares:
+            self._spares.append(await self._start())
+        await asyncio.shield(self._spares[0].link.standby)
+
     async def close(self) -> None:
         """Ends the spares."""
         if self._filler is not None:

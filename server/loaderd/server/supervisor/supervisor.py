@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,7 @@ class Supervisor:
         self._watches: set[asyncio.Task[None]] = set()
         self._pool = StandbyPool(limits.standby, self._start_worker)
         self._latest: worker_pb2.Standby | None = None
+        self._measured_at = 0.0
         self._first_seen = asyncio.Event()
         self._asking = asyncio.Lock()
 
@@ -71,8 +72,14 @@ class Supervisor:
         for worker in self._workers:
             worker.end_now()
 
-    async def load(self, load: worker_pb2.Load) -> LoadedWorker:
+    async def load(
+        self, load: worker_pb2.Load, on_begin: Callable[[Worker], None] = lambda _: None
+    ) -> LoadedWorker:
         """Loads a model in a worker of its own. Cancelling it ends that worker.
+
+        Args:
+            load: What to load.
+            on_begin: Called with the worker when it begins.
 
         Raises:
             LoaderdError: The load failed; WorkerDiedError when the worker ended, or did not
@@ -85,6 +92,7 @@ class Supervisor:
                 worker = await self._pool.take()
                 worker.model = load.model
                 wait_s = time.monotonic() - started
+                on_begin(worker)
                 loaded = await asyncio.shield(worker.link.load(load))
                 return LoadedWorker(worker, loaded, wait_s)
         except BaseException as error:
@@ -117,25 +125,31 @@ class Supervisor:
         """
         try:
             async with asyncio.timeout(self._limits.load_timeout), self._asking:
-                if self._latest is None and not self._limits.standby:
-                    worker = await self._pool.take()
-                    await worker.close()
+                if self._latest is None:
+                    await self._pool.wait()  # it is the worker of the next load
                 await self._first_seen.wait()
         except (TimeoutError, OSError) as error:
             raise WorkerDiedError(model="a worker that looks at the devices") from error
         return [] if self._latest is None else list(self._latest.devices)
 
+    @property
+    def measured_at(self) -> float:
+        """Monotonic time when the worker was started that told of the devices; 0 before."""
+        return self._measured_at
+
     async def _start_worker(self) -> Worker:
+        started = time.monotonic()
         worker = await Worker.start(self._launcher, self._server, self._limits)
         self._workers.add(worker)
-        watch = asyncio.create_task(self._watch(worker))
+        watch = asyncio.create_task(self._watch(worker, started))
         self._watches.add(watch)
         watch.add_done_callback(self._watches.discard)
         return worker
 
-    async def _watch(self, worker: Worker) -> None:
+    async def _watch(self, worker: Worker, started: float) -> None:
         try:
             self._latest = await asyncio.shield(worker.link.standby)
+            self._measured_at = started
             self._first_seen.set()
         except LoaderdError:
             pass  # it died while it started: whoever wanted it is told by the link

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from loaderd.server.errors import LoaderdError, WorkerDiedError
@@ -87,6 +88,10 @@ class Worker:
     def ended(self) -> bool:
         """Whether the process has ended."""
         return self._watch.done()
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` when the process has ended."""
+        self._watch.add_done_callback(lambda _: callback())
 
     async def wait(self) -> None:
         """Waits for the end of the process. Cancelling the wait leaves it alone."""

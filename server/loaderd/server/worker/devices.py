@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import re
-from pathlib import Path
 
 import psutil
 import torch
 
+from loaderd.server.box.cpu import CPU, cpu
 from loaderd.server.errors import InvalidArgumentError, UnsupportedOptionError
-from loaderd.server.worker.cgroup import core_bounds, memory_bounds
 from loaderd.v1.system_pb2 import Device, DeviceType
 
 AUTO = "auto"
-CPU = "cpu"
 
 _INDEX = re.compile(r"0|[1-9][0-9]{0,3}")
 _ACCELERATORS = {
@@ -39,38 +35,21 @@ def accelerators() -> list[Device]:
     return [_accelerator(kind, index) for index in range(torch.accelerator.device_count())]
 
 
-def cpu() -> Device:
-    """The processors and the main memory, within what control groups allow."""
-    memory = psutil.virtual_memory()
-    total, free = memory.total, memory.available
-    for bound in memory_bounds():
-        total = min(total, bound.limit)
-        free = min(free, max(bound.limit - bound.used, 0))
-    return Device(
-        id=CPU,
-        type=DeviceType.DEVICE_TYPE_CPU,
-        name=_cpu_name(),
-        total_bytes=total,
-        free_bytes=free,
-        cores=cores(),
-    )
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    return max(1, min([allowed or os.cpu_count() or 1, *core_bounds()]))
-
-
 def allocated_bytes() -> int:
     """Memory that torch holds on accelerators for this process."""
+    return sum(held for device, held in held_bytes().items() if device != CPU)
+
+
+def held_bytes() -> dict[str, int]:
+    """Memory that this process holds, by device: on the CPU its resident set."""
+    held = {CPU: int(psutil.Process().memory_info().rss)}
     kind = _accelerator_kind()
-    if kind is None:
-        return 0
     if kind == "mps":
-        return int(torch.mps.driver_allocated_memory())
-    devices = range(torch.accelerator.device_count())
-    return sum(int(torch.get_device_module(kind).memory_reserved(index)) for index in devices)
+        held["mps:0"] = int(torch.mps.driver_allocated_memory())
+    elif kind is not None:
+        for index in range(torch.accelerator.device_count()):
+            held[f"{kind}:{index}"] = int(torch.get_device_module(kind).memory_reserved(index))
+    return held
 
 
 def release_cached_memory() -> None:
@@ -179,13 +158,3 @@ def _used_bytes(kind: str, index: int, total: int) -> int:
     except (ImportError, RuntimeError):
         free, _ = module.mem_get_info(index)
         return total - int(free)
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loaderd.server.worker.dtype import DtypeChoice
+from loaderd.server.box.dtype import DtypeChoice
 from loaderd.server.worker.engine.parameters import ModelFacts, SamplingDefaults
 from loaderd.server.worker.engine.protocol import Engine
 from loaderd.server.worker.quantization import (

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama  # noqa: F401 - most models build on it
 from transformers.models.qwen2 import modeling_qwen2  # noqa: F401 - as above
 
+from loaderd.server.box.cpu import cores
+from loaderd.server.box.dtype import choose_dtype, cpu_flags
 from loaderd.server.errors import LoaderdError, ModelNotLoadedError
 from loaderd.server.worker import devices
-from loaderd.server.worker.dtype import choose_dtype, cpu_flags
 from loaderd.server.worker.engine.batching.build import batching_engine
 from loaderd.server.worker.engine.batching.suitability import UnsuitableError
 from loaderd.server.worker.engine.batching.trials import Trials, default_folder
@@ -61,7 +62,7 @@ class ModelHost:
         self._hosted: _Hosted | None = None
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        torch.set_num_threads(min(torch.get_num_threads(), devices.cores()))
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
 
     def stand_by(self) -> None:
         """Tells the daemon that a load can come."""
@@ -128,7 +129,7 @@ class ModelHost:
         self._link.send(reply=reply)
 
     def _load(self, command: worker_pb2.Load) -> worker_pb2.Loaded:
-        begin = time.monotonic()
+        begin, before = time.monotonic(), devices.held_bytes()
         options = command.options
         device_map = options.device_map if options.HasField("device_map") else devices.AUTO
         dtype = choose_dtype(
@@ -159,7 +160,10 @@ class ModelHost:
         details = model_details(
             model, tokenizer, dtype, engine, reason, quantizer=quantizer, is_gguf=loader.is_gguf
         )
-        return worker_pb2.Loaded(details=details, weights=weights)
+        taken = {
+            device: max(held - before[device], 0) for device, held in devices.held_bytes().items()
+        }
+        return worker_pb2.Loaded(details=details, weights=weights, held_bytes=taken)
 
     def _engine(
         self, model: PreTrainedModel, tokenizer: Tokenizer, name: str, facts: ModelFacts

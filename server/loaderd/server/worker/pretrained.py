@@ -89,8 +89,9 @@ class ModelFolder:
         if quantizer is not None and (weights.gguf_file or _is_quantized(config)):
             raise UnsupportedOptionError(QUANTIZATION, "the model's files are quantized already")
         free = quantizer.free_bytes(device_map) if quantizer else devices.free_bytes(device_map)
-        if _needed_bytes(weights, dtype, config, quantizer) > free:
-            raise DeviceMemoryError(self.name)
+        needed = _needed_bytes(weights, dtype, config, quantizer)
+        if needed > free:
+            raise DeviceMemoryError(self.name, needed, free)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.path,

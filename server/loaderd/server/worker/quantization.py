@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
+from loaderd.server.box.cpu import CPU
 from loaderd.server.errors import InvalidArgumentError, UnsupportedOptionError
 from loaderd.server.worker import devices
 from loaderd.v1.model_pb2 import Quantization
@@ -169,7 +170,7 @@ def _int4_on_cuda(dtype: torch.dtype) -> Any:
 
 
 def _int4_on_cpu(device: str) -> Any:
-    if device != devices.CPU:
+    if device != CPU:
         raise UnsupportedOptionError(FIELD, f"torchao has no int4 weights on {device} devices")
     try:
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
@@ -184,7 +185,7 @@ def _nf4(device: str, dtype: torch.dtype) -> Quantizer:
         raise UnsupportedOptionError(FIELD, f"bitsandbytes is not installed here; {_INSTALL}")
     if device == "mps":
         raise UnsupportedOptionError(FIELD, "nf4 is not for mps devices")
-    if device == devices.CPU and importlib.util.find_spec("kernels") is not None:
+    if device == CPU and importlib.util.find_spec("kernels") is not None:
         # It would take its product from a repository of the hub, if the cache has that.
         raise UnsupportedOptionError(
             FIELD, "nf4 on a CPU would run code of the hub's where the package kernels is installed"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from loaderd.server.box.cpu import CPU
 from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.attention import NAME
 from loaderd.server.worker.engine.batching.cuda_graphs import CudaGraphs
@@ -129,7 +130,7 @@ def _memory(
     ]
     tokens = min(*rooms, settings.max_memory_bytes // sum(sizes.values()))
     blocks, capacity = _sizes(
-        tokens, context_length, settings, lazy=sizes.keys() == {devices.CPU}, spare=spare
+        tokens, context_length, settings, lazy=sizes.keys() == {CPU}, spare=spare
     )
     if capacity.slots < 1 or capacity.slot_tokens < 1:
         raise UnsuitableError(_NO_MEMORY)
@@ -148,7 +149,7 @@ def _prepare(
         recorded; None where they can, or where nothing records.
     """
     identity = identity_of(model)
-    for_copies = int(devices.free_bytes(devices.CPU) * settings.memory_share)
+    for_copies = int(devices.free_bytes(CPU) * settings.memory_share)
     known = trials.find(identity)
     if known is not None:
         model.set_attn_implementation(NAME)

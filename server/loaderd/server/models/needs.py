@@ -1,0 +1,80 @@
+"""What loading a model will take, estimated from the shape that its files tell."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from loaderd.server.models.placement import Needs
+from loaderd.server.store.shape import ModelShape
+
+_LEAST_TOKENS = 4096
+"""One sequence of so many tokens, or of the model's context, is the least that is of use."""
+_STEP_TOKENS = 512
+"""Of a prompt, computed in one step."""
+_STEP_ROWS = 64
+"""That a step chooses tokens for, each with the logits of the whole vocabulary."""
+_WIDEST = 4
+"""Bytes of a number in which layers compute where that is faster."""
+_MARGIN = 0.05
+"""Of the weights, for what allocators leave unused."""
+_CONTEXT_BYTES = 512 << 20
+"""What the driver of an accelerator takes for a process."""
+_PROCESS_BYTES = 64 << 20
+"""What loading adds to a process on the CPU besides: configuration, tokenizer, engine."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a model needs.
+
+    Attributes:
+        needs: In bytes.
+        kv_tokens: For how many tokens the keys and values are counted.
+        unknown: What config.json does not say, and is not counted therefore.
+    """
+
+    needs: Needs
+    kv_tokens: int
+    unknown: tuple[str, ...]
+
+
+def estimate(
+    shape: ModelShape, itemsize: int, *, on_accelerator: bool, bits: float | None = None
+) -> Estimate:
+    """Estimates what a model takes.
+
+    Args:
+        shape: What its files tell.
+        itemsize: Bytes of a number in the dtype that it is loaded in.
+        on_accelerator: Whether it goes to accelerators, else to the CPU.
+        bits: Of a number of linear layers that are quantized at the load; None: they are not.
+    """
+    weights = shape.file_bytes if shape.quantized else shape.numbers * itemsize
+    if bits is not None and not shape.quantized:
+        weights -= math.floor(shape.quantizable_numbers * (itemsize - bits / 8))
+    is_packed = shape.quantized or bits is not None
+    tokens = min(shape.sizes.get("context_length") or _LEAST_TOKENS, _LEAST_TOKENS)
+    kv_numbers = shape.kv_numbers_per_token
+    activations = _activations(shape)
+    unknown = []
+    if kv_numbers is None:
+        unknown.append("keys and values: config.json does not tell layers, heads and their size")
+    if activations is None:
+        unknown.append("activations: config.json does not tell hidden size and vocabulary")
+    needs = Needs(
+        weights=weights,
+        kv_cache=tokens * (kv_numbers or 0) * itemsize,
+        activations=activations or 0,
+        headroom=int(weights * _MARGIN) + (_CONTEXT_BYTES if on_accelerator else _PROCESS_BYTES),
+        copies=0 if on_accelerator or is_packed else shape.linear_numbers * itemsize,
+    )
+    return Estimate(needs, tokens if kv_numbers else 0, tuple(unknown))
+
+
+def _activations(shape: ModelShape) -> int | None:
+    hidden, vocabulary = shape.sizes.get("hidden_size"), shape.sizes.get("vocabulary_size")
+    if hidden is None or vocabulary is None:
+        return None
+    inner = shape.sizes.get("intermediate_size") or 4 * hidden
+    return _WIDEST * (_STEP_TOKENS * (4 * hidden + 2 * inner) + _STEP_ROWS * vocabulary)

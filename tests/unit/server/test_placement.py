@@ -1,0 +1,182 @@
+"""The book of devices: who may take which bytes, whatever comes in whatever order."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loaderd.server.errors import DeviceMemoryError, UnsupportedOptionError
+from loaderd.server.models.placement import DeviceBook, MemoryDevice, Needs
+
+GB = 10**9
+GPUS = [MemoryDevice(f"cuda:{index}", 80 * GB, 80 * GB, 0.0) for index in range(8)]
+BIG_CPU = MemoryDevice("cpu", 64 * GB, 60 * GB, 0.0)
+
+
+def book(*devices: MemoryDevice) -> DeviceBook:
+    made = DeviceBook()
+    made.measure(devices)
+    return made
+
+
+def needs(weights: int, copies: int = 0) -> Needs:
+    return Needs(weights=weights, kv_cache=GB, activations=GB, headroom=GB, copies=copies)
+
+
+def test_a_load_takes_one_accelerator_and_says_what_is_left() -> None:
+    box = book(*GPUS, BIG_CPU)
+    placement = box.place(needs(60 * GB), "auto")
+    assert placement.devices == {"cuda:0": 63 * GB}
+    box.reserve("m:1", "org/a", placement.devices)
+    assert box.available("cuda:0") == 17 * GB
+    assert box.place(needs(60 * GB), "auto").devices == {"cuda:1": 63 * GB}
+    assert [holder.name for holder in box.holders("cuda:0")] == ["org/a"]
+
+
+def test_what_no_single_accelerator_holds_is_spread_by_their_room() -> None:
+    small = replace(GPUS[1], total_bytes=40 * GB, free_bytes=40 * GB)
+    placement = book(GPUS[0], small, BIG_CPU).place(needs(90 * GB), "auto")
+    assert placement.fits
+    assert sum(placement.devices.values()) == placement.needed_bytes == 95 * GB
+    assert 1.9 < placement.devices["cuda:0"] / placement.devices["cuda:1"] < 2.1
+
+
+def test_nothing_goes_to_the_cpu_beside_accelerators_unasked() -> None:
+    box = book(GPUS[0], BIG_CPU)
+    box.reserve("m:1", "org/a", {"cuda:0": 70 * GB})
+    placement = box.place(needs(30 * GB), "auto")
+    assert not placement.fits
+    with pytest.raises(DeviceMemoryError) as caught:
+        placement.check("org/b")
+    assert (caught.value.needed_bytes, caught.value.free_bytes) == (33 * GB, 10 * GB)
+    assert caught.value.holders == "org/a (70.0 GB)"
+    assert box.place(needs(30 * GB), "cpu").devices == {"cpu": 33 * GB}
+
+
+def test_copies_are_counted_where_there_is_room_for_them() -> None:
+    box = book(BIG_CPU)
+    assert box.place(needs(20 * GB, copies=20 * GB), "auto").devices == {"cpu": 43 * GB}
+    assert box.place(needs(30 * GB, copies=30 * GB), "auto").devices == {"cpu": 33 * GB}
+
+
+def test_unified_memory_is_counted_once() -> None:
+    box = book(replace(BIG_CPU, id="mps:0", total_bytes=48 * GB, shares="cpu"), BIG_CPU)
+    box.reserve("m:1", "org/a", {"mps:0": 40 * GB})
+    assert box.available("cpu") == box.available("mps:0") == 20 * GB
+    assert not box.place(needs(30 * GB), "cpu").fits
+
+
+def test_a_device_that_the_box_lacks_is_refused() -> None:
+    with pytest.raises(UnsupportedOptionError, match="cuda:1"):
+        book(GPUS[0], BIG_CPU).place(needs(GB), "cuda:1")
+
+
+def test_what_other_programs_hold_is_not_to_be_had() -> None:
+    box = book(replace(BIG_CPU, free_bytes=5 * GB))
+    assert not box.place(needs(10 * GB), "auto").fits
+    with pytest.raises(DeviceMemoryError):
+        box.reserve("m:1", "org/a", {"cpu": 6 * GB})
+
+
+def test_a_stale_measurement_is_corrected_by_who_came_and_left() -> None:
+    box = book(GPUS[0], BIG_CPU)
+    box.reserve("m:1", "org/a", {"cuda:0": 50 * GB})
+    box.settle("m:1", {"cuda:0": 40 * GB}, {"cuda:0": 2 * GB}, now=10.0)
+    assert box.available("cuda:0") == 38 * GB  # measured before it came
+    box.measure([replace(GPUS[0], free_bytes=39 * GB, measured_at=20.0), BIG_CPU])
+    assert box.available("cuda:0") == 37 * GB  # another program took one
+    box.release("m:1", now=30.0)
+    assert box.available("cuda:0") == 79 * GB  # measured before it left
+    box.measure([replace(GPUS[0], free_bytes=78 * GB, measured_at=40.0), BIG_CPU])
+    assert box.available("cuda:0") == 78 * GB
+
+
+@dataclass
+class Simulated:
+    """A box whose models really take memory, and whose free memory is measured at times."""
+
+    total: int
+    taken: dict[str, int]
+    other: int = 0
+    now: float = 0.0
+
+    def measured(self) -> MemoryDevice:
+        self.now += 1
+        free = self.total - self.other - sum(self.taken.values())
+        return MemoryDevice("cpu", self.total, free, self.now)
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["load", "take", "ready", "unload", "measure"]),
+        st.integers(0, 5),
+        st.integers(1, 60),
+    ),
+    max_size=60,
+)
+
+
+@given(EVENTS, st.integers(0, 30))
+def test_the_box_is_never_promised_twice_and_all_comes_back(
+    events: list[tuple[str, int, int]], other: int
+) -> None:
+    box = Simulated(100, {}, other)
+    devices = book(box.measured())
+    reserved: dict[str, int] = {}
+    for event, number, size in events:
+        holder = f"m:{number}"
+        box.now += 1
+        if event == "load" and holder not in reserved:
+            try:
+                devices.reserve(holder, holder, {"cpu": size})
+            except DeviceMemoryError:
+                continue
+            reserved[holder] = size
+        elif event == "take" and holder in reserved:
+            # A worker takes what was reserved for it, little by little.
+            box.taken[holder] = max(box.taken.get(holder, 0), min(size, reserved[holder]))
+            devices.note(holder, {"cpu": box.taken[holder]}, box.now)
+        elif event == "ready" and holder in reserved and box.taken.get(holder):
+            reserved[holder] = box.taken[holder]
+            devices.settle(holder, {"cpu": box.taken[holder]}, {}, box.now)
+        elif event == "unload":
+            reserved.pop(holder, None)
+            box.taken.pop(holder, None)
+            devices.release(holder, box.now)
+        elif event == "measure":
+            devices.measure([box.measured()])
+        # Whatever is still to be taken is there, and so is what is offered beyond it.
+        promised = sum(reserved.values()) + devices.available("cpu")
+        assert promised <= max(box.total - box.other, sum(reserved.values()))
+        assert sum(reserved.values()) <= box.total - box.other
+    for holder in list(reserved):
+        devices.release(holder, box.now)
+    box.taken.clear()
+    devices.measure([box.measured()])
+    assert devices.available("cpu") == box.total - box.other
+    assert devices.holders("cpu") == ()
+
+
+@given(st.permutations(range(5)), st.permutations(range(5)))
+def test_the_order_of_those_who_fit_does_not_matter(first: list[int], second: list[int]) -> None:
+    books = [book(BIG_CPU), book(BIG_CPU)]
+    for devices, order in zip(books, (first, second), strict=True):
+        for number in order:
+            devices.reserve(f"m:{number}", "org/a", {"cpu": (number + 1) * GB})
+    assert books[0].available("cpu") == books[1].available("cpu") == 45 * GB
+    assert books[0].holders("cpu") == books[1].holders("cpu")
+
+
+@given(
+    st.lists(st.integers(0, 100), min_size=1, max_size=8),
+    st.builds(Needs, *[st.integers(0, 80)] * 5),
+)
+def test_a_placement_is_within_what_is_there(free: list[int], wanted: Needs) -> None:
+    devices = [MemoryDevice(f"cuda:{i}", 100, room, 0.0) for i, room in enumerate(free)]
+    box = book(*devices)
+    placement = box.place(wanted, "auto")
+    if placement.fits:
+        assert sum(placement.devices.values()) == placement.needed_bytes
+        assert all(count <= box.available(device) for device, count in placement.devices.items())
+        box.reserve("m:1", "org/a", placement.devices)

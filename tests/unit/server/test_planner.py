@@ -1,0 +1,200 @@
+"""Loads and the memory that they reserve, on a box with two small accelerators."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from loaderd.server.errors import (
+    DeviceMemoryError,
+    ModelUnsupportedError,
+    SnapshotNotFoundError,
+    UnsupportedOptionError,
+)
+from loaderd.server.models.loads import Loads, OnDemand
+from loaderd.server.models.planner import Planner
+from loaderd.server.models.record import LoadOptions, ModelRecord
+from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.store.store import ModelStore, StoreSettings
+from loaderd.server.supervisor.supervisor import Supervisor
+from loaderd.server.supervisor.worker import WorkerLimits
+from loaderd.v1 import model_pb2, system_pb2
+from tests.fake_worker import FakeLauncher
+from tests.waiting import until_in_loop as until
+
+MIB = 1 << 20
+ROOM = 700 * MIB
+"""What an accelerator holds: one of the models below, beside the context of a driver."""
+
+
+@dataclass
+class Box:
+    launcher: FakeLauncher
+    registry: ModelRegistry
+    planner: Planner
+    loads: Loads
+    folder: Path
+
+    async def load(self, name: str, options: LoadOptions | None = None) -> ModelRecord:
+        loading = self.loads.load(str(self.folder / name), options or LoadOptions())
+        async with aclosing(loading) as updates:
+            async for update in updates:
+                if isinstance(update, ModelRecord):
+                    return update
+        raise AssertionError("a load ends with the model")
+
+    async def held(self) -> dict[str, list[str]]:
+        return {
+            device.id: [Path(holder.name).name for holder in device.holders]
+            for device in await self.planner.devices()
+        }
+
+
+def gpu(index: int) -> system_pb2.Device:
+    return system_pb2.Device(
+        id=f"cuda:{index}",
+        type=system_pb2.DEVICE_TYPE_CUDA,
+        total_bytes=ROOM,
+        free_bytes=ROOM,
+    )
+
+
+def make_model(folder: Path, numbers: int = 4 * MIB) -> Path:
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text('{"model_type": "llama"}' if name == "config.json" else "{}")
+    save_file({"q_proj.weight": np.zeros((numbers,), np.float16)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+async def box(tmp_path: Path) -> AsyncIterator[Box]:
+    async with AsyncExitStack() as stack:
+        launcher = FakeLauncher()
+        launcher.devices = [gpu(0), gpu(1), *launcher.devices]
+        limits = WorkerLimits(
+            standby=1, load_timeout=20, heartbeat_timeout=60, max_stream_bytes=1 << 18
+        )
+        supervisor = Supervisor(tmp_path, launcher, limits)
+        await supervisor.start()
+        stack.push_async_callback(supervisor.close)
+        store = ModelStore(
+            StoreSettings(
+                cache_dir=tmp_path / "cache",
+                local_roots=(tmp_path,),
+                hub_endpoint="http://127.0.0.1:1",
+                hub_token=None,
+                offline=True,
+                stall_timeout=20,
+            )
+        )
+        registry, planner = ModelRegistry(4), Planner(store, supervisor)
+        for name in ("a", "b", "c"):
+            make_model(tmp_path / name)
+        yield Box(
+            launcher,
+            registry,
+            planner,
+            Loads(registry, store, supervisor, planner, OnDemand.OFF),
+            tmp_path,
+        )
+        launcher.load_gate.set()
+        await registry.close()
+        await store.close()
+
+
+async def test_a_plan_says_where_what_and_of_which_type_and_reserves_nothing(box: Box) -> None:
+    plan = await box.planner.plan(str(box.folder / "a"), LoadOptions())
+    assert plan.placement.fits
+    assert plan.estimate.needs.weights == 8 * MIB
+    assert plan.dtype.dtype == model_pb2.DTYPE_FLOAT16
+    assert plan.placement.devices == {"cuda:0": plan.placement.needed_bytes}
+    assert plan.estimate.unknown
+    assert await box.held() == {"cuda:0": [], "cuda:1": [], "cpu": []}
+    assert box.launcher.loads == 0
+
+
+async def test_the_dtype_that_is_asked_for_is_planned(box: Box) -> None:
+    options = LoadOptions(dtype=model_pb2.DTYPE_FLOAT32, device_map="cpu")
+    plan = await box.planner.plan(str(box.folder / "a"), options)
+    assert plan.estimate.needs.weights == 16 * MIB
+    assert list(plan.placement.devices) == ["cpu"]
+
+
+async def test_what_is_not_in_the_cache_is_said(box: Box) -> None:
+    with pytest.raises(SnapshotNotFoundError):
+        await box.planner.plan("org/name", LoadOptions())
+
+
+async def test_loads_at_once_get_an_accelerator_each_and_the_third_is_refused(box: Box) -> None:
+    box.launcher.load_gate.clear()
+    loads = [asyncio.create_task(box.load(name)) for name in ("a", "b")]
+    await until(lambda: box.launcher.loads == 2)
+    with pytest.raises(DeviceMemoryError) as caught:
+        await box.load("c")
+    assert caught.value.needed_bytes is not None
+    assert caught.value.free_bytes is not None
+    assert caught.value.needed_bytes > caught.value.free_bytes
+    assert str(box.folder / "a")[:20] in str(caught.value.holders)
+    assert box.launcher.loads == 2  # it was given no worker
+    assert await box.held() in (
+        {"cuda:0": ["a"], "cuda:1": ["b"], "cpu": []},
+        {"cuda:0": ["b"], "cuda:1": ["a"], "cpu": []},
+    )
+    maps = {worker.loads[0].options.device_map for worker in box.launcher.workers if worker.loads}
+    assert maps == {"cuda:0", "cuda:1"}
+    box.launcher.load_gate.set()
+    await asyncio.gather(*loads)
+
+
+async def test_the_cpu_is_used_beside_accelerators_when_it_is_asked_for(box: Box) -> None:
+    await box.load("a", LoadOptions(device_map="cpu"))
+    assert (await box.held())["cpu"] == ["a"]
+
+
+async def test_a_loaded_model_holds_what_it_took_until_it_is_unloaded(box: Box) -> None:
+    box.launcher.held_bytes = {"cuda:0": 100 * MIB, "cpu": MIB}
+    record = await box.load("a")
+    assert record.details is not None
+    assert record.details.memory_bytes == 101 * MIB
+    assert record.details.planned_bytes > 8 * MIB
+    first, _, cpu = await box.planner.devices()
+    assert first.reserved_bytes > 100 * MIB
+    assert first.available_bytes == ROOM - first.reserved_bytes
+    assert [holder.model_id for holder in first.holders] == [record.id]
+    assert cpu.reserved_bytes == MIB
+    await box.registry.unload(record.id, force=False)
+    assert await box.held() == {"cuda:0": [], "cuda:1": [], "cpu": []}
+
+
+async def test_a_worker_that_dies_gives_its_memory_back(box: Box) -> None:
+    await box.load("a")
+    box.launcher.workers[0].kill()
+    await until(lambda: bool(box.registry.views()[0].failure))
+    assert await box.held() == {"cuda:0": [], "cuda:1": [], "cpu": []}
+
+
+async def test_a_load_that_fails_or_is_given_up_gives_its_memory_back(box: Box) -> None:
+    box.launcher.load_error = ModelUnsupportedError(model="a", problem="x")
+    with pytest.raises(ModelUnsupportedError):
+        await box.load("a")
+    assert await box.held() == {"cuda:0": [], "cuda:1": [], "cpu": []}
+    box.launcher.load_error = None
+    box.launcher.load_gate.clear()
+    load = asyncio.create_task(box.load("a"))
+    await until(lambda: box.launcher.loads == 2)
+    assert (await box.held())["cuda:0"] == ["a"]
+    load.cancel()
+    await until(lambda: not box.registry.held(str(box.folder / "a"), LoadOptions()))
+    assert await box.held() == {"cuda:0": [], "cuda:1": [], "cpu": []}
+
+
+async def test_a_device_that_the_box_lacks_is_refused_before_a_worker_is_taken(box: Box) -> None:
+    with pytest.raises(UnsupportedOptionError):
+        await box.load("a", LoadOptions(device_map="cuda:2"))
+    assert box.launcher.loads == 0
