@@ -15,7 +15,7 @@ from pathlib import Path
 
 from loaderd.server.config import ConfigError, ServerConfig
 from loaderd.server.errors import InvalidArgumentError
-from loaderd.server.models.idle import IdleUnloader
+from loaderd.server.models.idle import IdleModels, IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
 from loaderd.server.models.manifest import Declared, Manifest
@@ -89,7 +89,7 @@ class Daemon:
             )
             keep_alive = config.keep_alive if config.keep_alive >= 0 else PINNED
             registry = ModelRegistry(config.max_requests, keep_alive)
-            planner = Planner(store, supervisor)
+            planner = Planner(store, supervisor, IdleModels(registry))
             on_demand = OnDemand(config.load_on_demand)
             loads = Loads(registry, store, supervisor, planner, on_demand)
             restarts = Restarts(loads)

@@ -16,7 +16,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from safetensors.numpy import save_file
 
-from loaderd.server.models.idle import IdleUnloader
+from loaderd.server.models.idle import IdleModels, IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
 from loaderd.server.models.planner import Planner
@@ -105,7 +105,7 @@ async def open_box(
             )
         )
         registry = ModelRegistry(MAX_REQUESTS, keep_alive_s)
-        planner = Planner(store, supervisor)
+        planner = Planner(store, supervisor, IdleModels(registry))
         loads = Loads(registry, store, supervisor, planner, on_demand)
         restarts = Restarts(loads, restart_wait_s or 0.0)
         if restart_wait_s is not None:

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from loaderd.server.errors import DrainingError
+from loaderd.server.models.idle import IdleModels
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.loads import LoadProgress, Loads, OnDemand
 from loaderd.server.models.planner import Planner
@@ -107,7 +108,13 @@ async def box(tmp_path: Path) -> AsyncIterator[Box]:
         stack.push_async_callback(supervisor.close)
         registry, store = ModelRegistry(4), SteeredStore(tmp_path)
         models = cast(ModelStore, store)
-        loads = Loads(registry, models, supervisor, Planner(models, supervisor), OnDemand.OFF)
+        loads = Loads(
+            registry,
+            models,
+            supervisor,
+            Planner(models, supervisor, IdleModels(registry)),
+            OnDemand.OFF,
+        )
         yield Box(launcher, registry, store, loads)
         launcher.load_gate.set()
         await registry.close()

@@ -16,6 +16,9 @@ from loaderd.server.errors import (
     SnapshotNotFoundError,
     UnsupportedOptionError,
 )
+from loaderd.server.models.idle import IdleModels
+from loaderd.server.models.keep_alive import PINNED
+from loaderd.server.models.lifecycle import ChangeReason, ModelState
 from loaderd.server.models.loads import Loads, OnDemand
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions, ModelRecord
@@ -93,7 +96,8 @@ async def box(tmp_path: Path) -> AsyncIterator[Box]:
                 stall_timeout=20,
             )
         )
-        registry, planner = ModelRegistry(4), Planner(store, supervisor)
+        registry = ModelRegistry(4, keep_alive_s=600)
+        planner = Planner(store, supervisor, IdleModels(registry))
         for name in ("a", "b", "c"):
             make_model(tmp_path / name)
         yield Box(
@@ -198,3 +202,40 @@ async def test_a_device_that_the_box_lacks_is_refused_before_a_worker_is_taken(b
     with pytest.raises(UnsupportedOptionError):
         await box.load("a", LoadOptions(device_map="cuda:2"))
     assert box.launcher.loads == 0
+
+
+async def test_the_least_recently_used_model_goes_for_another_one(box: Box) -> None:
+    first, second = await box.load("a"), await box.load("b")
+    with box.registry.use(first.id):
+        pass  # so that the second one was used less recently
+    third = await box.load("c")
+    assert third.state is ModelState.READY
+    assert second.state is ModelState.UNLOADED
+    assert second.leaving is ChangeReason.EVICTED
+    assert first.state is ModelState.READY
+    assert await box.held() == {"cuda:0": ["a"], "cuda:1": ["c"], "cpu": []}
+
+
+async def test_what_is_used_held_or_pinned_does_not_go(box: Box) -> None:
+    first, second = await box.load("a"), await box.load("b")
+    lease = box.registry.leases.acquire(first.id, 60)
+    with box.registry.use(second.id), pytest.raises(DeviceMemoryError) as caught:
+        await box.load("c")
+    assert "/a (" in str(caught.value.holders)
+    assert "/b (" in str(caught.value.holders)
+    box.registry.keep(second, PINNED)
+    with pytest.raises(DeviceMemoryError):
+        await box.load("c")
+    assert {first.state, second.state} == {ModelState.READY}
+    box.registry.leases.release(lease.id)
+    await box.load("c")
+    assert first.state is ModelState.UNLOADED
+    assert second.state is ModelState.READY
+
+
+async def test_nothing_goes_for_what_would_not_fit_anyway(box: Box) -> None:
+    first, second = await box.load("a"), await box.load("b")
+    make_model(box.folder / "huge", numbers=1024 * MIB)
+    with pytest.raises(DeviceMemoryError):
+        await box.load("huge")
+    assert {first.state, second.state} == {ModelState.READY}

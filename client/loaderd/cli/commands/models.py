@@ -64,12 +64,17 @@ def load(
 def plan(
     context: typer.Context,
     model: options.Model,
+    *,
     dtype: Annotated[
         options.DtypeName | None,
         typer.Option(help="Number type of the weights. Default: the daemon's choice."),
     ] = None,
     device_map: Annotated[
         str | None, typer.Option(help='"auto", "cpu", or one accelerator such as "cuda:0".')
+    ] = None,
+    quantization: Annotated[
+        options.QuantizationName | None,
+        typer.Option(help="Keep weights in 8 or 4 bits. Default: as the files have them."),
     ] = None,
     json: options.Json = False,
 ) -> None:
@@ -80,6 +85,7 @@ def plan(
             model,
             dtype=dtype.value if dtype else None,
             device_map=device_map,
+            quantization=quantization.value if quantization else None,
             timeout=session.timeout,
         )
     if json:

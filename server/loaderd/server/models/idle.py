@@ -1,12 +1,47 @@
-"""Unloads models that nobody uses."""
+"""Models that nobody uses: they go after a while, or when another one needs their memory."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections.abc import Sequence
 
 from loaderd.server.models.lifecycle import ChangeReason
 from loaderd.server.models.registry import ModelRegistry
+
+logger = logging.getLogger(__name__)
+
+
+class IdleModels:
+    """Lets models that nobody uses go for others.
+
+    Args:
+        registry: Has the models.
+    """
+
+    def __init__(self, registry: ModelRegistry) -> None:
+        self._registry = registry
+
+    def evictable(self) -> list[str]:
+        """Ids of models that may go, the least recently used first."""
+        unused = self._registry.unused()
+        unused.sort(key=lambda record: record.keep_alive.last_used or 0.0)
+        return [record.id for record in unused]
+
+    async def evict(self, model_ids: Sequence[str], newcomer: str) -> None:
+        """Unloads models for another one and waits until their processes have ended.
+
+        Args:
+            model_ids: Of `evictable`, asked for just now.
+            newcomer: For which, for the log.
+        """
+        logger.info("%s: unloaded for %s", ", ".join(model_ids), newcomer)
+        endings = [
+            self._registry.retire(self._registry.find(model_id), ChangeReason.EVICTED)
+            for model_id in model_ids
+        ]
+        await asyncio.gather(*map(asyncio.shield, endings))
 
 
 class IdleUnloader:

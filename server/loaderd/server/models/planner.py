@@ -12,6 +12,7 @@ from typing import Protocol
 from loaderd.server.box.cpu import CPU, cpu
 from loaderd.server.box.dtype import DtypeChoice, choose_dtype, cpu_flags
 from loaderd.server.errors import SnapshotNotFoundError, WorkerDiedError
+from loaderd.server.models.eviction import to_evict
 from loaderd.server.models.needs import Estimate, estimate
 from loaderd.server.models.placement import AUTO, DeviceBook, MemoryDevice, Placement
 from loaderd.server.models.record import LoadOptions
@@ -47,6 +48,21 @@ class Inventory(Protocol):
     @property
     def measured_at(self) -> float:
         """Monotonic time before which nothing was measured of what `devices` says."""
+
+
+class Evictable(Protocol):
+    """The models that may be unloaded for others."""
+
+    def evictable(self) -> Sequence[str]:
+        """Ids of those that nobody uses, holds or has pinned; the least recently used first."""
+
+    async def evict(self, model_ids: Sequence[str], newcomer: str) -> None:
+        """Unloads models for another one and waits until their memory is free.
+
+        Args:
+            model_ids: Which.
+            newcomer: For which, for the log.
+        """
 
 
 @dataclass(frozen=True)
@@ -120,11 +136,13 @@ class Planner:
     Args:
         store: Where the models' files are.
         inventory: Tells the devices.
+        idle: May go where a load does not fit beside them.
     """
 
-    def __init__(self, store: ModelStore, inventory: Inventory) -> None:
+    def __init__(self, store: ModelStore, inventory: Inventory, idle: Evictable) -> None:
         self._store = store
         self._inventory = inventory
+        self._idle = idle
         self._book = DeviceBook()
         self._loading: set[Claim] = set()
 
@@ -152,11 +170,16 @@ class Planner:
     ) -> AsyncIterator[Claim]:
         """Reserves the memory of a load while it runs; `Claim.settle` keeps it when it is done.
 
+        Where it does not fit, models that nobody uses are unloaded first.
+
         Raises:
-            DeviceMemoryError: It does not fit now.
+            DeviceMemoryError: It does not fit beside the models that are in use.
             LoaderdError: As `plan`.
         """
         plan = await self._plan(name, files, options)
+        while going := self._to_evict(plan, options):
+            await self._idle.evict(going, str(name))
+            plan = await self._plan(name, files, options)
         plan.placement.check(str(name))
         self._book.reserve(model_id, str(name), plan.placement.devices)
         claim = Claim(self._book, model_id, plan)
@@ -184,6 +207,12 @@ class Planner:
                 MemoryHolder(model_id=each.id, name=each.name, bytes=each.bytes) for each in holders
             )
         return devices
+
+    def _to_evict(self, plan: LoadPlan, options: LoadOptions) -> list[str]:
+        if plan.placement.fits:
+            return []
+        idle, needs = self._idle.evictable(), plan.estimate.needs
+        return to_evict(self._book, needs, options.device_map, idle, time.monotonic())
 
     async def _plan(
         self, name: HubName | LocalName, files: LocalFolder | CachedSnapshot, options: LoadOptions

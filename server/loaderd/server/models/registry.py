@@ -263,6 +263,16 @@ class ModelRegistry:
         freed = await asyncio.shield(self._end(record, ChangeReason.UNLOAD, grace_s))
         return self.view(record), freed
 
+    def unused(self) -> list[ModelRecord]:
+        """Models that may go for others: READY, without requests or leases, and not pinned."""
+        return [
+            record
+            for record in self._records.values()
+            if record.state is ModelState.READY
+            and not (record.active_requests or record.keep_alive.is_pinned)
+            and not self.leases.of(record.id)
+        ]
+
     def retire(self, record: ModelRecord, reason: ChangeReason) -> asyncio.Task[int]:
         """Begins to end a model that nobody uses; the task's result is the bytes that it held."""
         return self._end(record, reason)

@@ -1,0 +1,46 @@
+"""Which models go so that another one fits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from loaderd.server.models.placement import DeviceBook, Needs
+
+
+def to_evict(
+    book: DeviceBook, needs: Needs, device_map: str, idle: Sequence[str], now: float
+) -> list[str]:
+    """The models to unload, of those that nobody uses.
+
+    Those that were used least recently go first, and none goes whose memory would not help.
+
+    Args:
+        book: What is free and who has the rest.
+        needs: What is to fit.
+        device_map: Where.
+        idle: Ids of models that may go, the least recently used first.
+        now: Monotonic time.
+
+    Returns:
+        Their ids; empty if it fits without, or would not fit if all of them went.
+    """
+
+    def fits_without(gone: Sequence[str]) -> bool:
+        rest = copy.deepcopy(book)
+        for model_id in gone:
+            rest.release(model_id, now)
+        return rest.place(needs, device_map).fits
+
+    going: list[str] = []
+    for model_id in idle:
+        if fits_without(going):
+            break
+        going.append(model_id)
+    if not fits_without(going):
+        return []
+    for model_id in list(going):
+        others = [each for each in going if each != model_id]
+        if fits_without(others):
+            going = others
+    return going
