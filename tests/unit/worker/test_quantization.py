@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 from loaderd.server.errors import (
     DeviceMemoryError,
@@ -24,7 +26,12 @@ from loaderd.server.worker.engine.batching.trials import identity_of
 from loaderd.server.worker.engine.sequential import SequentialEngine
 from loaderd.server.worker.facts import model_details
 from loaderd.server.worker.loader import ModelLoader
-from loaderd.server.worker.quantization import Quantizer, choose_quantizer, is_quantized
+from loaderd.server.worker.quantization import (
+    Quantizer,
+    choose_quantizer,
+    is_quantized,
+    quantization_reason,
+)
 from loaderd.v1.model_pb2 import Dtype, Quantization
 from tests.hub.tiny_models import build_tiny_model
 from tests.unit.worker.engine_client import Client, reference
@@ -36,9 +43,9 @@ INT8, INT4, NF4 = (
 )
 KINDS = [INT8, INT4, NF4]
 LIBRARIES: dict[int, Callable[[], bool]] = {
-    INT8: quantization.is_torchao_available,
-    INT4: quantization.is_torchao_available,
-    NF4: quantization.is_bitsandbytes_available,
+    INT8: is_torchao_available,
+    INT4: is_torchao_available,
+    NF4: is_bitsandbytes_available,
 }
 LINEAR = 3 * 7  # layers of the tiny model, without the one that gives the logits
 
@@ -72,21 +79,13 @@ def test_linear_layers_are_quantized_and_nothing_else(tiny: Path, kind: Any) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_clients_get_to_know(tiny: Path, kind: Any) -> None:
+def test_numbers_and_bytes_are_those_of_what_is_kept(tiny: Path, kind: Any) -> None:
     plain = ModelLoader(str(tiny), dtype=torch.float32, device_map="cpu")
     tokenizer, own = plain.load_tokenizer(), plain.load_model()
     choice = DtypeChoice(Dtype.DTYPE_FLOAT32, "asked for")
-    details = model_details(
-        load(tiny, kind),
-        tokenizer,
-        choice,
-        SequentialEngine,
-        "",
-        quantizer=quantizer(kind),  # type: ignore[arg-type]
-    )
-    before = model_details(own, tokenizer, choice, SequentialEngine, "")  # type: ignore[arg-type]
-    assert details.quantization == kind
-    assert f"{LINEAR} of {LINEAR + 1} linear layers" in details.quantization_reason
+    about: Any = (tokenizer, choice, SequentialEngine, "")
+    details = model_details(load(tiny, kind), *about)
+    before = model_details(own, *about)
     assert details.parameter_count == before.parameter_count
     linear = sum(
         layer.weight.numel()
@@ -95,7 +94,17 @@ def test_what_clients_get_to_know(tiny: Path, kind: Any) -> None:
     )
     saved = before.weight_bytes - details.weight_bytes
     assert saved == pytest.approx((32 - quantizer(kind).bits) / 8 * linear, rel=0.05)
-    assert (before.quantization, before.quantization_reason) == (0, "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operators_are_told_what_was_done(tiny: Path, kind: Any) -> None:
+    model, chosen = load(tiny, kind), quantizer(kind)
+    reason = quantization_reason(model, chosen)
+    assert f"{LINEAR} of {LINEAR + 1} linear layers as {chosen.name}, by {chosen.library}" in reason
+    plain = ModelLoader(str(tiny), device_map="cpu").load_model()
+    assert quantization_reason(plain, None) == ""
+    assert "GGUF" in quantization_reason(plain, None, is_gguf=True)
+    assert chosen.library in quantization_reason(model, None)  # as files say that have it
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,7 +199,7 @@ def test_what_a_device_cannot_do_is_refused(
     kind: Any, device_map: str, dtype: torch.dtype, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: True)
-    if kind == INT4 and not quantization.is_torchao_available():
+    if kind == INT4 and not is_torchao_available():
         pytest.skip("torchao is not installed")
     with pytest.raises(UnsupportedOptionError, match=problem):
         choose_quantizer(kind, device_map=device_map, dtype=dtype)
@@ -198,7 +207,7 @@ def test_what_a_device_cannot_do_is_refused(
 
 def test_code_of_the_hub_is_kept_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: True)
-    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     with pytest.raises(UnsupportedOptionError, match="code of the hub"):
         choose_quantizer(NF4, device_map="cpu", dtype=torch.float32)
 
