@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,13 @@ from loaderd.client.errors import UnsupportedOptionError
 from loaderd.client.types import DtypeName, QuantizationName
 
 _TEXT = Path(__file__).with_name("quantization_text.txt")
-_DTYPES: tuple[DtypeName, ...] = ("float32", "bfloat16")
-_QUANTIZATIONS: tuple[QuantizationName | None, ...] = (None, "int8", "int4", "nf4")
+_FORMS: tuple[tuple[QuantizationName | None, DtypeName], ...] = (
+    (None, "float32"),
+    (None, "bfloat16"),
+    ("int8", "float32"),
+    ("int4", "bfloat16"),
+    ("nf4", "float32"),
+)
 
 
 @dataclass(frozen=True)
@@ -110,16 +116,16 @@ async def _measure(
                     refused.append(f"{form}: {error}")
                     continue
                 found.append(await _figures(form, loaded, tokens, streams))
+                print(found[-1], file=sys.stderr)
                 await loaded.unload()
     return found, refused
 
 
 def _forms(model: Path, gguf: Path | None) -> Iterator[Form]:
-    for quantization in _QUANTIZATIONS:
-        for dtype in _DTYPES:
-            yield Form(model, dtype, quantization)
+    for quantization, dtype in _FORMS:
+        yield Form(model, dtype, quantization)
     if gguf is not None:
-        yield Form(gguf, _DTYPES[0], None)
+        yield Form(gguf, "float32", None)
 
 
 async def _figures(form: Form, model: AsyncModel, tokens: int, streams: Sequence[int]) -> Measured:

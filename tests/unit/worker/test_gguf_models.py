@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from loaderd.server.worker import devices, pretrained
 from loaderd.server.worker.loader import ModelLoader
 from loaderd.server.worker.quantization import Quantizer
 from loaderd.v1.model_pb2 import Quantization
+from tests.hub import Hub, HubRepo
 from tests.hub.tiny_gguf import write_tiny_gguf
 from tests.hub.tiny_models import build_tiny_model
 
@@ -114,3 +118,22 @@ def test_without_the_library_it_says_what_to_install(
     monkeypatch.setattr(pretrained, "is_gguf_available", lambda: False)
     with pytest.raises(ModelUnsupportedError, match=r"loaderd\[quantization\]"):
         ModelLoader(str(file)).load_model()
+
+
+DOWNLOAD = """
+from loaderd.server.worker.loader import ModelLoader
+
+loader = ModelLoader("org/gguf")
+assert loader.load_model().config.vocab_size == 320
+assert loader.load_tokenizer().eos_token == "<|im_end|>"
+assert loader.is_gguf
+"""
+
+
+def test_a_repository_that_has_only_one_is_downloaded(file: Path, tmp_path: Path) -> None:
+    """In a process of its own: the hub library reads its environment at import."""
+    repo = HubRepo("org/gguf")
+    repo.commit({file.name: file, "README.md": b"no config.json"})
+    with Hub(repo) as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        subprocess.run([sys.executable, "-c", DOWNLOAD], env=environment, check=True, timeout=120)

@@ -12,12 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loaderd.server.box.dtype import DtypeChoice
 from loaderd.server.worker.engine.parameters import ModelFacts, SamplingDefaults
 from loaderd.server.worker.engine.protocol import Engine
-from loaderd.server.worker.quantization import (
-    Quantizer,
-    count_bytes,
-    count_numbers,
-    quantization_reason,
-)
+from loaderd.server.worker.quantization import count_bytes, count_numbers
 from loaderd.v1.model_pb2 import Dtype, ModelDetails, Quantization
 
 TORCH_DTYPES = {
@@ -66,8 +61,8 @@ def model_details(
     engine: Engine,
     engine_reason: str,
     *,
-    quantizer: Quantizer | None = None,
-    is_gguf: bool = False,
+    quantization: Quantization.ValueType = Quantization.QUANTIZATION_UNSPECIFIED,
+    quantization_reason: str = "",
 ) -> ModelDetails:
     """What clients get to know of this model."""
     parameters = list(model.parameters())
@@ -84,8 +79,8 @@ def model_details(
         has_chat_template=tokenizer.chat_template is not None,
         supported_parameters=sorted(engine.supported_parameters),
         worker_pid=os.getpid(),
-        quantization=quantizer.kind if quantizer else Quantization.QUANTIZATION_UNSPECIFIED,
-        quantization_reason=quantization_reason(model, quantizer, is_gguf=is_gguf),
+        quantization=quantization,
+        quantization_reason=quantization_reason,
     )
 
 

@@ -32,7 +32,7 @@ from loaderd.server.worker.facts import TORCH_DTYPES, model_details, model_facts
 from loaderd.server.worker.failures import error_message, incident
 from loaderd.server.worker.link import Link
 from loaderd.server.worker.loader import ModelLoader
-from loaderd.server.worker.quantization import choose_quantizer
+from loaderd.server.worker.quantization import choose_quantizer, quantization_reason
 from loaderd.server.worker.tokenization import Tokenization, special_ids
 from loaderd.worker.v1 import worker_pb2
 
@@ -151,6 +151,7 @@ class ModelHost:
             quantizer=quantizer,
         )
         model, tokenizer = loader.load_model(), loader.load_tokenizer()
+        form = quantization_reason(model, quantizer, is_gguf=loader.is_gguf)
         weights = Duration()
         weights.FromNanoseconds(round((time.monotonic() - begin) * 1e9))
         facts = model_facts(model)
@@ -158,7 +159,13 @@ class ModelHost:
         engine, reason = self._engine(model, completions, command.model, facts)
         self._hosted = _Hosted(facts, engine, Tokenization(tokenizer, facts.vocabulary_size))
         details = model_details(
-            model, tokenizer, dtype, engine, reason, quantizer=quantizer, is_gguf=loader.is_gguf
+            model,
+            tokenizer,
+            dtype,
+            engine,
+            reason,
+            quantization=options.quantization,
+            quantization_reason=form,
         )
         taken = {
             device: max(held - before[device], 0) for device, held in devices.held_bytes().items()
