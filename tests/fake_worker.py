@@ -60,6 +60,9 @@ class FakeWorker:
             self._send(reply=reply)
         self._calls.clear()
 
+    def beat(self, own_bytes: int) -> None:
+        self._send(heartbeat=worker_pb2.Heartbeat(own_bytes=own_bytes))
+
     async def _run(self) -> None:
         try:
             async with grpc.aio.insecure_channel(self._link) as channel:

@@ -1032,7 +1032,8 @@ class ModelDetails(_message.Message):
     """
     memory_bytes: _builtins.int
     """What the load did take, as the worker measured it when it was done, in bytes:
-    growth of its resident memory, and its allocations on accelerators.
+    growth of its main memory without mapped files, and its allocations on
+    accelerators.
     """
     @_builtins.property
     def device_map(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:

@@ -16,6 +16,7 @@ from loaderd.server.errors import (
     SnapshotNotFoundError,
     UnsupportedOptionError,
 )
+from loaderd.server.models import planner
 from loaderd.server.models.idle import IdleModels
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.lifecycle import ChangeReason, ModelState
@@ -97,16 +98,11 @@ async def box(tmp_path: Path) -> AsyncIterator[Box]:
             )
         )
         registry = ModelRegistry(4, keep_alive_s=600)
-        planner = Planner(store, supervisor, IdleModels(registry))
+        plans = Planner(store, supervisor, IdleModels(registry))
         for name in ("a", "b", "c"):
             make_model(tmp_path / name)
-        yield Box(
-            launcher,
-            registry,
-            planner,
-            Loads(registry, store, supervisor, planner, OnDemand.OFF),
-            tmp_path,
-        )
+        loads = Loads(registry, store, supervisor, plans, OnDemand.OFF)
+        yield Box(launcher, registry, plans, loads, tmp_path)
         launcher.load_gate.set()
         await registry.close()
         await store.close()
@@ -159,6 +155,30 @@ async def test_loads_at_once_get_an_accelerator_each_and_the_third_is_refused(bo
 async def test_the_cpu_is_used_beside_accelerators_when_it_is_asked_for(box: Box) -> None:
     await box.load("a", LoadOptions(device_map="cpu"))
     assert (await box.held())["cpu"] == ["a"]
+
+
+async def test_what_a_load_has_taken_is_not_counted_twice(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = system_pb2.Device(id="cpu", total_bytes=1000 * MIB, free_bytes=1000 * MIB)
+    copy = system_pb2.Device.FromString
+    monkeypatch.setattr(planner, "cpu", lambda: copy(main.SerializeToString()))
+    box.launcher.load_gate.clear()
+    load = asyncio.create_task(box.load("a", LoadOptions(device_map="cpu")))
+    await until(lambda: box.launcher.loads == 1)
+    before = (await box.planner.devices())[-1]
+    assert before.available_bytes == 1000 * MIB - before.reserved_bytes
+    box.launcher.workers[0].beat(own_bytes=30 * MIB)
+    main.free_bytes -= 30 * MIB
+    for _ in range(100):
+        after = (await box.planner.devices())[-1]
+        if after.available_bytes == before.available_bytes:
+            break
+        await asyncio.sleep(0.01)
+    assert after.available_bytes == before.available_bytes
+    assert after.reserved_bytes == before.reserved_bytes
+    box.launcher.load_gate.set()
+    await load
 
 
 async def test_a_loaded_model_holds_what_it_took_until_it_is_unloaded(box: Box) -> None:

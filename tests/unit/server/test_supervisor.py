@@ -67,6 +67,25 @@ async def test_without_spares_a_load_starts_its_own_worker(
     await supervisor.close()
 
 
+async def test_a_worker_that_dies_before_it_tells_the_devices_is_told_and_another_is_asked(
+    launcher: FakeLauncher, tmp_path: Path
+) -> None:
+    limits = WorkerLimits(standby=0, load_timeout=20, heartbeat_timeout=5, max_stream_bytes=1024)
+    supervisor = Supervisor(tmp_path, launcher, limits)
+    await supervisor.start()
+    launcher.standby_gate.clear()
+    asking = asyncio.create_task(supervisor.devices())
+    await until(lambda: bool(launcher.workers))
+    launcher.workers[0].kill()
+    with pytest.raises(WorkerDiedError):
+        await asking
+    launcher.standby_gate.set()
+    assert [device.id for device in await supervisor.devices()] == ["cpu"]
+    await supervisor.load(LOAD)
+    assert len(launcher.workers) == 2  # the one that told of the devices took the load
+    await supervisor.close()
+
+
 async def test_a_failed_load_is_told_with_its_reason_and_ends_the_worker(
     supervisor: Supervisor, launcher: FakeLauncher
 ) -> None:

@@ -31,6 +31,12 @@ def cpu() -> Device:
     )
 
 
+def own_bytes(process: psutil.Process) -> int:
+    """Main memory of a process, without the pages of mapped files where that is known."""
+    memory = process.memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
+
+
 def cores() -> int:
     """Cores that this process may use."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None

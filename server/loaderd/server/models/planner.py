@@ -104,12 +104,12 @@ class Claim:
 
     def begun(self, worker: Worker) -> None:
         """Notes which worker takes the memory."""
-        self._worker, self._held_before = worker, worker.link.memory_bytes
+        self._worker, self._held_before = worker, worker.link.own_bytes
 
     def note(self) -> None:
         """Notes what a load to the CPU has taken by its worker's last heartbeat."""
         if self._worker is not None and tuple(self._plan.placement.devices) == (CPU,):
-            taken = self._worker.link.memory_bytes - self._held_before
+            taken = self._worker.link.own_bytes - self._held_before
             most = self._plan.placement.devices[CPU]
             self._book.note(self._id, {CPU: min(max(taken, 0), most)}, time.monotonic())
 

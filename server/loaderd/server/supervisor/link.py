@@ -29,6 +29,7 @@ class WorkerLink:
         standby: What the worker said when it was ready for a load.
         loaded: What the worker said when it had loaded.
         memory_bytes: The memory that it held at its last heartbeat.
+        own_bytes: Of main memory, what it then held without mapped files.
         last_seen: Monotonic time of its last event.
     """
 
@@ -37,6 +38,7 @@ class WorkerLink:
         self.standby: asyncio.Future[worker_pb2.Standby] = loop.create_future()
         self.loaded: asyncio.Future[worker_pb2.Loaded] = loop.create_future()
         self.memory_bytes = 0
+        self.own_bytes = 0
         self.last_seen = time.monotonic()
         self._max_stream_bytes = max_stream_bytes
         self._commands: asyncio.Queue[worker_pb2.AttachResponse | None] = asyncio.Queue()
@@ -126,6 +128,7 @@ class WorkerLink:
         match event.WhichOneof("event"):
             case "heartbeat":
                 self.memory_bytes = event.heartbeat.memory_bytes
+                self.own_bytes = event.heartbeat.own_bytes
             case "step":
                 outputs: dict[int, list[worker_pb2.Output]] = {}
                 for output in event.step.outputs:

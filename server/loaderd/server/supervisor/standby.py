@@ -71,6 +71,7 @@ class StandbyPool:
             LoaderdError: It died while it started.
             OSError: It could not be started.
         """
+        self._spares = [worker for worker in self._spares if not worker.ended]
         if not self._spares:
             self._spares.append(await self._start())
         await asyncio.shield(self._spares[0].link.standby)

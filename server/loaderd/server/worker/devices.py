@@ -7,7 +7,7 @@ import re
 import psutil
 import torch
 
-from loaderd.server.box.cpu import CPU, cpu
+from loaderd.server.box.cpu import CPU, cpu, own_bytes
 from loaderd.server.errors import InvalidArgumentError, UnsupportedOptionError
 from loaderd.v1.system_pb2 import Device, DeviceType
 
@@ -41,8 +41,8 @@ def allocated_bytes() -> int:
 
 
 def held_bytes() -> dict[str, int]:
-    """Memory that this process holds, by device: on the CPU its resident set."""
-    held = {CPU: int(psutil.Process().memory_info().rss)}
+    """Memory that this process holds, by device; see `own_bytes` for the CPU."""
+    held = {CPU: own_bytes(psutil.Process())}
     kind = _accelerator_kind()
     if kind == "mps":
         held["mps:0"] = int(torch.mps.driver_allocated_memory())

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import psutil
 
+from loaderd.server.box.cpu import own_bytes
 from loaderd.worker.v1.worker_pb2 import AttachRequest, AttachResponse, Heartbeat, Hello
 from loaderd.worker.v1.worker_pb2_grpc import WorkerLinkServiceStub
 
@@ -80,5 +81,6 @@ class HeartbeatThread(threading.Thread):
         """Beats."""
         while True:
             memory = self._process.memory_info().rss + self.accelerator_bytes()
-            self._link.send(heartbeat=Heartbeat(memory_bytes=memory))
+            own = own_bytes(self._process)
+            self._link.send(heartbeat=Heartbeat(memory_bytes=memory, own_bytes=own))
             time.sleep(_HEARTBEAT_SECONDS)
