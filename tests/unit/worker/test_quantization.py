@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
+from loaderd.server.box.dtype import DtypeChoice, choose_dtype
 from loaderd.server.errors import (
     DeviceMemoryError,
     InvalidArgumentError,
     UnsupportedOptionError,
 )
 from loaderd.server.worker import devices, quantization
-from loaderd.server.worker.dtype import DtypeChoice, choose_dtype
 from loaderd.server.worker.engine.batching.linear import HybridLinear
 from loaderd.server.worker.engine.batching.trials import identity_of
 from loaderd.server.worker.engine.sequential import SequentialEngine
