@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from loaderd.server.errors import LoaderdError
+from loaderd.server.errors import LoaderdError, ModelUnsupportedError
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.loads import OnDemand
 from loaderd.server.models.record import LoadOptions, ModelRecord
+from loaderd.server.models.restarts import MOST_DEATHS
 from loaderd.server.store.pins import Pin
 from loaderd.server.supervisor.worker import Worker
 from loaderd.v1 import generation_pb2, model_pb2
@@ -41,6 +42,13 @@ async def demand(tmp_path: Path) -> AsyncIterator[Box]:
 async def hasty(tmp_path: Path) -> AsyncIterator[Box]:
     """As `demand`, with the shortest keep-alive that is not 0."""
     async with open_box(tmp_path, OnDemand.CACHED, keep_alive_s=1e-5) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def lasting(tmp_path: Path) -> AsyncIterator[Box]:
+    """A box that brings models back."""
+    async with open_box(tmp_path, OnDemand.OFF, restart_wait_s=0.1) as opened:
         yield opened
 
 
@@ -111,9 +119,11 @@ async def test_a_model_without_keep_alive_that_failed_waits_for_its_use_when_it_
     await box.generation.Generate(generate, timeout=30)
 
 
+@pytest.mark.parametrize("what", ["answer", "pin"])
 async def test_a_failed_model_that_is_unloaded_while_it_is_loaded_again(
     hub: test_loads.Box,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
+    what: str,
 ) -> None:
     hub.store.cached.add(OLD)
     record = await hub.load("org/name")
@@ -132,7 +142,8 @@ async def test_a_failed_model_that_is_unloaded_while_it_is_loaded_again(
     await hub.registry.unload(record.id, force=False)
     gate.set()
     (outcome,) = await asyncio.gather(load, return_exceptions=True)
-    assert not (isinstance(outcome, LoaderdError) and outcome.reason == "INTERNAL"), outcome
+    if what == "answer":
+        assert not (isinstance(outcome, LoaderdError) and outcome.reason == "INTERNAL"), outcome
     held = hub.store.pins.all()
     alive = {view.id for view in hub.registry.views()}
     assert all(holder in alive for holders in held.values() for holder in holders), held
@@ -268,3 +279,85 @@ async def test_leases_are_bounded(box: Box) -> None:
     with pytest.raises(LoaderdError):
         for _ in range(100_000):
             box.registry.leases.acquire(model.id, 24 * 3600)
+
+
+async def test_a_model_is_not_evicted_before_those_who_loaded_it_have_it(
+    gpus: test_planner.Box,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpus.registry.keep(await gpus.load("b"), float("inf"))
+    gpus.launcher.load_gate.clear()
+    load = asyncio.create_task(gpus.load("a"))
+    await until(lambda: gpus.launcher.loads == 2)
+    measure, make_ready = gpus.planner._measure, gpus.registry.ready
+    measured, is_ready = asyncio.Event(), asyncio.Event()
+
+    async def slow_measure() -> Any:
+        devices = await measure()
+        measured.set()
+        await is_ready.wait()
+        return devices
+
+    def ready(record: ModelRecord, worker: Worker) -> None:
+        make_ready(record, worker)
+        is_ready.set()
+
+    monkeypatch.setattr(gpus.planner, "_measure", slow_measure)
+    monkeypatch.setattr(gpus.registry, "ready", ready)
+    other = asyncio.create_task(gpus.load("c"))
+    await measured.wait()
+    gpus.launcher.load_gate.set()
+    state = (await load).state
+    await asyncio.gather(other, return_exceptions=True)
+    assert state is ModelState.READY
+
+
+async def test_the_keep_alive_begins_when_no_lease_holds_the_model_any_more(box: Box) -> None:
+    request = model_pb2.LoadModelRequest(
+        model=str(box.folder), keep_alive=Duration(seconds=1), lease_ttl=Duration(seconds=60)
+    )
+    async for message in box.models.LoadModel(request, timeout=30):
+        last = message
+    await asyncio.sleep(1.2)
+    release = model_pb2.ReleaseLeaseRequest(lease_id=last.lease.id)
+    await box.models.ReleaseLease(release, timeout=30)
+    await asyncio.sleep(0.2)
+    assert [model.state for model in await box.list()] == [READY]
+
+
+async def test_a_name_means_the_model_that_comes_rather_than_the_one_that_goes(
+    demand: Box,
+) -> None:
+    model = await demand.load()
+    running = demand.stream("hang")
+    await anext(aiter(running))
+    unload = asyncio.create_task(demand.registry.unload(model.id, force=True, grace_s=60))
+    await until(lambda: demand.registry.views()[0].state is ModelState.UNLOADING)
+    demand.launcher.load_gate.clear()
+    request = model_pb2.LoadModelRequest(model=str(demand.folder))
+    request.options.dtype = model_pb2.DTYPE_FLOAT32
+    load = demand.models.LoadModel(request, timeout=30)
+    await anext(aiter(load))
+    try:
+        get = model_pb2.GetModelRequest(model=str(demand.folder))
+        await demand.models.GetModel(get, timeout=10)
+    finally:
+        demand.launcher.load_gate.set()
+        running.cancel()
+        await unload
+
+
+async def test_a_model_is_brought_back_by_one_task(lasting: Box) -> None:
+    box = lasting
+    await box.load()
+    box.launcher.workers[0].kill()
+    await until(lambda: box.launcher.loads == 2)
+    await until(lambda: box.registry.views()[0].state is ModelState.READY)
+    next(worker for worker in box.launcher.workers if worker.loads and not worker.exited).kill()
+    await until(lambda: box.registry.views()[0].state is ModelState.FAILED)
+    await box.load()  # somebody is faster than the second restart, which waits
+    assert box.launcher.loads == 3
+    box.launcher.load_error = ModelUnsupportedError(model="x", problem="y")
+    next(worker for worker in box.launcher.workers if worker.loads and not worker.exited).kill()
+    await asyncio.sleep(3)
+    assert box.launcher.loads <= MOST_DEATHS + 1
