@@ -104,19 +104,36 @@ async def test_a_request_by_id_ends_when_another_model_has_the_same_files(
         assert asked < 10
 
 
-async def test_a_model_without_keep_alive_that_failed_waits_for_its_use_when_it_is_back(
+@pytest.mark.parametrize("is_back", [False, True])
+async def test_a_model_loaded_without_keep_alive_waits_for_its_use(
     box: Box,
+    is_back: bool,
 ) -> None:
+    await box.load()
+    generate = generation_pb2.GenerateRequest(model=str(box.folder), text="count 1")
+    await box.generation.Generate(generate, timeout=30)
+    if is_back:  # else it is READY still, and was used by somebody else
+        box.launcher.workers[0].kill()
+        await until(lambda: box.registry.views()[0].state is ModelState.FAILED)
     request = model_pb2.LoadModelRequest(model=str(box.folder), keep_alive=Duration())
-    async for _ in box.models.LoadModel(request, timeout=30):
-        pass
-    assert await reason_of(box.stream("die")) == "WORKER_DIED"
-    await until(lambda: box.registry.views()[0].state is ModelState.FAILED)
     async for message in box.models.LoadModel(request, timeout=30):
         last = message
     assert last.model.state == READY
-    generate = generation_pb2.GenerateRequest(model=str(box.folder), text="count 1")
+    await asyncio.sleep(0.1)
     await box.generation.Generate(generate, timeout=30)
+
+
+async def test_a_model_that_a_load_gives_out_stays_for_its_keep_alive(box: Box) -> None:
+    request = model_pb2.LoadModelRequest(model=str(box.folder), keep_alive=Duration(seconds=60))
+    async for _ in box.models.LoadModel(request, timeout=30):
+        pass
+    await asyncio.sleep(1.2)
+    request.keep_alive.CopyFrom(Duration(seconds=1))
+    async for message in box.models.LoadModel(request, timeout=30):
+        last = message
+    assert last.model.state == READY
+    await asyncio.sleep(0.2)
+    assert [model.state for model in await box.list()] == [READY]
 
 
 @pytest.mark.parametrize("what", ["answer", "pin"])
