@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator
 
 import grpc
@@ -75,6 +76,7 @@ class FakeWorker:
                     standby=worker_pb2.Standby(
                         devices=self._launcher.devices,
                         versions={"torch": "0"},
+                        measured_at=time.monotonic(),
                     )
                 )
                 async for command in commands:

@@ -251,7 +251,7 @@ class QueueFullError(LoaderdError):
     """The model's queue is full."""
 
     reason = "QUEUE_FULL"
-    text = "model {model!r} has {limit} requests already, its limit; try again later"
+    text = "model {model!r} has {limit} requests, or leases, already, its limit; try again later"
     model: str
     limit: int
 

@@ -29,7 +29,7 @@ class LeaseMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.leases = Leases(self.clock, lambda: None)
+        self.leases = Leases(self.clock, lambda: None, lambda _model, _when: None)
         self.ends: dict[str, float] = {}
         self.known: list[Lease] = []
 
@@ -94,12 +94,12 @@ TestLeases = LeaseMachine.TestCase
 @pytest.mark.parametrize("ttl", [-1, 0, 0.5, 24 * 3600 + 1, math.nan, math.inf])
 def test_a_lease_that_is_too_short_or_too_long_is_refused(ttl: float) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
-        Leases(Clock(), lambda: None).acquire("a", ttl)
+        Leases(Clock(), lambda: None, lambda _model, _when: None).acquire("a", ttl)
     assert caught.value.field == "ttl"
 
 
 def test_a_lease_of_another_model_is_none() -> None:
-    leases = Leases(Clock(), lambda: None)
+    leases = Leases(Clock(), lambda: None, lambda _model, _when: None)
     lease = leases.acquire("a", 10)
     with pytest.raises(LeaseNotFoundError), leases.use(lease.id, "b"):
         pass

@@ -259,3 +259,17 @@ async def test_nothing_goes_for_what_would_not_fit_anyway(box: Box) -> None:
     with pytest.raises(DeviceMemoryError):
         await box.load("huge")
     assert {first.state, second.state} == {ModelState.READY}
+
+
+async def test_a_load_waits_for_a_model_that_is_being_unloaded(box: Box) -> None:
+    first, _ = await box.load("a"), await box.load("b")
+    with box.registry.use(first.id):
+        unload = asyncio.create_task(box.registry.unload(first.id, force=True, grace_s=60))
+        await until(lambda: first.state is ModelState.UNLOADING)
+        (other,) = IdleModels(box.registry).evictable()
+        box.registry.keep(box.registry.find(other), PINNED)
+        load = asyncio.create_task(box.load("c"))
+        await asyncio.sleep(0.1)
+        assert not load.done()
+    await unload
+    assert (await load).state is ModelState.READY

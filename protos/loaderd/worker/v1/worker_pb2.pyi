@@ -189,6 +189,9 @@ class Standby(_message.Message):
 
     DEVICES_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
+    MEASURED_AT_FIELD_NUMBER: _builtins.int
+    measured_at: _builtins.float
+    """When it looked at the devices, by the monotonic clock of its box, in seconds."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[_system_pb2.Device]:
         """Accelerators and the CPU."""
@@ -202,10 +205,11 @@ class Standby(_message.Message):
         *,
         devices: _abc.Iterable[_system_pb2.Device] | None = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        measured_at: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "measured_at", b"measured_at", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

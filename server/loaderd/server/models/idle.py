@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Sequence
 
-from loaderd.server.models.lifecycle import ChangeReason
+from loaderd.server.models.lifecycle import ChangeReason, ModelState
+from loaderd.server.models.record import ModelRecord
 from loaderd.server.models.registry import ModelRegistry
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ class IdleModels:
 
     def evictable(self) -> list[str]:
         """Ids of models that may go, the least recently used first."""
-        unused = self._registry.unused()
+        unused = [record for record in self._registry.records() if self._is_unused(record)]
         unused.sort(key=lambda record: record.keep_alive.last_used or 0.0)
         return [record.id for record in unused]
 
@@ -42,6 +44,21 @@ class IdleModels:
             for model_id in model_ids
         ]
         await asyncio.gather(*map(asyncio.shield, endings))
+
+    async def leaving(self) -> bool:
+        """Waits for the end of models that are being unloaded; whether there were any."""
+        records = self._registry.records()
+        leaving = [record for record in records if record.state is ModelState.UNLOADING]
+        await asyncio.gather(*(record.gone.wait() for record in leaving))
+        return bool(leaving)
+
+    def _is_unused(self, record: ModelRecord) -> bool:
+        keep_alive = record.keep_alive
+        return (
+            record.state is ModelState.READY
+            and not (record.active_requests or keep_alive.is_pinned or keep_alive.is_new)
+            and not self._registry.leases.of(record.id)
+        )
 
 
 class IdleUnloader:
@@ -64,10 +81,11 @@ class IdleUnloader:
         """Begins to unload those whose time has come; the time of the next, None for none."""
         now = time.monotonic()
         coming = []
-        for record, expiry in self._registry.expiries():
+        for record in self._registry.records():
+            expiry = self._registry.expiry(record)
             if expiry <= now:
                 self._registry.retire(record, ChangeReason.IDLE)
-            else:
+            elif expiry < math.inf:
                 coming.append(expiry)
         return min(coming, default=None)
 

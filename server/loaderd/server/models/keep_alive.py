@@ -10,6 +10,8 @@ PINNED = math.inf
 LONGEST_S = 366 * 24 * 3600.0
 """The longest of one that ends."""
 _FIRST_USE_S = 300.0
+_HANDING_OVER_S = 1.0
+"""Longer than it takes whoever waited for a load to be told of its end."""
 
 
 class KeepAlive:
@@ -29,6 +31,12 @@ class KeepAlive:
         self._clock = clock
         self._last_used: float | None = None
         self._was_used = False
+        self._new_until = -math.inf
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it has just come to be READY and those who waited for it may not know yet."""
+        return self._clock() < self._new_until
 
     @property
     def is_pinned(self) -> bool:
@@ -41,8 +49,21 @@ class KeepAlive:
         return self._last_used
 
     def ready(self) -> None:
-        """It is READY, and nobody has used it."""
+        """It is READY, and nobody has it yet."""
+        self.given()
+        self._new_until = self._clock() + _HANDING_OVER_S
+
+    def given(self) -> None:
+        """A load gives it to somebody, who has not used it yet."""
         self._last_used = self._clock()
+        self._was_used = False
+        self._new_until = -math.inf
+
+    def held(self, until: float) -> None:
+        """A lease has held it until that monotonic time."""
+        if self._last_used is not None:
+            self._last_used = max(self._last_used, until)
+            self._was_used = True
 
     def used(self) -> None:
         """A use of it ends now."""
@@ -54,4 +75,4 @@ class KeepAlive:
         if self._last_used is None:
             return math.inf
         seconds = self.seconds if self.seconds or self._was_used else _FIRST_USE_S
-        return self._last_used + seconds
+        return max(self._last_used + seconds, self._new_until)

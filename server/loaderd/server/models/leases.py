@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from loaderd.server.errors import InvalidArgumentError, LeaseNotFoundError
+from loaderd.server.errors import InvalidArgumentError, LeaseNotFoundError, QueueFullError
 
 SHORTEST_TTL_S = 1.0
 LONGEST_TTL_S = 24 * 3600.0
+MOST_LEASES = 1024
+"""Of one model."""
 
 
 @dataclass
@@ -38,11 +40,18 @@ class Leases:
     Args:
         clock: Monotonic seconds.
         changed: Called when some lease begins, ends later or ends now.
+        ended: Called with the model of a lease that ended and the monotonic time at which it did.
     """
 
-    def __init__(self, clock: Callable[[], float], changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        changed: Callable[[], None],
+        ended: Callable[[str, float], None],
+    ) -> None:
         self._clock = clock
         self._changed = changed
+        self._ended = ended
         self._leases: dict[str, Lease] = {}
 
     def acquire(self, model_id: str, ttl_s: float) -> Lease:
@@ -50,8 +59,11 @@ class Leases:
 
         Raises:
             InvalidArgumentError: The time is out of bounds.
+            QueueFullError: The model has too many.
         """
         check_ttl(ttl_s, "ttl")
+        if len(self.of(model_id)) >= MOST_LEASES:
+            raise QueueFullError(model=model_id, limit=MOST_LEASES)
         lease = Lease(secrets.token_hex(16), model_id, ttl_s, self._clock() + ttl_s)
         self._leases[lease.id] = lease
         self._changed()
@@ -90,8 +102,12 @@ class Leases:
         Raises:
             LeaseNotFoundError: It has ended already.
         """
-        del self._leases[self._find(lease_id).id]
+        self._end(self._find(lease_id), self._clock())
         self._changed()
+
+    def check(self, lease_id: str) -> None:
+        """Raises LeaseNotFoundError when a lease has ended."""
+        self._find(lease_id)
 
     def of(self, model_id: str) -> list[Lease]:
         """Those that hold a model now."""
@@ -118,7 +134,11 @@ class Leases:
         now = self._clock()
         for lease in list(self._leases.values()):
             if lease.expires <= now and not lease.users:
-                del self._leases[lease.id]
+                self._end(lease, lease.expires)
+
+    def _end(self, lease: Lease, when: float) -> None:
+        del self._leases[lease.id]
+        self._ended(lease.model_id, when)
 
 
 def check_ttl(ttl_s: float, field: str) -> None:

@@ -13,7 +13,7 @@ from enum import Enum
 from functools import partial
 
 from loaderd.server.errors import InternalError, LoaderdError, ModelNotLoadedError
-from loaderd.server.models.lifecycle import ModelState
+from loaderd.server.models.lifecycle import ChangeReason, ModelState
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions, ModelRecord, identity_of, is_model_id
 from loaderd.server.models.registry import ModelRegistry
@@ -104,6 +104,7 @@ class Loads:
             async for update in updates:
                 if isinstance(update, ModelRecord):
                     self._registry.name(update, name)
+                    update.keep_alive.given()
                 yield update
 
     async def ensure(self, text: str) -> None:
@@ -118,7 +119,7 @@ class Loads:
             known = self._registry.known(text)
             if known is not None and known.state is ModelState.READY:
                 return
-            if self._on_demand is OnDemand.OFF or (known is None and is_model_id(text)):
+            if self._on_demand is OnDemand.OFF or _is_gone(known, text):
                 raise ModelNotLoadedError(model=text)
             if known is None:
                 await self._check_may_load(text, parse_name(text))
@@ -128,18 +129,28 @@ class Loads:
                 continue
             if not known.state.is_loading:
                 await self._check_may_load(text, known.exact_name)
-            await self.again(known)
+            loaded = await self.again(known)
+            if loaded is not known:  # other names of the same files came to be loaded
+                if is_model_id(text):
+                    raise ModelNotLoadedError(model=text)
+                self._registry.name(loaded, parse_name(text))
 
-    async def again(self, record: ModelRecord) -> None:
+    async def again(self, record: ModelRecord) -> ModelRecord:
         """Loads a model of which the registry knows, with its options, or joins its load.
+
+        Returns:
+            The model, READY; another one, if that has the same files and options.
 
         Raises:
             LoaderdError: As `load`.
         """
         self._registry.check_open()
+        loaded = record
         async with aclosing(self._updates(record.exact_name, record.options)) as updates:
-            async for _ in updates:
-                pass
+            async for update in updates:
+                if isinstance(update, ModelRecord):
+                    loaded = update
+        return loaded
 
     async def _check_may_load(self, text: str, name: HubName | LocalName) -> None:
         if self._on_demand is OnDemand.CACHED:
@@ -213,9 +224,10 @@ class Loads:
         record.load_task = asyncio.current_task()
         with self._settled(record):
             record.found(files)
+            record.earlier_failure = record.failure
+            self._registry.to(record, ModelState.LOADING)
             if isinstance(files, CachedSnapshot):
                 record.pin = await self._store.hold(files, record.id)
-            self._registry.to(record, ModelState.LOADING)
             publish(_progress(record, None))
             if isinstance(files, CachedSnapshot):
                 await self._store.prove(files, lambda update: publish(_proving(record, update)))
@@ -245,7 +257,7 @@ class Loads:
         except asyncio.CancelledError:
             # A load that was handed on to another task goes on there, for others who wait.
             if record.state.is_loading and record.load_task is asyncio.current_task():
-                self._registry.to(record, ModelState.UNLOADED)
+                self._give_up(record)
             if record.abort_error is not None:
                 raise record.abort_error from None
             raise
@@ -258,6 +270,13 @@ class Loads:
             self._fail(record, InternalError(incident=incident))
             raise InternalError(incident=incident) from error
 
+    def _give_up(self, record: ModelRecord) -> None:
+        """Nobody waits any more: a model that had failed has failed again, others are gone."""
+        if record.earlier_failure is not None and record.abort_error is None:
+            self._registry.to(record, ModelState.FAILED, record.earlier_failure)
+        else:
+            self._registry.to(record, ModelState.UNLOADED)
+
     def _fail(self, record: ModelRecord, error: LoaderdError) -> None:
         if not record.state.is_loading:
             return
@@ -265,6 +284,14 @@ class Loads:
         self._registry.to(record, ModelState.FAILED, error)
         if unknown:  # watchers were told; a name that is no model need not stay in the list
             self._registry.to(record, ModelState.UNLOADED)
+
+
+def _is_gone(known: ModelRecord | None, text: str) -> bool:
+    """Whether a request names what is not to be loaded for it."""
+    if known is None or known.state is not ModelState.UNLOADING:
+        return known is None and is_model_id(text)
+    # Those who ask at once are refused while somebody unloads it, and an id means that one load.
+    return is_model_id(text) or known.leaving is ChangeReason.UNLOAD
 
 
 def _proving(record: ModelRecord, update: Proving) -> LoadProgress:

@@ -64,6 +64,9 @@ class Evictable(Protocol):
             newcomer: For which, for the log.
         """
 
+    async def leaving(self) -> bool:
+        """Waits for the end of those that are being unloaded; whether there were any."""
+
 
 @dataclass(frozen=True)
 class LoadPlan:
@@ -170,15 +173,19 @@ class Planner:
     ) -> AsyncIterator[Claim]:
         """Reserves the memory of a load while it runs; `Claim.settle` keeps it when it is done.
 
-        Where it does not fit, models that nobody uses are unloaded first.
+        Where it does not fit, it waits for models that are being unloaded, then unloads some that
+        nobody uses.
 
         Raises:
             DeviceMemoryError: It does not fit beside the models that are in use.
             LoaderdError: As `plan`.
         """
         plan = await self._plan(name, files, options)
-        while going := self._to_evict(plan, options):
-            await self._idle.evict(going, str(name))
+        while not plan.placement.fits:
+            if not await self._idle.leaving():
+                if not (going := self._to_evict(plan, options)):
+                    break
+                await self._idle.evict(going, str(name))
             plan = await self._plan(name, files, options)
         plan.placement.check(str(name))
         self._book.reserve(model_id, str(name), plan.placement.devices)
@@ -209,8 +216,6 @@ class Planner:
         return devices
 
     def _to_evict(self, plan: LoadPlan, options: LoadOptions) -> list[str]:
-        if plan.placement.fits:
-            return []
         idle, needs = self._idle.evictable(), plan.estimate.needs
         return to_evict(self._book, needs, options.device_map, idle, time.monotonic())
 

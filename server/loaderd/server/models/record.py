@@ -116,6 +116,8 @@ class ModelRecord:
         stale: The hub did not answer when it was to be downloaded.
         keep_alive: When it was used, and how long it stays without being used.
         leaving: Why it is being ended, if it is.
+        freed_bytes: What its process held when it ended.
+        earlier_failure: Why it had failed when it began to be loaded again.
     """
 
     def __init__(
@@ -146,6 +148,8 @@ class ModelRecord:
         self.load_task: asyncio.Task[object] | None = None
         self.keep_alive = keep_alive
         self.leaving: ChangeReason | None = None
+        self.freed_bytes = 0
+        self.earlier_failure: LoaderdError | None = None
 
     @property
     def state(self) -> ModelState:

@@ -58,7 +58,7 @@ class ModelRegistry:
         self.on_death: Callable[[ModelRecord], None] | None = None
         self._max_requests = max_requests
         self._keep_alive_s = keep_alive_s
-        self.leases = Leases(time.monotonic, self.use_changed.set)
+        self.leases = Leases(time.monotonic, self.use_changed.set, self._lease_ended)
         self._records: dict[str, ModelRecord] = {}
         self._draining = False
         self._idle = asyncio.Event()
@@ -72,14 +72,22 @@ class ModelRegistry:
 
     def view(self, record: ModelRecord) -> ModelView:
         """A model as it is now."""
-        expiry = self._expiry(record)
+        expiry = self.expiry(record)
         leases = len(self.leases.of(record.id))
         return record.view(leases, None if expiry == math.inf else expiry)
 
-    def expiries(self) -> list[tuple[ModelRecord, float]]:
-        """Models that nobody uses now, and at which monotonic time they are to go."""
-        found = [(record, self._expiry(record)) for record in self._records.values()]
-        return [(record, expiry) for record, expiry in found if expiry < math.inf]
+    def records(self) -> list[ModelRecord]:
+        """All models, oldest first."""
+        return list(self._records.values())
+
+    def expiry(self, record: ModelRecord) -> float:
+        """Monotonic time at which it is to go; infinity if it is in use, pinned or not READY."""
+        if record.state is not ModelState.READY or record.active_requests:
+            return math.inf
+        leases = self.leases.of(record.id)
+        if leases:  # its time begins when the last one ends
+            return max(lease.expires for lease in leases) + record.keep_alive.seconds
+        return record.keep_alive.expiry()
 
     def find(self, text: str) -> ModelRecord:
         """The model that a request names by id or name.
@@ -98,7 +106,8 @@ class ModelRegistry:
         # A load of the same name must not disturb who uses the model that is there.
         found = (
             [record for record in named if record.state is ModelState.READY]
-            or [record for record in named if record.state.is_held]
+            or [record for record in named if record.state.is_loading]
+            or [record for record in named if record.state is ModelState.UNLOADING]
             or named[-1:]
         )
         if not found:
@@ -163,10 +172,12 @@ class ModelRegistry:
         return record
 
     def name(self, record: ModelRecord, name: HubName | LocalName) -> None:
-        """Lets requests call a model by `name`.
+        """Lets requests call a model by `name`, unless it is gone by now.
 
         A branch that moved means the newest of the models that were loaded by its name.
         """
+        if record.state is not ModelState.READY:
+            return
         record.aliases.add(name)
         for other in self._records.values():
             if other is not record and other.options == record.options:
@@ -256,22 +267,22 @@ class ModelRegistry:
         """
         record = self.find(text)
         if record.state is ModelState.UNLOADING:
-            raise ModelNotLoadedError(model=text)
+            return await self._cut(record, text, force, grace_s)
         leases = len(self.leases.of(record.id))
         if not force and (record.active_requests or leases or record.state.is_loading):
             raise ModelInUseError(text, record.active_requests, leases)
         freed = await asyncio.shield(self._end(record, ChangeReason.UNLOAD, grace_s))
         return self.view(record), freed
 
-    def unused(self) -> list[ModelRecord]:
-        """Models that may go for others: READY, without requests or leases, and not pinned."""
-        return [
-            record
-            for record in self._records.values()
-            if record.state is ModelState.READY
-            and not (record.active_requests or record.keep_alive.is_pinned)
-            and not self.leases.of(record.id)
-        ]
+    async def _cut(
+        self, record: ModelRecord, text: str, force: bool, grace_s: float
+    ) -> tuple[ModelView, int]:
+        """Shortens the grace of a model that is being unloaded, and waits for its end."""
+        if not force:
+            raise ModelNotLoadedError(model=text)
+        asyncio.get_running_loop().call_later(grace_s, record.quiet.set)
+        await record.gone.wait()
+        return self.view(record), record.freed_bytes
 
     def retire(self, record: ModelRecord, reason: ChangeReason) -> asyncio.Task[int]:
         """Begins to end a model that nobody uses; the task's result is the bytes that it held."""
@@ -312,12 +323,9 @@ class ModelRegistry:
             *(self._end(record, ChangeReason.SHUTDOWN) for record in list(self._records.values()))
         )
 
-    def _expiry(self, record: ModelRecord) -> float:
-        """When it is to go; infinity for one that is in use, pinned or not READY."""
-        if record.state is not ModelState.READY or record.active_requests:
-            return math.inf
-        leased = [lease.expires for lease in self.leases.of(record.id)]
-        return max(record.keep_alive.expiry(), *leased, -math.inf)
+    def _lease_ended(self, model_id: str, when: float) -> None:
+        if record := self._records.get(model_id):
+            record.keep_alive.held(when)
 
     def _end(
         self, record: ModelRecord, reason: ChangeReason, grace_s: float = 0.0
@@ -344,8 +352,9 @@ class ModelRegistry:
         except TimeoutError:
             pass  # what runs still is ended
         await worker.close(error)
+        record.freed_bytes = worker.link.memory_bytes
         self.to(record, ModelState.UNLOADED)
-        return worker.link.memory_bytes
+        return record.freed_bytes
 
     async def _gone(self, record: ModelRecord) -> int:
         await record.gone.wait()
@@ -355,7 +364,7 @@ class ModelRegistry:
         await worker.wait()
         if record.state is not ModelState.READY:
             return
-        is_wanted = self._expiry(record) > time.monotonic()
+        is_wanted = self.expiry(record) > time.monotonic()
         self.to(record, ModelState.FAILED, WorkerDiedError(model=str(record.name)))
         if is_wanted and self.on_death is not None and not self._draining:
             self.on_death(record)

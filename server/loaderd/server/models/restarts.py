@@ -32,19 +32,25 @@ class Restarts:
         self._loads = loads
         self._first_wait_s = first_wait_s
         self._deaths: defaultdict[str, deque[float]] = defaultdict(deque)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def begin(self, record: ModelRecord) -> None:
         """A model's worker has died."""
-        task = asyncio.create_task(self._restart(record))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        if earlier := self._tasks.get(record.id):
+            earlier.cancel()  # somebody was faster than its wait
+        task = self._tasks[record.id] = asyncio.create_task(self._restart(record))
+        task.add_done_callback(lambda _: self._forget(record.id, task))
 
     async def close(self) -> None:
         """Gives up what has begun."""
-        for task in self._tasks:
+        tasks = list(self._tasks.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _forget(self, model_id: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(model_id) is task:
+            del self._tasks[model_id]
 
     async def _restart(self, record: ModelRecord) -> None:
         while (deaths := self._note_death(record)) <= MOST_DEATHS:

@@ -114,6 +114,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             raise InvalidArgumentError("request_id", problem)
         keep_alive = keep_alive_of(request)
         lease_id = request.lease_id if request.HasField("lease_id") else None
+        if lease_id is not None:
+            self._registry.leases.check(lease_id)
         await self._loads.ensure(request.model)
         # The model is in use until its worker is done, not until a slow client has read it all.
         with ExitStack() as use:

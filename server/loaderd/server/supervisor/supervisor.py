@@ -134,7 +134,7 @@ class Supervisor:
 
     @property
     def measured_at(self) -> float:
-        """Monotonic time when the worker was started that told of the devices; 0 before."""
+        """Monotonic time when the latest worker looked at the devices; 0 before."""
         return self._measured_at
 
     async def _start_worker(self) -> Worker:
@@ -149,7 +149,7 @@ class Supervisor:
     async def _watch(self, worker: Worker, started: float) -> None:
         try:
             self._latest = await asyncio.shield(worker.link.standby)
-            self._measured_at = started
+            self._measured_at = self._latest.measured_at or started
             self._first_seen.set()
         except LoaderdError:
             pass  # it died while it started: whoever wanted it is told by the link

@@ -67,7 +67,10 @@ class ModelHost:
     def stand_by(self) -> None:
         """Tells the daemon that a load can come."""
         versions = {library: version(library) for library in _LIBRARIES}
-        standby = worker_pb2.Standby(devices=devices.inventory(), versions=versions)
+        measured_at = time.monotonic()
+        standby = worker_pb2.Standby(
+            devices=devices.inventory(), versions=versions, measured_at=measured_at
+        )
         self._link.send(standby=standby)
 
     def load(self, command: worker_pb2.Load) -> None:

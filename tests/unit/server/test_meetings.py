@@ -1,4 +1,4 @@
-"""Proofs of defects: each fails as long as its defect is there."""
+"""Moments in which loads, unloads, requests, leases, deaths and evictions meet."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ async def test_a_request_by_id_ends_when_another_model_has_the_same_files(
     assert (other.identity, other.state) == (failed.identity, ModelState.READY)
     asked, again = 0, hub.loads.again
 
-    async def counted(record: ModelRecord) -> None:
+    async def counted(record: ModelRecord) -> ModelRecord:
         nonlocal asked
         asked += 1
-        await again(record)
+        return await again(record)
 
     monkeypatch.setattr(hub.loads, "again", counted)
     try:
@@ -156,7 +156,7 @@ async def test_a_failed_model_that_is_unloaded_while_it_is_loaded_again(
     monkeypatch.setattr(hub.store, "hold", slow_hold)
     load = asyncio.create_task(hub.load("org/name"))
     await waits.wait()
-    await hub.registry.unload(record.id, force=False)
+    await hub.registry.unload(record.id, force=True)
     gate.set()
     (outcome,) = await asyncio.gather(load, return_exceptions=True)
     if what == "answer":
