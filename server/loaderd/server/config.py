@@ -133,6 +133,9 @@ class DeclaredModel(BaseModel):
     device_map: str = "auto"
     """Where to put its layers."""
 
+    quantization: Literal["int8", "int4", "nf4"] | None = None
+    """Keep weights in 8 or 4 bits. Default: as the files have them."""
+
     keep_alive: Seconds = Field(default=-1, le=366 * 24 * 3600)
     """As the daemon's setting of this name. Default: it stays until somebody unloads it."""
 

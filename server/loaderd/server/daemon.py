@@ -173,8 +173,13 @@ def _declared(config: ServerConfig) -> list[Declared]:
     models = []
     for model in config.models:
         dtype = model_pb2.Dtype.Value(f"DTYPE_{(model.dtype or 'unspecified').upper()}")
+        quantization = (model.quantization or "unspecified").upper()
         try:
-            options = LoadOptions(dtype=dtype, device_map=model.device_map)
+            options = LoadOptions(
+                dtype=dtype,
+                device_map=model.device_map,
+                quantization=model_pb2.Quantization.Value(f"QUANTIZATION_{quantization}"),
+            )
         except InvalidArgumentError as error:
             raise ConfigError(f"models: {model.name}: {error}") from error
         keep_alive_s = model.keep_alive if model.keep_alive >= 0 else PINNED
