@@ -123,6 +123,8 @@ async def test_grace_goes_with_force(client: AsyncClient, model: AsyncModel) -> 
 
 
 async def test_changes_have_reasons(client: AsyncClient, backend: Backend) -> None:
+    for model in await client.models():  # of tests before
+        await model.unload(force=True)
     async with client.watch() as watch:
         updates = aiter(watch)
         assert isinstance(await anext(updates), ModelList)

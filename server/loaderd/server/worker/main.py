@@ -92,7 +92,9 @@ def _send_all_output_to_the_log(worker_id: str) -> None:
         format=f"%(asctime)s %(levelname)s worker {worker_id}: %(message)s",
     )
     logging.captureWarnings(capture=True)
-    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+    # transformers imports torchao where it is installed, which tells what it would need for a GPU.
+    for chatty in ("py.warnings", "torchao", "torch.utils._pytree"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
 def _exit(code: int) -> None:
