@@ -40,7 +40,7 @@ class IdleModels:
         """
         logger.info("%s: unloaded for %s", ", ".join(model_ids), newcomer)
         endings = [
-            self._registry.retire(self._registry.find(model_id), ChangeReason.EVICTED)
+            self._registry.end(self._registry.find(model_id), ChangeReason.EVICTED)
             for model_id in model_ids
         ]
         await asyncio.gather(*map(asyncio.shield, endings))
@@ -84,7 +84,7 @@ class IdleUnloader:
         for record in self._registry.records():
             expiry = self._registry.expiry(record)
             if expiry <= now:
-                self._registry.retire(record, ChangeReason.IDLE)
+                self._registry.end(record, ChangeReason.IDLE)
             elif expiry < math.inf:
                 coming.append(expiry)
         return min(coming, default=None)

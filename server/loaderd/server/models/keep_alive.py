@@ -67,8 +67,7 @@ class KeepAlive:
 
     def used(self) -> None:
         """A use of it ends now."""
-        self._last_used = self._clock()
-        self._was_used = True
+        self.held(self._clock())
 
     def expiry(self) -> float:
         """Monotonic time at which it is to go if nobody uses it before; infinity for never."""

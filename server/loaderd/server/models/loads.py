@@ -123,9 +123,7 @@ class Loads:
                 raise ModelNotLoadedError(model=text)
             if known is None:
                 await self._check_may_load(text, parse_name(text))
-                async with aclosing(self.load(text, LoadOptions())) as updates:
-                    async for _ in updates:
-                        pass
+                await outcome(self.load(text, LoadOptions()))
                 continue
             if not known.state.is_loading:
                 await self._check_may_load(text, known.exact_name)
@@ -145,12 +143,7 @@ class Loads:
             LoaderdError: As `load`.
         """
         self._registry.check_open()
-        loaded = record
-        async with aclosing(self._updates(record.exact_name, record.options)) as updates:
-            async for update in updates:
-                if isinstance(update, ModelRecord):
-                    loaded = update
-        return loaded
+        return await outcome(self._updates(record.exact_name, record.options))
 
     async def _check_may_load(self, text: str, name: HubName | LocalName) -> None:
         if self._on_demand is OnDemand.CACHED:
@@ -284,6 +277,19 @@ class Loads:
         self._registry.to(record, ModelState.FAILED, error)
         if unknown:  # watchers were told; a name that is no model need not stay in the list
             self._registry.to(record, ModelState.UNLOADED)
+
+
+async def outcome(updates: AsyncGenerator[LoadProgress | ModelRecord, None]) -> ModelRecord:
+    """Follows a load to its end; the model, READY.
+
+    Raises:
+        LoaderdError: As `Loads.load`.
+    """
+    async with aclosing(updates):
+        async for update in updates:
+            if isinstance(update, ModelRecord):
+                return update
+    raise RuntimeError("a load ends with its model or an error")
 
 
 def _is_gone(known: ModelRecord | None, text: str) -> bool:

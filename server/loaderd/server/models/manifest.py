@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from loaderd.server.errors import DrainingError, LoaderdError
 from loaderd.server.models.keep_alive import PINNED
-from loaderd.server.models.loads import Loads
-from loaderd.server.models.record import LoadOptions, ModelRecord
+from loaderd.server.models.loads import Loads, outcome
+from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.registry import ModelRegistry
 
 logger = logging.getLogger(__name__)
@@ -70,10 +69,8 @@ class Manifest:
     async def _load(self, model: Declared) -> bool:
         """Whether it need not be tried again."""
         try:
-            async with aclosing(self._loads.load(model.name, model.options)) as updates:
-                async for update in updates:
-                    if isinstance(update, ModelRecord):
-                        self._registry.keep(update, model.keep_alive_s)
+            record = await outcome(self._loads.load(model.name, model.options))
+            self._registry.keep(record, model.keep_alive_s)
         except DrainingError:
             return True  # nobody wants it any more
         except LoaderdError as error:

@@ -157,6 +157,17 @@ class ModelRecord:
         return self.lifecycle.state
 
     @property
+    def change_reason(self) -> ChangeReason:
+        """Why it has the state that it has."""
+        if self.state is ModelState.FAILED:
+            return ChangeReason.FAILURE
+        if self.leaving is not None:
+            return self.leaving
+        # A load that ends so was left by all who waited, or led to a model that was there.
+        is_over = self.state is ModelState.UNLOADED
+        return ChangeReason.UNLOAD if is_over else ChangeReason.LOAD
+
+    @property
     def exact_name(self) -> HubName | LocalName:
         """The name of its files, whatever its branch has come to mean; if that is known."""
         if isinstance(self.name, HubName) and self.commit:

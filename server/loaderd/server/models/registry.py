@@ -142,18 +142,13 @@ class ModelRegistry:
 
     def held(self, identity: str, options: LoadOptions) -> ModelRecord | None:
         """The model of these files and options that is loaded, loading or unloading."""
-        for record in self._records.values():
-            if (record.identity, record.options) == (identity, options) and record.state.is_held:
-                return record
-        return None
+        same = self._same(identity, options)
+        return next((record for record in same if record.state.is_held), None)
 
     def failed(self, identity: str, options: LoadOptions) -> ModelRecord | None:
         """The model of these files and options that has failed; it can be loaded again."""
-        for record in self._records.values():
-            is_it = (record.identity, record.options) == (identity, options)
-            if is_it and record.state is ModelState.FAILED:
-                return record
-        return None
+        same = self._same(identity, options)
+        return next((record for record in same if record.state is ModelState.FAILED), None)
 
     def add(self, name: HubName | LocalName, options: LoadOptions) -> ModelRecord:
         """A new model, RESOLVING; it replaces one of the same name and options that failed.
@@ -271,7 +266,7 @@ class ModelRegistry:
         leases = len(self.leases.of(record.id))
         if not force and (record.active_requests or leases or record.state.is_loading):
             raise ModelInUseError(text, record.active_requests, leases)
-        freed = await asyncio.shield(self._end(record, ChangeReason.UNLOAD, grace_s))
+        freed = await asyncio.shield(self.end(record, ChangeReason.UNLOAD, grace_s))
         return self.view(record), freed
 
     async def _cut(
@@ -283,10 +278,6 @@ class ModelRegistry:
         asyncio.get_running_loop().call_later(grace_s, record.quiet.set)
         await record.gone.wait()
         return self.view(record), record.freed_bytes
-
-    def retire(self, record: ModelRecord, reason: ChangeReason) -> asyncio.Task[int]:
-        """Begins to end a model that nobody uses; the task's result is the bytes that it held."""
-        return self._end(record, reason)
 
     @property
     def draining(self) -> bool:
@@ -320,17 +311,31 @@ class ModelRegistry:
             if record.worker is not None:
                 record.worker.link.fail(DrainingError())
         await asyncio.gather(
-            *(self._end(record, ChangeReason.SHUTDOWN) for record in list(self._records.values()))
+            *(self.end(record, ChangeReason.SHUTDOWN) for record in list(self._records.values()))
         )
+
+    def _same(self, identity: str, options: LoadOptions) -> list[ModelRecord]:
+        """All models of these files and options."""
+        key = (identity, options)
+        return [each for each in self._records.values() if (each.identity, each.options) == key]
 
     def _lease_ended(self, model_id: str, when: float) -> None:
         if record := self._records.get(model_id):
             record.keep_alive.held(when)
 
-    def _end(
+    def end(
         self, record: ModelRecord, reason: ChangeReason, grace_s: float = 0.0
     ) -> asyncio.Task[int]:
-        """Ends a model; no request is taken any more when this returns."""
+        """Begins to end a model; no request is taken any more when this returns.
+
+        Args:
+            record: The model.
+            reason: Why.
+            grace_s: How long its requests may go on before.
+
+        Returns:
+            A task whose result is the bytes that its process held.
+        """
         error = ModelNotLoadedError(model=str(record.name))
         worker, record.worker = record.worker, None
         record.leaving = reason
@@ -389,7 +394,7 @@ class ModelRegistry:
             self._idle.set()
 
     def _publish(self, record: ModelRecord, previous: ModelState | None) -> None:
-        self.events.publish(datetime.now(UTC), previous, self.view(record), _reason(record))
+        self.events.publish(datetime.now(UTC), previous, self.view(record), record.change_reason)
         self.changed.set()
 
     def _spawn(self, work: Coroutine[None, None, R]) -> asyncio.Task[R]:
@@ -397,13 +402,3 @@ class ModelRegistry:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _reason(record: ModelRecord) -> ChangeReason:
-    if record.state is ModelState.FAILED:
-        return ChangeReason.FAILURE
-    if record.leaving is not None:
-        return record.leaving
-    # A load that ends so was left by all who waited for it, or led to a model that was there.
-    is_over = record.state is ModelState.UNLOADED
-    return ChangeReason.UNLOAD if is_over else ChangeReason.LOAD
