@@ -124,19 +124,15 @@ def test_engines_generate_what_transformers_does(tiny: Path, kind: Any, engine: 
 
 
 @pytest.mark.parametrize("kind", [INT8, INT4])
-def test_only_plain_layers_get_copies(
-    tiny: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_plain_layers_get_copies(tiny: Path, kind: Any) -> None:
     from loaderd.server.worker.engine.batching import linear
-    from loaderd.server.worker.engine.batching.kernels import Copy, LinearPolicy
+    from loaderd.server.worker.engine.batching.kernels import Form, LinearPolicy
 
-    monkeypatch.setattr(linear, "_LEAST_BYTES", 0)
-    monkeypatch.setattr(linear, "best_policy", lambda _: LinearPolicy(copy=Copy.WIDENED))
     model = load(tiny, kind, torch.bfloat16)
     ids = torch.tensor([[5, 9, 60, 33]])
     with torch.no_grad():
         expected = model(ids).logits.float()
-        linear.speed_up(model, 2**40)
+        linear.speed_up(model, LinearPolicy(Form.WIDENED, Form.WIDENED), 2**40)
         found = model(ids).logits.float()
     assert isinstance(model.lm_head, HybridLinear)
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,6 +79,13 @@ class ModelHost:
         if self._hosted is not None:
             logger.error("asked to load %s, but a model is loaded already", command.model)
             return
+        # OpenMP keeps threads for each thread that has computed. While there are more than cores
+        # they wait for each other asleep, and every operator of the engine would wake them.
+        thread = threading.Thread(target=self._try_to_load, args=(command,), name="load")
+        thread.start()
+        thread.join()
+
+    def _try_to_load(self, command: worker_pb2.Load) -> None:
         try:
             self._link.send(loaded=self._load(command))
         except LoaderdError as error:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.build import EngineSettings, _memory, _sizes
+from loaderd.server.worker.engine.batching.kernels import PLAIN
 from loaderd.server.worker.engine.batching.kv_cache import BLOCK
 from loaderd.server.worker.engine.batching.suitability import UnsuitableError
 from loaderd.server.worker.engine.batching.trials import Outcome
@@ -36,7 +37,8 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 def tried(first: int, second: int) -> Outcome:
     by_device = {"cuda:0": first, "cuda:1": second}
-    return Outcome({d: size for d, size in by_device.items() if size}, {}, is_flat=True)
+    sizes = {device: size for device, size in by_device.items() if size}
+    return Outcome(sizes, {}, is_flat=True, linears=PLAIN)
 
 
 @pytest.mark.parametrize(

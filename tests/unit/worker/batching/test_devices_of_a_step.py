@@ -14,6 +14,7 @@ from loaderd.server.worker.engine.batching.attention import NAME
 from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import FlatForward, Forward, ModuleForward
 from loaderd.server.worker.engine.batching.history import History
+from loaderd.server.worker.engine.batching.kernels import PLAIN
 from loaderd.server.worker.engine.batching.kv_cache import BLOCK, KvCache
 from loaderd.server.worker.engine.batching.linear import speed_up
 from loaderd.server.worker.engine.batching.logits_processors import process
@@ -58,7 +59,7 @@ def test_steps_wait_for_no_numbers(architecture: str) -> None:
 def test_steps_of_flat_models_wait_for_no_numbers() -> None:
     model = build("llama").to(META)
     model.set_attn_implementation(NAME)
-    speed_up(model, 0)
+    speed_up(model, PLAIN, 0)
     run_without_numbers(FlatForward(model, {}))
 
 

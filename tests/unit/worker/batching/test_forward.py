@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from loaderd.server.worker.engine.batching import forward, linear
+from loaderd.server.worker.engine.batching import forward
 from loaderd.server.worker.engine.batching.build import batching_engine
 from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import FlatForward, ModuleForward, can_flatten
-from loaderd.server.worker.engine.batching.kernels import Copy, LinearPolicy
+from loaderd.server.worker.engine.batching.kernels import PLAIN, Form, LinearPolicy
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
 from loaderd.server.worker.engine.batching.linear import speed_up
 from loaderd.server.worker.engine.batching.runner import Runner
@@ -62,7 +62,7 @@ def logits_of(run: Any) -> torch.Tensor:
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("form", [Copy.NONE, Copy.WIDENED])
+@pytest.mark.parametrize("form", [Form.OWN, Form.WIDENED])
 @pytest.mark.parametrize("name", FLAT)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)]
@@ -71,8 +71,7 @@ def test_flat_is_the_same_as_module_by_module(
     name: str,
     dtype: torch.dtype,
     tolerance: float,
-    form: Copy,
-    monkeypatch: pytest.MonkeyPatch,
+    form: Form,
 ) -> None:
     architecture, sizes = FLAT[name]
     model = build(architecture, **sizes).to(dtype)
@@ -83,9 +82,7 @@ def test_flat_is_the_same_as_module_by_module(
     findings = examine(model)
     expected = logits_of(ModuleForward(model))
     assert not can_flatten(model), "its layers are not fused yet"
-    monkeypatch.setattr(linear, "_LEAST_BYTES", 0)
-    monkeypatch.setattr(linear, "best_policy", lambda _: LinearPolicy(copy=form))
-    policy = speed_up(model, 2**40)
+    policy = speed_up(model, LinearPolicy(form, form), 2**40)
     assert can_flatten(model)
     flat = FlatForward(model, findings.windows, policy.activations)
     assert (logits_of(flat) - expected).abs().max() < tolerance * expected.std() * 4
@@ -96,7 +93,7 @@ def test_flat_is_the_same_as_module_by_module(
 def test_other_layers_are_not_flattened(architecture: str) -> None:
     model = build(architecture, **OTHERS[architecture])
     examine(model)
-    speed_up(model, 2**40)
+    speed_up(model, PLAIN, 2**40)
     assert not can_flatten(model)
 
 

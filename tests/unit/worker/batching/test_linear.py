@@ -6,33 +6,41 @@ from typing import Any
 import pytest
 import torch
 
+from loaderd.server.worker.engine.batching import build as build_module
 from loaderd.server.worker.engine.batching import kernels, linear
-from loaderd.server.worker.engine.batching.kernels import Copy, LinearPolicy, best_policy
-from loaderd.server.worker.engine.batching.linear import HybridLinear, speed_up
+from loaderd.server.worker.engine.batching.kernels import FEW, Form, LinearPolicy, best_policy
+from loaderd.server.worker.engine.batching.linear import HybridLinear, fastest, speed_up
 from tests.unit.worker.engine_client import PROMPT, Client, build, reference
 
 _GLU = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 PLENTY = 2**40
 
 
-def is_there(form: Copy, dtype: torch.dtype) -> bool:
+def is_there(form: Form, dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies with such weights."""
     try:
-        kernels.CopiedWeight(torch.ones(64, 64, dtype=dtype), None, form)
+        kernels.product(torch.ones(64, 64, dtype=dtype), None, form)
     except RuntimeError:
         return False
     return True
 
 
-@pytest.fixture(params=[Copy.REORDERED, Copy.PACKED, Copy.WIDENED])
-def always(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LinearPolicy:
-    """Trials of tiny layers say little: as if it had paid."""
-    if not is_there(request.param, torch.bfloat16):
+COPIES = (Form.REORDERED, Form.PACKED, Form.WIDENED)
+POLICIES = [
+    *(LinearPolicy(Form.NATIVE, form) for form in (Form.OWN, *COPIES)),
+    *(LinearPolicy(form, form) for form in COPIES),
+    LinearPolicy(Form.PACKED, Form.REORDERED),
+    LinearPolicy(Form.REORDERED, Form.PACKED),
+]
+
+
+@pytest.fixture(params=POLICIES, ids=lambda policy: f"{policy.few.value}-{policy.many.value}")
+def policy(request: pytest.FixtureRequest) -> LinearPolicy:
+    """As if it had paid: trials of tiny layers say little."""
+    found: LinearPolicy = request.param
+    if not all(is_there(form, torch.bfloat16) for form in (found.few, found.many)):
         pytest.skip("this CPU has no instructions for it")
-    policy = LinearPolicy(native_few=True, copy=request.param)
-    monkeypatch.setattr(linear, "_LEAST_BYTES", 0)
-    monkeypatch.setattr(linear, "best_policy", lambda _weights: policy)
-    return policy
+    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -53,26 +61,27 @@ def test_logits_stay_the_same(
     sizes: dict[str, Any],
     dtype: torch.dtype,
     tokens: int,
-    always: LinearPolicy,
+    policy: LinearPolicy,
 ) -> None:
-    if not is_there(always.copy, dtype):
+    if not all(is_there(form, dtype) for form in (policy.few, policy.many)):
         pytest.skip("this CPU has no instructions for it")
     model = build(architecture, **sizes).to(dtype)
     weights = sum(parameter.numel() for parameter in model.parameters())
     ids = torch.tensor([PROMPT[:tokens]])
     with torch.no_grad():
         expected = model(ids).logits.float()
-        policy = speed_up(model, PLENTY)
-        with policy.step(tokens):
-            found = model(ids).logits.float()
+        assert speed_up(model, policy, PLENTY) == policy
+        found = model(ids).logits.float()
     assert isinstance(model.get_output_embeddings(), HybridLinear)
     assert (found - expected).abs().max() < 0.1 * expected.std()
     assert sum(parameter.numel() for parameter in model.parameters()) == weights
     assert torch._C._get_mkldnn_enabled()
 
 
-@pytest.mark.usefixtures("always")
-def test_an_engine_generates_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_generates_with_them(
+    policy: LinearPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "fastest", lambda _model: policy)
     model = build("llama", **_GLU).to(torch.bfloat16)
     # A model of 16 bits has ties that rounding decides; these weights have few.
     expected = reference(
@@ -82,31 +91,48 @@ def test_an_engine_generates_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10, "ignore_eos": True}
     keys = [client.start(return_token_ids=True, **options) for _ in range(6)]
     assert [client.wait(key).token_ids for key in keys] == [expected] * 6
+    assert str(policy) in client.reason
     client.engine.close()
 
 
-@pytest.mark.usefixtures("always")
-def test_without_memory_for_a_copy_the_weights_stay_as_they_are() -> None:
+def test_without_memory_there_are_no_copies(policy: LinearPolicy) -> None:
     model = build("llama", **_GLU).to(torch.bfloat16)
-    policy = speed_up(model, 1000)
-    assert policy == LinearPolicy(native_few=True)
-    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    found = speed_up(model, policy, 1000)
+    assert found.bytes_of(2) == 0
 
 
-def test_weights_of_other_types_stay_as_they_are() -> None:
+def test_with_memory_for_one_copy_there_are_not_two() -> None:
+    model = build("llama", **_GLU).to(torch.bfloat16)
+    linears = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    room = 2 * sum(layer.weight.numel() for layer in linears)
+    found = speed_up(model, LinearPolicy(Form.PACKED, Form.REORDERED), room)
+    assert found.bytes_of(2) <= 2
+
+
+def test_weights_that_only_copies_multiply_are_held_once() -> None:
+    if not is_there(Form.PACKED, torch.bfloat16):
+        pytest.skip("this CPU has no instructions for it")
+    model = build("llama", **_GLU).to(torch.bfloat16)
+    layer = model.model.layers[0].self_attn
+    before = layer.q_proj.weight.data_ptr()
+    speed_up(model, LinearPolicy(Form.PACKED, Form.PACKED), PLENTY)
+    assert layer.q_proj.weight.data_ptr() == before
+
+
+def test_weights_of_other_types_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_LEAST_BYTES", 0)
     model = build("llama", **_GLU).to(torch.float64)
-    assert speed_up(model, PLENTY) == LinearPolicy()
+    assert fastest(model) == LinearPolicy()
+    speed_up(model, LinearPolicy(), PLENTY)
     assert type(model.get_output_embeddings()) is torch.nn.Linear
 
 
-def test_weights_of_32_bits_are_reordered_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_32_bits_can_be_reordered() -> None:
     model = build("llama", **_GLU)
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
         expected = model(ids).logits
-        monkeypatch.setattr(linear, "_LEAST_BYTES", 0)
-        monkeypatch.setattr(linear, "best_policy", lambda _: LinearPolicy(copy=Copy.REORDERED))
-        speed_up(model, PLENTY)
+        speed_up(model, LinearPolicy(Form.REORDERED, Form.REORDERED), PLENTY)
         found = model(ids).logits
     assert isinstance(model.get_output_embeddings(), HybridLinear)
     assert (found - expected).abs().max() < 1e-4 * expected.std()
@@ -118,31 +144,38 @@ def test_what_torch_lacks_is_done_without(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(linear, "_LEAST_BYTES", 0)
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", missing)
-    model = build("llama", **_GLU).to(torch.bfloat16)
-    assert speed_up(model, PLENTY).copy is Copy.NONE
-    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    monkeypatch.setattr(torch.ops.quantized, "linear_prepack_fp16", missing)
+    found = fastest(build("llama", **_GLU).to(torch.bfloat16))
+    assert found.bytes_of(2) == 0
 
 
 def test_small_models_stay_as_they_are() -> None:
     model = build("llama", **_GLU)
-    assert speed_up(model, PLENTY) == LinearPolicy()
-    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    assert fastest(model) == LinearPolicy()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_trial_is_for_the_kernels_of_this_cpu(dtype: torch.dtype) -> None:
-    policy = best_policy([torch.randn(96, 64).to(dtype)] * 3)
-    assert policy.copy is Copy.NONE or is_there(policy.copy, dtype)
-    assert dtype != torch.float32 or policy.copy in {Copy.NONE, Copy.REORDERED}
+    found = best_policy([torch.randn(96, 64).to(dtype)] * 3)
+    for form in (found.few, found.many):
+        assert is_there(form, dtype)
+        assert dtype != torch.float32 or form in {Form.OWN, Form.NATIVE, Form.REORDERED}
 
 
-@pytest.mark.parametrize("form", [Copy.PACKED, Copy.WIDENED])
-def test_some_copies_sum_in_32_bits(form: Copy) -> None:
+@pytest.mark.parametrize("room", [0, 1, 2, 4, 6])
+def test_copies_take_no_more_than_there_is(room: int) -> None:
+    weights = [torch.randn(96, 64).bfloat16()] * 3
+    assert best_policy(weights, room).bytes_of(2) <= room
+
+
+@pytest.mark.parametrize("form", [Form.PACKED, Form.WIDENED])
+@pytest.mark.parametrize("rows", [1, FEW + 1])
+def test_some_copies_sum_in_32_bits(form: Form, rows: int) -> None:
     if not is_there(form, torch.bfloat16):
         pytest.skip("this CPU has no instructions for it")
     weight, bias = torch.randn(96, 64).to(torch.bfloat16), torch.randn(96).to(torch.bfloat16)
-    inputs = torch.randn(1, 5, 64).to(torch.bfloat16)
-    found = HybridLinear(weight, bias, form)(inputs)
+    inputs = torch.randn(1, rows, 64).to(torch.bfloat16)
+    found = HybridLinear(weight, bias, LinearPolicy(form, form))(inputs)
     exact = torch.nn.functional.linear(inputs.double(), weight.double(), bias.double())
     assert found.dtype == torch.bfloat16
     assert (found != exact.to(torch.bfloat16)).float().mean() < 0.02
@@ -152,22 +185,19 @@ def test_some_copies_sum_in_32_bits(form: Copy) -> None:
 def test_weights_that_float16_cannot_hold_are_not_packed(scale: float) -> None:
     weight = (scale * torch.randn(96, 64)).to(torch.bfloat16)
     with pytest.raises(RuntimeError, match="float16 cannot hold the weights"):
-        kernels.CopiedWeight(weight, None, Copy.PACKED)
+        kernels.product(weight, None, Form.PACKED)
 
 
-def test_a_layer_that_cannot_be_packed_is_computed_without(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if not is_there(Copy.PACKED, torch.bfloat16):
+def test_a_layer_that_cannot_be_packed_is_computed_without() -> None:
+    if not is_there(Form.PACKED, torch.bfloat16):
         pytest.skip("this CPU has no instructions for it")
-    monkeypatch.setattr(linear, "_LEAST_BYTES", 0)
-    monkeypatch.setattr(linear, "best_policy", lambda _: LinearPolicy(copy=Copy.PACKED))
     model = build("llama", **_GLU).to(torch.bfloat16)
     ids = torch.tensor([PROMPT])
+    packed = LinearPolicy(Form.PACKED, Form.PACKED)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] = 1e5
         expected = model(ids).logits
-        assert speed_up(model, PLENTY).copy is Copy.PACKED
+        assert speed_up(model, packed, PLENTY) == packed
         assert (model(ids).logits - expected).abs().max() < 0.1 * expected.std()
 
 
@@ -176,16 +206,21 @@ def test_a_layer_that_cannot_be_packed_is_computed_without(
     [
         (LinearPolicy(), ""),
         (
-            LinearPolicy(native_few=True, copy=Copy.REORDERED),
+            LinearPolicy(Form.NATIVE, Form.REORDERED),
             "linear layers: up to 2 rows as matrix-vector products, "
             "more with weights reordered for oneDNN",
         ),
+        (LinearPolicy(Form.NATIVE), "linear layers: up to 2 rows as matrix-vector products"),
         (
-            LinearPolicy(copy=Copy.PACKED),
+            LinearPolicy(Form.OWN, Form.REORDERED),
+            "linear layers: more than 2 rows with weights reordered for oneDNN",
+        ),
+        (
+            LinearPolicy(Form.PACKED, Form.PACKED),
             "linear layers: in float32 with weights packed as float16",
         ),
         (
-            LinearPolicy(copy=Copy.WIDENED),
+            LinearPolicy(Form.WIDENED, Form.WIDENED),
             "linear layers: in float32 with widened weights",
         ),
     ],
@@ -195,13 +230,14 @@ def test_a_policy_is_told_to_operators(policy: LinearPolicy, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "dtype", "expected"),
+    ("policy", "itemsize", "expected"),
     [
-        (Copy.NONE, torch.bfloat16, 0),
-        (Copy.REORDERED, torch.bfloat16, 200),
-        (Copy.PACKED, torch.bfloat16, 200),
-        (Copy.WIDENED, torch.float16, 400),
+        (LinearPolicy(), 2, 0),
+        (LinearPolicy(Form.NATIVE, Form.REORDERED), 2, 2),
+        (LinearPolicy(Form.REORDERED, Form.REORDERED), 4, 4),
+        (LinearPolicy(Form.PACKED, Form.REORDERED), 2, 4),
+        (LinearPolicy(Form.WIDENED, Form.WIDENED), 2, 4),
     ],
 )
-def test_copies_take_memory(form: Copy, dtype: torch.dtype, expected: int) -> None:
-    assert form.bytes_of(torch.zeros(10, 10, dtype=dtype)) == expected
+def test_copies_take_memory(policy: LinearPolicy, itemsize: int, expected: int) -> None:
+    assert policy.bytes_of(itemsize) == expected

@@ -17,6 +17,7 @@ from loaderd.server.worker.engine.batching.attention import seen_mask
 from loaderd.server.worker.engine.batching.build import EngineSettings
 from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import FlatForward, Forward, ModuleForward
+from loaderd.server.worker.engine.batching.kernels import PLAIN
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
 from loaderd.server.worker.engine.batching.linear import speed_up
 from loaderd.server.worker.engine.batching.runner import Runner
@@ -128,7 +129,7 @@ def test_tokens_are_those_of_other_steps(model: Any, graphs: Callable[[], Repeat
 def test_flat_models_have_them_too(architecture: str) -> None:
     model = build(architecture, **ARCHITECTURES[architecture])
     findings = examine(model)
-    speed_up(model, 0)
+    speed_up(model, PLAIN, 0)
     flat = FlatForward(model, findings.windows)
     agree(some_texts(Texts(flat, Recording())), some_texts(Texts(ModuleForward(model))))
     findings.check_static(model, flat, Recording())

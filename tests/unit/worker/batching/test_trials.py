@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from loaderd.server.worker.engine.batching import suitability, trials
+from loaderd.server.worker.engine.batching.kernels import Form, LinearPolicy
 from loaderd.server.worker.engine.batching.trials import (
     Outcome,
     Trials,
@@ -20,7 +21,12 @@ from loaderd.server.worker.engine.batching.trials import (
 )
 from tests.unit.worker.engine_client import Client, build, reference
 
-OUTCOME = Outcome({"cuda:0": 64, "cpu": 8}, {0: None, 1: 8}, is_flat=True)
+OUTCOME = Outcome(
+    {"cuda:0": 64, "cpu": 8},
+    {0: None, 1: 8},
+    is_flat=True,
+    linears=LinearPolicy(Form.PACKED, Form.REORDERED),
+)
 DAMAGES: list[dict[str, Any]] = [
     {"bytes_per_token": 64},
     {"bytes_per_token": {}},
@@ -28,6 +34,7 @@ DAMAGES: list[dict[str, Any]] = [
     {"windows": []},
     {"windows": {"0": "far"}},
     {"windows": {"a": 1}},
+    {"linears": {"few": "magic", "many": "own"}},
 ]
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -23,7 +23,7 @@ from loaderd.server.worker.engine.batching.forward import (
 )
 from loaderd.server.worker.engine.batching.kernels import LinearPolicy
 from loaderd.server.worker.engine.batching.kv_cache import BLOCK, KvCache
-from loaderd.server.worker.engine.batching.linear import speed_up
+from loaderd.server.worker.engine.batching.linear import fastest, speed_up
 from loaderd.server.worker.engine.batching.memory import Memory
 from loaderd.server.worker.engine.batching.prefix_cache import PrefixCache
 from loaderd.server.worker.engine.batching.runner import Runner
@@ -100,7 +100,7 @@ def batching_engine(
         cache, capacity = _memory(outcome, context_length, settings, spare=spare)
         device = input_device(model)
         static = StaticSteps(forward, cache, device, graphs) if graphs else None
-        runner = Runner(forward, cache, device, linears, static)
+        runner = Runner(forward, cache, device, static)
         _fill(runner)
     except UnsuitableError:
         model.set_attn_implementation(own_attention)
@@ -153,14 +153,15 @@ def _prepare(
     known = trials.find(identity)
     if known is not None:
         model.set_attn_implementation(NAME)
-        return known, speed_up(model, for_copies), None
+        return known, speed_up(model, known.linears, for_copies), None
     findings = examine(model)
-    linears = speed_up(model, for_copies)
+    best = fastest(model)
+    linears = speed_up(model, best, for_copies)
     is_flat = can_flatten(model) and findings.agree(
         model, FlatForward(model, findings.windows, linears.activations)
     )
     sizes = {str(device): size for device, size in findings.bytes_per_token.items()}
-    outcome = Outcome(sizes, findings.windows, is_flat)
+    outcome = Outcome(sizes, findings.windows, is_flat, best)
     no_graphs = _no_graphs(model, findings, _forward(model, outcome, linears)[0])
     if no_graphs is None:  # else another load may have the memory that this one lacked
         trials.keep(identity, outcome)

@@ -208,11 +208,11 @@ def _layer(index: int, layer: Any, window: int | None, dtype: torch.dtype) -> _L
         key_heads=key_heads,
         dimensions=dimensions,
         first_norm=_norm(layer.input_layernorm, dtype),
-        queries_keys_values=fused.whole.forward,
+        queries_keys_values=fused.whole,
         head_norm=_head_norm(attention, heads, key_heads),
         output=attention.o_proj.forward,
         second_norm=_norm(layer.post_attention_layernorm, dtype),
-        gate_and_up=gated.whole.forward,
+        gate_and_up=gated.whole,
         activation=mlp.act_fn.forward,
         down=mlp.down_proj.forward,
     )

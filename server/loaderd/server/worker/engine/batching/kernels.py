@@ -1,13 +1,13 @@
 """Which matrix kernels of torch to use for a model's weights on a CPU, found out by trying.
 
-torch has a matrix-vector product that reads weights about as fast as memory gives them, but uses
-it for bfloat16 only while oneDNN is switched off. For more rows oneDNN is about twice as fast when
-the weights were reordered for it before, those of float32 too. On a CPU without instructions for
-16-bit numbers it has nothing for them, and torch's own loops are five times slower than a float32
-product. There FBGEMM, which reads weights packed as float16 and computes in float32, is the fastest
-for any number of rows; else the weights are widened to float32. Both change no result but that
-sums are rounded once, at the end. Reordered, packed and widened weights are copies: the others
-stay, for few rows.
+A product with one or two rows is as fast as memory gives the weights. torch's own matrix-vector
+product comes near that on some CPUs, but is used for bfloat16 only while oneDNN is switched off;
+on others FBGEMM does, which reads weights packed as float16 and computes in float32. For more rows
+oneDNN is the fastest where the CPU has instructions for 16-bit numbers, about twice as fast with
+weights that were reordered for it before, those of float32 too. Without such instructions torch's
+own loops are five times slower than a float32 product; there FBGEMM is the fastest for any number
+of rows, else the weights are widened to float32. None of this changes a result but that sums are
+rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 
 import torch
@@ -27,37 +26,40 @@ from torch.nn import functional
 logger = logging.getLogger(__name__)
 
 FEW = 2
-"""Rows up to which the matrix-vector product is used."""
+"""Rows up to which reading the weights takes longer than computing with them."""
 
 _TRIED_ROWS = 16
-_TRIES = 4
+_TRIES = 6
 _GAIN = 1.1
 _LOST = 2**-12
 """Largest error of a packed weight, as a share of the usual weight; bfloat16 rounds to 2**-9."""
 
 
-class Copy(Enum):
-    """The form of a copy of the weights, for many rows."""
+class Form(StrEnum):
+    """How weights are multiplied: as they are, in two ways, or as a copy in another form."""
 
-    NONE = "none"
+    OWN = "own"
+    NATIVE = "native"
     REORDERED = "reordered"
     PACKED = "packed"
     WIDENED = "widened"
 
-    def bytes_of(self, weight: torch.Tensor) -> int:
-        """What the copy of a weight takes."""
-        sizes = {Copy.NONE: 0, Copy.REORDERED: weight.itemsize, Copy.PACKED: 2, Copy.WIDENED: 4}
-        return int(sizes[self] * weight.numel())
+    def bytes_of(self, itemsize: int) -> int:
+        """What the copy of a number takes; 0 for what is no copy.
+
+        Args:
+            itemsize: Bytes of the number itself.
+        """
+        return {Form.REORDERED: itemsize, Form.PACKED: 2, Form.WIDENED: 4}.get(self, 0)
 
 
-_COPIES = {
-    Copy.REORDERED: "with weights reordered for oneDNN",
-    Copy.PACKED: "in float32 with weights packed as float16",
-    Copy.WIDENED: "in float32 with widened weights",
+_TEXTS = {
+    Form.NATIVE: "as matrix-vector products",
+    Form.REORDERED: "with weights reordered for oneDNN",
+    Form.PACKED: "in float32 with weights packed as float16",
+    Form.WIDENED: "in float32 with widened weights",
 }
-
-_Work = Callable[[torch.Tensor], None]
-"""Multiplies rows, [1, rows, inputs], with some weights."""
+_FOR_16_BITS = frozenset({Form.PACKED, Form.WIDENED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,80 +67,101 @@ class LinearPolicy:
     """How a model's linear layers are computed.
 
     Attributes:
-        native_few: Whether few rows are computed as they are, with oneDNN switched off.
-        copy: What other numbers of rows are computed with.
+        few: For up to `FEW` rows.
+        many: For other numbers of rows.
     """
 
-    native_few: bool = False
-    copy: Copy = Copy.NONE
+    few: Form = Form.OWN
+    many: Form = Form.OWN
 
     @property
     def activations(self) -> torch.dtype | None:
         """What goes from layer to layer at the least cost; None for the model's own type."""
-        return torch.float32 if self.copy in {Copy.PACKED, Copy.WIDENED} else None
+        return torch.float32 if self.many in {Form.PACKED, Form.WIDENED} else None
 
-    @contextmanager
-    def step(self, tokens: int) -> Iterator[None]:
-        """A forward pass of so many tokens."""
-        if self.native_few and tokens <= FEW:
-            with _without_onednn():
-                yield
-        else:
-            yield
+    @property
+    def is_all_copies(self) -> bool:
+        """Whether the weights themselves are not multiplied."""
+        return all(form.bytes_of(1) for form in (self.few, self.many))
+
+    def bytes_of(self, itemsize: int) -> int:
+        """What the copies of a number take together; see `Form.bytes_of`."""
+        return sum(form.bytes_of(itemsize) for form in {self.few, self.many})
 
     def __str__(self) -> str:
-        few = f"up to {FEW} rows as matrix-vector products" if self.native_few else ""
-        many = _COPIES.get(self.copy, "")
-        if few and many:
-            many = f"more {many}"
-        return "linear layers: " + ", ".join(filter(None, (few, many))) if few or many else ""
+        few, many = _TEXTS.get(self.few), _TEXTS.get(self.many)
+        if self.few is self.many:
+            told = many
+        else:
+            rest = "more" if few else f"more than {FEW} rows"
+            told = ", ".join(
+                [f"up to {FEW} rows {few}"] * bool(few) + [f"{rest} {many}"] * bool(many)
+            )
+        return f"linear layers: {told}" if told else ""
 
 
 PLAIN = LinearPolicy()
 """As torch does it."""
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""From [..., inputs] to [..., outputs], of the same type."""
 
 
 class UnfitWeightError(RuntimeError):
     """A form cannot hold the weight."""
 
 
-class CopiedWeight:
-    """A weight in another form.
+def product(weight: torch.Tensor, bias: torch.Tensor | None, form: Form) -> Product:
+    """The product with a weight, in some form.
 
     Args:
         weight: [outputs, inputs].
         bias: [outputs], or None.
-        form: Not `Copy.NONE`.
+        form: How.
 
     Raises:
         UnfitWeightError: The form cannot hold this weight.
         RuntimeError: This CPU, or this build of torch, has no such form.
         AttributeError: As above.
     """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, form: Copy) -> None:
-        weight = weight.detach()
-        self._dtype = weight.dtype if form is Copy.REORDERED else torch.float32
-        bias = None if bias is None else bias.detach().to(self._dtype)
-        make = _packed if form is Copy.PACKED else _reordered
-        self._product = make(weight.to(self._dtype).contiguous(), bias)
-
-    def multiply(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The layer's outputs, in the type of its inputs."""
-        return self._product(inputs.to(self._dtype)).to(inputs.dtype)
-
-
-_Product = Callable[[torch.Tensor], torch.Tensor]
+    weight = weight.detach()
+    bias = None if bias is None else bias.detach()
+    match form:
+        case Form.OWN:
+            return _converted(weight.dtype, lambda inputs: functional.linear(inputs, weight, bias))
+        case Form.NATIVE:
+            return _converted(weight.dtype, partial(_native, weight=weight, bias=bias))
+        case Form.REORDERED:
+            return _converted(weight.dtype, _reordered(weight, bias))
+    wide = None if bias is None else bias.float()
+    make = _packed if form is Form.PACKED else _reordered
+    return _converted(torch.float32, make(weight.float().contiguous(), wide))
 
 
-def _reordered(weight: torch.Tensor, bias: torch.Tensor | None) -> _Product:
-    mine = torch.ops.mkldnn._reorder_linear_weight(weight, _TRIED_ROWS)
+def _converted(dtype: torch.dtype, multiply: Product) -> Product:
+    return lambda inputs: multiply(inputs.to(dtype)).to(inputs.dtype)
+
+
+def _native(
+    inputs: torch.Tensor, *, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    # The public switch touches other switches too, and warns of them.
+    was = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return functional.linear(inputs, weight, bias)
+    finally:
+        torch._C._set_mkldnn_enabled(was)
+
+
+def _reordered(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    mine = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TRIED_ROWS)
     multiply = torch.ops.mkldnn._linear_pointwise
     return lambda inputs: multiply(inputs, mine, bias, "none", [], "")
 
 
-def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> _Product:
-    """FBGEMM's.
+def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    """FBGEMM's, of float32.
 
     Raises:
         UnfitWeightError: As float16 the weights are not what they were.
@@ -153,77 +176,67 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> _Product:
     return lambda inputs: multiply(inputs, mine)
 
 
-def uses_copies() -> bool:
-    """Whether copies take part in the step that this thread computes."""
-    return bool(torch._C._get_mkldnn_enabled())
-
-
-def best_policy(weights: Sequence[torch.Tensor]) -> LinearPolicy:
+def best_policy(weights: Sequence[torch.Tensor], room: float = math.inf) -> LinearPolicy:
     """Times the kernels, for a part of a second.
 
     Args:
         weights: Of one shape; together more than a cache holds, as those of a whole model are.
+        room: Bytes that copies may take for each number of the weights.
     """
-
-    def plain(rows: torch.Tensor) -> None:
-        for weight in weights:
-            functional.linear(rows, weight)
-
-    def native(rows: torch.Tensor) -> None:
-        with _without_onednn():
-            plain(rows)
-
+    itemsize = weights[0].itemsize
     *few, many = (
         weights[0].new_ones(1, rows, weights[0].shape[1])
         for rows in (*range(1, FEW + 1), _TRIED_ROWS)
     )
     with torch.inference_mode():
-        works: dict[Copy, _Work] = {Copy.NONE: plain, **_copies(weights, many)}
-        seconds = _seconds([partial(work, many) for work in works.values()])
-        form, best = Copy.NONE, seconds[0]
-        for other, taken in zip(works, seconds, strict=True):
-            if _GAIN * taken < best:
-                form, best = other, taken
-        own = _seconds([partial(native, rows) for rows in few])
-        usual = _seconds([partial(works[form], rows) for rows in few])
-    return LinearPolicy(native_few=_GAIN * sum(own) < sum(usual), copy=form)
+        products = _products(weights, many, room)
+        native = products.pop(Form.NATIVE)
+        best = _fastest(products, [many])
+        # The same form for few rows takes no more memory: it stays unless another is better.
+        order = {best: products[best], Form.NATIVE: native, **products}
+        fits = [form for form in order if LinearPolicy(form, best).bytes_of(itemsize) <= room]
+        return LinearPolicy(_fastest({form: order[form] for form in fits}, few), best)
 
 
-def _copies(weights: Sequence[torch.Tensor], rows: torch.Tensor) -> dict[Copy, _Work]:
-    """Products with the forms that are to be had and give the same results; small ones first."""
-    works: dict[Copy, _Work] = {}
+def _products(
+    weights: Sequence[torch.Tensor], rows: torch.Tensor, room: float
+) -> dict[Form, list[Product]]:
+    """Products in the forms that are to be had and give the same results; small ones first."""
+    products: dict[Form, list[Product]] = {}
     expected = functional.linear(rows, weights[0]).float()
     is_wide = weights[0].dtype == torch.float32
     tolerance = 1e-3 if is_wide else 0.05
-    for form in (Copy.REORDERED,) if is_wide else (Copy.REORDERED, Copy.PACKED, Copy.WIDENED):
+    for form in Form:
+        if form.bytes_of(weights[0].itemsize) > room or (is_wide and form in _FOR_16_BITS):
+            continue
         try:
-            copies = [CopiedWeight(weight, None, form) for weight in weights]
-            found = copies[0].multiply(rows).float()
-            same = torch.allclose(expected, found, tolerance, tolerance)
+            made = [product(weight, None, form) for weight in weights]
+            found = made[0](rows).float()
         except (AttributeError, RuntimeError) as error:
             logger.info("no weights %s: %s", form.value, str(error).partition("\n")[0])
             continue
-        if same:
-            works[form] = partial(_multiply_all, copies)
+        if torch.allclose(expected, found, tolerance, tolerance):
+            products[form] = made
         else:
             logger.warning("weights %s give other results", form.value)
-    return works
+    return products
 
 
-def _multiply_all(copies: Sequence[CopiedWeight], rows: torch.Tensor) -> None:
-    for copy in copies:
-        copy.multiply(rows)
+def _fastest(products: Mapping[Form, Sequence[Product]], inputs: Sequence[torch.Tensor]) -> Form:
+    """The fastest form, where each must be faster by some than those before it."""
+    works = [partial(_multiply_all, each, inputs) for each in products.values()]
+    forms, seconds = list(products), _seconds(works)
+    best = 0
+    for index, taken in enumerate(seconds):
+        if _GAIN * taken < seconds[best]:
+            best = index
+    return forms[best]
 
 
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    # The public switch touches other switches too, and warns of them.
-    was = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(was)
+def _multiply_all(products: Sequence[Product], inputs: Sequence[torch.Tensor]) -> None:
+    for rows in inputs:
+        for multiply in products:
+            multiply(rows)
 
 
 def _seconds(works: Sequence[Callable[[], None]]) -> list[float]:

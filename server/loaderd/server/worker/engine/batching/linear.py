@@ -11,17 +11,16 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from loaderd.server.worker.engine.batching.kernels import (
+    FEW,
     PLAIN,
-    CopiedWeight,
-    Copy,
+    Form,
     LinearPolicy,
     UnfitWeightError,
     best_policy,
-    uses_copies,
+    product,
 )
 from loaderd.server.worker.quantization import is_quantized
 
@@ -35,40 +34,47 @@ _LEAST_BYTES = 8 * 2**20
 _TRIED_BYTES = 32 * 2**20
 
 
-def speed_up(model: nn.Module, free_bytes: int) -> LinearPolicy:
-    """Fuses siblings, and on a CPU does what trials show to pay.
+def fastest(model: nn.Module) -> LinearPolicy:
+    """Finds out by trying how a model's linear layers are computed fastest where it is."""
+    layers = _layers(model)
+    if (
+        not layers
+        or not all(_is_ours(layer.weight) for layer in layers)
+        or sum(layer.weight.nbytes for layer in layers) < _LEAST_BYTES
+    ):
+        return PLAIN
+    return best_policy(_typical(layers))
+
+
+def speed_up(model: nn.Module, policy: LinearPolicy, free_bytes: int) -> LinearPolicy:
+    """Fuses siblings, and computes linear layers as a policy says.
 
     Args:
         model: Changed in place, unless it is spread over devices.
-        free_bytes: What copies of the weights may take.
+        policy: See `fastest`.
+        free_bytes: What copies of the weights may take; where they would take more, those that
+            fit are tried.
 
     Returns:
-        What was done, for `Runner`.
+        What was done.
     """
     if len({parameter.device for parameter in model.parameters()}) != 1:
         return PLAIN  # its modules have hooks that move tensors between devices
-    policy = _policy(model, free_bytes)
+    layers = _layers(model)
+    if policy != PLAIN and layers:
+        room = free_bytes / sum(layer.weight.numel() for layer in layers)
+        if policy.bytes_of(layers[0].weight.itemsize) > room:
+            policy = best_policy(_typical(layers), room)
     with torch.no_grad():
         for module in list(model.modules()):
-            _fuse(module, policy.copy)
-            if policy.copy is not Copy.NONE:
-                _copy_weights(module, policy.copy)
+            _fuse(module, policy)
+            if policy != PLAIN:
+                _replace(module, policy)
     return policy
 
 
-def _policy(model: nn.Module, free_bytes: int) -> LinearPolicy:
-    layers = [layer for layer in model.modules() if _has_plain_weights(layer)]
-    weights = [layer.weight for layer in layers]
-    if (
-        not weights
-        or not all(map(_is_ours, weights))
-        or sum(each.nbytes for each in weights) < _LEAST_BYTES
-    ):
-        return PLAIN
-    policy = best_policy(_typical(layers))
-    if sum(map(policy.copy.bytes_of, weights)) > free_bytes:
-        return LinearPolicy(native_few=policy.native_few)
-    return policy
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [layer for layer in model.modules() if _has_plain_weights(layer)]
 
 
 def _typical(layers: Sequence[nn.Module]) -> list[torch.Tensor]:
@@ -88,48 +94,47 @@ def _typical(layers: Sequence[nn.Module]) -> list[torch.Tensor]:
     ]
 
 
-class HybridLinear(nn.Module):  # type: ignore[misc]
-    """A linear layer, maybe with its weights in a second form.
+class Hybrid:
+    """A product that is computed in one way for few rows and in another for many.
 
     Args:
         weight: [outputs, inputs].
         bias: [outputs], or None.
-        form: The second one, if any.
+        policy: The ways; a weight that a form cannot hold is multiplied as it is.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, form: Copy) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, policy: LinearPolicy
+    ) -> None:
+        try:
+            made = {form: product(weight, bias, form) for form in {policy.few, policy.many}}
+            self._few, self._many = made[policy.few], made[policy.many]
+        except UnfitWeightError as error:
+            logger.info("a layer of %s stays as it is: %s", tuple(weight.shape), error)
+            self._few = self._many = product(weight, bias, Form.OWN)
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """From [..., inputs] to [..., outputs], of the same type."""
+        multiply = self._few if inputs.shape[:-1].numel() <= FEW else self._many
+        return multiply(inputs)
+
+
+class HybridLinear(nn.Module):  # type: ignore[misc]
+    """A linear layer computed as a policy says.
+
+    Args:
+        weight: [outputs, inputs].
+        bias: [outputs], or None.
+        policy: See `Hybrid`.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, policy: LinearPolicy
+    ) -> None:
         super().__init__()
         self.weight = _parameter(weight)
         self.bias = None if bias is None else _parameter(bias)
-        self._copy = _copied(weight, bias, form)
-
-    @property
-    def in_features(self) -> int:
-        """Inputs."""
-        return int(self.weight.shape[1])
-
-    @property
-    def out_features(self) -> int:
-        """Outputs."""
-        return int(self.weight.shape[0])
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The layer's outputs."""
-        if self._copy is None or not uses_copies():
-            own = functional.linear(inputs.to(self.weight.dtype), self.weight, self.bias)
-            return own.to(inputs.dtype)
-        return self._copy.multiply(inputs)
-
-
-def _copied(weight: torch.Tensor, bias: torch.Tensor | None, form: Copy) -> CopiedWeight | None:
-    """The copy; None where there is to be none, or it cannot be."""
-    if form is Copy.NONE:
-        return None
-    try:
-        return CopiedWeight(weight, bias, form)
-    except UnfitWeightError as error:
-        logger.info("a layer of %s stays as it is: %s", tuple(weight.shape), error)
-        return None
+        self.forward = Hybrid(weight, bias, policy)
 
 
 class Siblings:
@@ -137,18 +142,24 @@ class Siblings:
 
     Args:
         layers: The layers, in the order in which they are called.
-        form: See `HybridLinear`.
+        policy: See `Hybrid`.
 
     Attributes:
         whole: All of them; their outputs side by side.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], form: Copy) -> None:
-        biases = [layer.bias for layer in layers]
-        bias = None if biases[0] is None else torch.cat(biases)
+    def __init__(self, layers: Sequence[nn.Linear], policy: LinearPolicy) -> None:
         weight = torch.cat([layer.weight for layer in layers])
-        self.whole = HybridLinear(weight, bias, form)
+        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        self.whole = Hybrid(weight, bias, policy)
         self._sizes = [layer.out_features for layer in layers]
+        # One of the two is enough: what files are mapped to costs no memory.
+        self._weights = (
+            [layer.weight for layer in layers]
+            if policy.is_all_copies
+            else weight.split(self._sizes)
+        )
+        self._biases = [None] * len(layers) if bias is None else bias.split(self._sizes)
         self._inputs: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []
 
@@ -158,10 +169,8 @@ class Siblings:
         return layer.siblings if isinstance(layer, _Part) else None
 
     def parts(self) -> Iterator[nn.Module]:
-        """What takes the layers' places; their weights are views of the whole's."""
-        whole, sizes = self.whole, self._sizes
-        biases = [None] * len(sizes) if whole.bias is None else whole.bias.split(sizes)
-        for index, (weight, bias) in enumerate(zip(whole.weight.split(sizes), biases, strict=True)):
+        """What takes the layers' places."""
+        for index, (weight, bias) in enumerate(zip(self._weights, self._biases, strict=True)):
             yield _Part(self, index, weight, bias)
 
     def output(self, inputs: torch.Tensor, index: int) -> torch.Tensor:
@@ -193,24 +202,24 @@ class _Part(nn.Module):  # type: ignore[misc]
         return self.siblings.output(inputs, self._index)
 
 
-def _fuse(module: nn.Module, form: Copy) -> None:
+def _fuse(module: nn.Module, policy: LinearPolicy) -> None:
     for names in _SIBLINGS:
         layers = [module._modules.get(name) for name in names]
         if _are_siblings(layers):
-            parts = Siblings(layers, form).parts()
+            parts = Siblings(layers, policy).parts()
             for name, part in zip(names, parts, strict=True):
                 setattr(module, name, part)
 
 
-def _copy_weights(module: nn.Module, form: Copy) -> None:
+def _replace(module: nn.Module, policy: LinearPolicy) -> None:
     for name, child in list(module.named_children()):
         if not _has_plain_weights(child):
             continue
         if type(child) is nn.Linear:
-            setattr(module, name, HybridLinear(child.weight, child.bias, form))
+            setattr(module, name, HybridLinear(child.weight, child.bias, policy))
         elif type(child) is Conv1D:
             weight = child.weight.t().contiguous()
-            setattr(module, name, HybridLinear(weight, child.bias, form))
+            setattr(module, name, HybridLinear(weight, child.bias, policy))
 
 
 def _are_siblings(layers: Sequence[nn.Module | None]) -> bool:

@@ -10,7 +10,6 @@ from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.attention import Chunk, StepAttention
 from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import Forward
-from loaderd.server.worker.engine.batching.kernels import PLAIN, LinearPolicy
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
 from loaderd.server.worker.engine.batching.static_step import StaticSteps
 from loaderd.server.worker.engine.batching.transfer import sent
@@ -26,7 +25,6 @@ class Runner:
         forward: The model.
         cache: For keys and values.
         device: Of the token ids.
-        linears: How the model's linear layers are computed.
         static: Takes the steps that it can; None for none.
 
     Attributes:
@@ -38,12 +36,10 @@ class Runner:
         forward: Forward,
         cache: KvCache,
         device: torch.device,
-        linears: LinearPolicy = PLAIN,
         static: StaticSteps | None = None,
     ) -> None:
         self._forward = forward
         self._cache = cache
-        self._linears = linears
         self._device = device
         self._static = static
         self.windows: dict[int, int | None] = {}
@@ -91,10 +87,9 @@ class Runner:
         some = wanted or [0]
         every = some == list(range(inputs.shape[1]))
         keep = None if every else sent(torch.tensor(some), self._device)
-        with self._linears.step(inputs.shape[1]):
-            logits = self._forward(inputs[0], inputs[1], step, keep)
-            self.windows = step.windows
-            return logits[: len(wanted)].float()
+        logits = self._forward(inputs[0], inputs[1], step, keep)
+        self.windows = step.windows
+        return logits[: len(wanted)].float()
 
 
 def _wanted(feeds: Sequence[Feed], order: Sequence[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 A trial is forward passes of the whole model, which take seconds where the model is large or the
 CPU slow. What it finds out depends on the code that runs and on the model's configuration, not on
-its weights.
+its weights; how fast its linear layers are, on the box.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from loaderd.server.box.cpu import cores
+from loaderd.server.box.dtype import cpu_flags
 from loaderd.server.worker import devices
+from loaderd.server.worker.engine.batching.kernels import Form, LinearPolicy
 from loaderd.server.worker.quantization import is_quantized
 
 logger = logging.getLogger(__name__)
@@ -39,11 +42,13 @@ class Outcome:
         bytes_per_token: Of keys and values, over all layers of a device, by its name.
         windows: By layer, how far it looks back; None for all the way.
         is_flat: Whether it computes the same as one sequence of operators.
+        linears: The fastest way to compute its linear layers, were there memory for all.
     """
 
     bytes_per_token: Mapping[str, int]
     windows: Mapping[int, int | None]
     is_flat: bool
+    linears: LinearPolicy
 
 
 class Trials:
@@ -110,7 +115,7 @@ def identity_of(model: PreTrainedModel) -> str:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "quantization": _quantization(model),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": [torch.backends.cpu.get_cpu_capability(), cores(), *sorted(cpu_flags())],
         "engine": _code(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
@@ -136,6 +141,7 @@ def _read(noted: Any) -> Outcome:
             for layer, tokens in noted["windows"].items()
         },
         is_flat=bool(noted["is_flat"]),
+        linears=LinearPolicy(**{rows: Form(form) for rows, form in noted["linears"].items()}),
     )
 
 
