@@ -120,7 +120,7 @@ class ModelFolder:
             self._unsupported(error, _UNREADABLE_GGUF)  # the ways to misread it are many
         self._check_report(report, weights.listing)
         if quantizer is not None:
-            quantizer.check(model)
+            quantizer.finish(model)
         if "disk" in getattr(model, "hf_device_map", {}).values():
             raise DeviceMemoryError(self.name)
         return model

@@ -29,6 +29,9 @@ FIELD = "options.quantization"
 _GROUP = 32
 """Weights that share a scale where there are 4 bits for each."""
 _INSTALL = "install loaderd[quantization]"
+_PACKS = "support_avx512bf16_for_cpu"
+"""Whether a layer of bitsandbytes, at its first use, packs its weights for such a CPU."""
+_PACKED_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,8 @@ class Quantizer:
             return sum(device.free_bytes for device in devices.accelerators())
         return devices.free_bytes(device_map)
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Refuses a model of which nothing was quantized.
+    def finish(self, model: PreTrainedModel) -> None:
+        """Refuses a model of which nothing was quantized, and readies one of which something was.
 
         Raises:
             UnsupportedOptionError: It has no layer that could be.
@@ -71,6 +74,9 @@ class Quantizer:
                 FIELD,
                 f"this model has no linear layers that {self.library} can hold as {self.name}",
             )
+        for layer in model.modules():
+            if getattr(layer, _PACKS, False) and not _can_pack(layer):
+                setattr(layer, _PACKS, False)
 
 
 def choose_quantizer(
@@ -131,6 +137,16 @@ def count_bytes(weight: torch.Tensor) -> int:
         names, _ = weight.__tensor_flatten__()
         return sum(count_bytes(getattr(weight, name)) for name in names)
     return int(weight.nbytes)
+
+
+def _can_pack(layer: Any) -> bool:
+    """Whether packing goes well and loses nothing: it computes in bfloat16, by whole blocks."""
+    outputs, inputs = layer.weight.quant_state.shape
+    return bool(
+        layer.compute_dtype == torch.bfloat16
+        and outputs % _PACKED_ROWS == 0
+        and inputs % layer.weight.quant_state.blocksize == 0
+    )
 
 
 def _int8(_device: str, _dtype: torch.dtype) -> Quantizer:
