@@ -21,6 +21,10 @@ NAME = "loaderd"
 _WASTE = 4096
 """Masked tokens that cost about as much as one more call, over all rows of a span."""
 
+_MANY_ROWS = 16
+"""From here on a CPU computes rows of float32 faster by batched products than by torch's function,
+which takes one head of one row after the other."""
+
 _thread = threading.local()
 
 
@@ -343,13 +347,30 @@ def attend_rows(
     """
     # The heads that share keys stand where the queries of one head would.
     grouped = query.unflatten(1, (keys.shape[1], -1))
-    if rule.softcap is None and rule.sinks is None:
+    if rule.softcap is not None or rule.sinks is not None:
+        output = _attention(grouped.unsqueeze(3), keys, values, mask, rule).squeeze(3)
+    elif len(query) >= _MANY_ROWS and keys.dtype == torch.float32 and keys.device.type == "cpu":
+        output = _plain_attention(grouped, keys, values, mask, rule)
+    else:
         output = scaled_dot_product_attention(
             grouped, keys, values, attn_mask=mask, scale=rule.scaling
         )
-    else:
-        output = _attention(grouped.unsqueeze(3), keys, values, mask, rule).squeeze(3)
     return output.flatten(1, 2)
+
+
+def _plain_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    rule: Rule,
+) -> torch.Tensor:
+    """In three operators; shapes as those of torch's function."""
+    scaling = query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
+    scores = query * scaling @ keys.transpose(2, 3)
+    if mask is not None:
+        scores += mask
+    return scores.softmax(-1) @ values
 
 
 def _attention(

@@ -29,7 +29,7 @@ FEW = 2
 """Rows up to which reading the weights takes longer than computing with them."""
 
 _TRIED_ROWS = 16
-_TRIES = 6
+_TRIES = 10
 _GAIN = 1.1
 _LOST = 2**-12
 """Largest error of a packed weight, as a share of the usual weight; bfloat16 rounds to 2**-9."""
@@ -77,7 +77,7 @@ class LinearPolicy:
     @property
     def activations(self) -> torch.dtype | None:
         """What goes from layer to layer at the least cost; None for the model's own type."""
-        return torch.float32 if self.many in {Form.PACKED, Form.WIDENED} else None
+        return torch.float32 if {self.few, self.many} & _FOR_16_BITS else None
 
     @property
     def is_all_copies(self) -> bool:
