@@ -68,7 +68,7 @@ class Client:
     def _engine(self, name: str, **options: Any) -> Engine:
         tokenizer = Tokenizer(self._decoder, TOKENIZER_SPECIAL_IDS)
         if name == "batching":
-            engine, self.reason = batching_engine(
+            engine, self.reason, _ = batching_engine(
                 self.model,
                 tokenizer,
                 "org/name",

@@ -132,7 +132,7 @@ def test_only_plain_layers_get_copies(tiny: Path, kind: Any) -> None:
     ids = torch.tensor([[5, 9, 60, 33]])
     with torch.no_grad():
         expected = model(ids).logits.float()
-        linear.speed_up(model, LinearPolicy(Form.WIDENED, Form.WIDENED), 2**40)
+        linear.speed_up(model, LinearPolicy(Form.WIDENED, Form.WIDENED), 2**40).make_copies()
         found = model(ids).logits.float()
     assert isinstance(model.lm_head, HybridLinear)
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama  # noqa: F401 - most models build on it
 from transformers.models.qwen2 import modeling_qwen2  # noqa: F401 - as above
 
-from loaderd.server.box.cpu import cores
+from loaderd.server.box.cpu import CPU, cores
 from loaderd.server.box.dtype import choose_dtype, cpu_flags
 from loaderd.server.errors import LoaderdError, ModelNotLoadedError
 from loaderd.server.worker import devices
@@ -167,7 +167,7 @@ class ModelHost:
         weights.FromNanoseconds(round((time.monotonic() - begin) * 1e9))
         facts = model_facts(model)
         completions = Tokenizer(tokenizer, special_ids(tokenizer))
-        engine, reason = self._engine(model, completions, command.model, facts)
+        engine, reason, later_bytes = self._engine(model, completions, command.model, facts)
         self._hosted = _Hosted(facts, engine, Tokenization(tokenizer, facts.vocabulary_size))
         details = model_details(
             model,
@@ -181,12 +181,13 @@ class ModelHost:
         taken = {
             device: max(held - before[device], 0) for device, held in devices.held_bytes().items()
         }
+        taken[CPU] = taken.get(CPU, 0) + later_bytes
         return worker_pb2.Loaded(details=details, weights=weights, held_bytes=taken)
 
     def _engine(
         self, model: PreTrainedModel, tokenizer: Tokenizer, name: str, facts: ModelFacts
-    ) -> tuple[Engine, str]:
-        """The best engine that can serve the model, and why it is this one."""
+    ) -> tuple[Engine, str, int]:
+        """The best engine that can serve the model, why it is this one, and `later_bytes`."""
         try:
             return batching_engine(
                 model,
@@ -200,7 +201,7 @@ class ModelHost:
         except UnsuitableError as error:
             logger.info("%s is served one request at a time: %s", name, error)
             sequential = SequentialEngine(model, tokenizer, name, self._emit, on_death=_end_process)
-            return sequential, f"no batches: {error}"
+            return sequential, f"no batches: {error}", 0
 
     def _fail(self, error: LoaderdError) -> None:
         logger.error("load failed: %s", error.reason)

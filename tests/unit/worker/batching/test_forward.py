@@ -82,9 +82,10 @@ def test_flat_is_the_same_as_module_by_module(
     findings = examine(model)
     expected = logits_of(ModuleForward(model))
     assert not can_flatten(model), "its layers are not fused yet"
-    policy = speed_up(model, LinearPolicy(form, form), 2**40)
+    linears = speed_up(model, LinearPolicy(form, form), 2**40)
+    linears.make_copies()
     assert can_flatten(model)
-    flat = FlatForward(model, findings.windows, policy.activations)
+    flat = FlatForward(model, findings.windows, linears.policy.activations)
     assert (logits_of(flat) - expected).abs().max() < tolerance * expected.std() * 4
     assert findings.agree(model, flat)
 
@@ -99,7 +100,7 @@ def test_other_layers_are_not_flattened(architecture: str) -> None:
 
 def reason(model: Any) -> str:
     tokenizer = Tokenizer(Numbers(), frozenset())
-    engine, why = batching_engine(
+    engine, why, _ = batching_engine(
         model,
         tokenizer,
         "org/name",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -23,7 +25,7 @@ from loaderd.server.worker.engine.batching.forward import (
 )
 from loaderd.server.worker.engine.batching.kernels import LinearPolicy
 from loaderd.server.worker.engine.batching.kv_cache import BLOCK, KvCache
-from loaderd.server.worker.engine.batching.linear import fastest, speed_up
+from loaderd.server.worker.engine.batching.linear import Linears, fastest, speed_up
 from loaderd.server.worker.engine.batching.memory import Memory
 from loaderd.server.worker.engine.batching.prefix_cache import PrefixCache
 from loaderd.server.worker.engine.batching.runner import Runner
@@ -62,6 +64,21 @@ class EngineSettings:
     prefix_share: float = 0.25
 
 
+class Built(NamedTuple):
+    """An engine that takes requests.
+
+    Attributes:
+        engine: It.
+        reason: What makes it fit, for operators.
+        later_bytes: Memory that it will have taken soon: copies of weights are made beside the
+            first requests, which need not wait for them.
+    """
+
+    engine: BatchingEngine
+    reason: str
+    later_bytes: int
+
+
 def batching_engine(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
@@ -72,7 +89,7 @@ def batching_engine(
     context_length: int,
     settings: EngineSettings = EngineSettings(),
     trials: Trials = UNREMEMBERED,
-) -> tuple[BatchingEngine, str]:
+) -> Built:
     """Makes the engine, if the model computes the same in it.
 
     Args:
@@ -85,9 +102,6 @@ def batching_engine(
         settings: Bounds.
         trials: What was found out before.
 
-    Returns:
-        The engine, and what makes it fit, for operators.
-
     Raises:
         UnsuitableError: The model is not for this engine.
     """
@@ -95,7 +109,7 @@ def batching_engine(
     try:
         outcome, linears, no_graphs = _prepare(model, trials, settings)
         graphs, decoding = _graphs(model, no_graphs)
-        forward, how = _forward(model, outcome, linears)
+        forward, how = _forward(model, outcome, linears.policy)
         spare = graphs is not None
         cache, capacity = _memory(outcome, context_length, settings, spare=spare)
         device = input_device(model)
@@ -115,8 +129,11 @@ def batching_engine(
         emit=emit,
         on_death=on_death,
     )
-    reasons = [f"it computes the same in batches, {how}", decoding, str(linears)]
-    return engine, "; ".join(filter(None, reasons))
+    reasons = [f"it computes the same in batches, {how}", decoding, str(linears.policy)]
+    later = linears.missing_bytes
+    if later:
+        threading.Thread(target=linears.make_copies, name="copies", daemon=True).start()
+    return Built(engine, "; ".join(filter(None, reasons)), later)
 
 
 def _memory(
@@ -141,7 +158,7 @@ def _memory(
 
 def _prepare(
     model: PreTrainedModel, trials: Trials, settings: EngineSettings
-) -> tuple[Outcome, LinearPolicy, str | None]:
+) -> tuple[Outcome, Linears, str | None]:
     """Gives the model our attention and our linear layers, and tries it if that was never done.
 
     Returns:
@@ -157,22 +174,21 @@ def _prepare(
     findings = examine(model)
     best = fastest(model)
     linears = speed_up(model, best, for_copies)
+    linears.make_copies()  # they take part in the trial
     is_flat = can_flatten(model) and findings.agree(
-        model, FlatForward(model, findings.windows, linears.activations)
+        model, FlatForward(model, findings.windows, linears.policy.activations)
     )
     sizes = {str(device): size for device, size in findings.bytes_per_token.items()}
     outcome = Outcome(sizes, findings.windows, is_flat, best)
-    no_graphs = _no_graphs(model, findings, _forward(model, outcome, linears)[0])
+    no_graphs = _no_graphs(model, findings, _forward(model, outcome, linears.policy)[0])
     if no_graphs is None:  # else another load may have the memory that this one lacked
         trials.keep(identity, outcome)
     return outcome, linears, no_graphs
 
 
-def _forward(
-    model: PreTrainedModel, outcome: Outcome, linears: LinearPolicy
-) -> tuple[Forward, str]:
+def _forward(model: PreTrainedModel, outcome: Outcome, policy: LinearPolicy) -> tuple[Forward, str]:
     if outcome.is_flat and can_flatten(model):
-        forward = FlatForward(model, outcome.windows, linears.activations)
+        forward = FlatForward(model, outcome.windows, policy.activations)
         return forward, "as one sequence of operators"
     return ModuleForward(model), "module by module"
 

@@ -33,6 +33,8 @@ _TRIES = 10
 _GAIN = 1.1
 _LOST = 2**-12
 """Largest error of a packed weight, as a share of the usual weight; bfloat16 rounds to 2**-9."""
+_LAST_DIGIT = 2**-25
+"""Largest error of a number that float16 rounds only because it is small."""
 
 
 class Form(StrEnum):
@@ -167,9 +169,9 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         UnfitWeightError: As float16 the weights are not what they were.
         RuntimeError: There is no FBGEMM.
     """
-    # Weights of bfloat16 have fewer digits than float16, which has fewer exponents.
-    error = (weight.half().float() - weight).abs_().max()
-    if not error <= min(_LOST * weight.square().mean().sqrt(), torch.finfo(torch.float32).max):
+    # It has as many digits as the weights, and fewer exponents: what is too small is rounded.
+    usual = weight.square().mean().sqrt()
+    if not (weight.abs().max() <= torch.finfo(torch.float16).max and usual * _LOST >= _LAST_DIGIT):
         raise UnfitWeightError("float16 cannot hold the weights")
     mine = torch.ops.quantized.linear_prepack_fp16(weight, bias)
     multiply = torch.ops.quantized.linear_dynamic_fp16

@@ -46,7 +46,33 @@ def fastest(model: nn.Module) -> LinearPolicy:
     return best_policy(_typical(layers))
 
 
-def speed_up(model: nn.Module, policy: LinearPolicy, free_bytes: int) -> LinearPolicy:
+class Linears:
+    """A model's linear layers, as a policy says.
+
+    They multiply from the begin on, with the weights as they are until there are copies.
+
+    Args:
+        policy: How they are computed.
+        layers: Those with weights of their own.
+    """
+
+    def __init__(self, policy: LinearPolicy, layers: Sequence[Hybrid]) -> None:
+        self.policy = policy
+        self._layers = layers
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the copies that are still to be made will take."""
+        return sum(layer.missing_bytes for layer in self._layers)
+
+    def make_copies(self) -> None:
+        """Makes them, which may take longer than loading the weights did."""
+        with torch.inference_mode():
+            for layer in self._layers:
+                layer.make_copies()
+
+
+def speed_up(model: nn.Module, policy: LinearPolicy, free_bytes: int) -> Linears:
     """Fuses siblings, and computes linear layers as a policy says.
 
     Args:
@@ -59,18 +85,19 @@ def speed_up(model: nn.Module, policy: LinearPolicy, free_bytes: int) -> LinearP
         What was done.
     """
     if len({parameter.device for parameter in model.parameters()}) != 1:
-        return PLAIN  # its modules have hooks that move tensors between devices
+        return Linears(PLAIN, ())  # its modules have hooks that move tensors between devices
     layers = _layers(model)
     if policy != PLAIN and layers:
         room = free_bytes / sum(layer.weight.numel() for layer in layers)
         if policy.bytes_of(layers[0].weight.itemsize) > room:
             policy = best_policy(_typical(layers), room)
+    hybrids: list[Hybrid] = []
     with torch.no_grad():
         for module in list(model.modules()):
-            _fuse(module, policy)
+            hybrids += _fuse(module, policy)
             if policy != PLAIN:
-                _replace(module, policy)
-    return policy
+                hybrids += _replace(module, policy)
+    return Linears(policy, hybrids)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -100,23 +127,43 @@ class Hybrid:
     Args:
         weight: [outputs, inputs].
         bias: [outputs], or None.
-        policy: The ways; a weight that a form cannot hold is multiplied as it is.
+        policy: The ways.
     """
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, policy: LinearPolicy
     ) -> None:
-        try:
-            made = {form: product(weight, bias, form) for form in {policy.few, policy.many}}
-            self._few, self._many = made[policy.few], made[policy.many]
-        except UnfitWeightError as error:
-            logger.info("a layer of %s stays as it is: %s", tuple(weight.shape), error)
-            self._few = self._many = product(weight, bias, Form.OWN)
+        self._policy = policy
+        self._copied_bytes = policy.bytes_of(weight.itemsize) * weight.numel()
+        self._source = (weight, bias) if self._copied_bytes else None
+        own = product(weight, bias, Form.OWN)
+        self._few = product(weight, bias, Form.NATIVE) if policy.few is Form.NATIVE else own
+        self._many = product(weight, bias, Form.NATIVE) if policy.many is Form.NATIVE else own
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """From [..., inputs] to [..., outputs], of the same type."""
         multiply = self._few if inputs.shape[:-1].numel() <= FEW else self._many
         return multiply(inputs)
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the policy's copies will take; 0 when there are none to be made."""
+        return self._copied_bytes if self._source else 0
+
+    def make_copies(self) -> None:
+        """From now on the policy holds; a weight that a form cannot hold stays as it is."""
+        source, self._source = self._source, None  # else its memory would stay
+        if source is None:
+            return
+        weight, bias = source
+        try:
+            made = {
+                form: product(weight, bias, form) for form in {self._policy.few, self._policy.many}
+            }
+        except UnfitWeightError as error:
+            logger.info("a layer of %s stays as it is: %s", tuple(weight.shape), error)
+        else:
+            self._few, self._many = made[self._policy.few], made[self._policy.many]
 
 
 class HybridLinear(nn.Module):  # type: ignore[misc]
@@ -126,6 +173,9 @@ class HybridLinear(nn.Module):  # type: ignore[misc]
         weight: [outputs, inputs].
         bias: [outputs], or None.
         policy: See `Hybrid`.
+
+    Attributes:
+        hybrid: Computes it.
     """
 
     def __init__(
@@ -134,7 +184,7 @@ class HybridLinear(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.weight = _parameter(weight)
         self.bias = None if bias is None else _parameter(bias)
-        self.forward = Hybrid(weight, bias, policy)
+        self.forward = self.hybrid = Hybrid(weight, bias, policy)
 
 
 class Siblings:
@@ -202,24 +252,24 @@ class _Part(nn.Module):  # type: ignore[misc]
         return self.siblings.output(inputs, self._index)
 
 
-def _fuse(module: nn.Module, policy: LinearPolicy) -> None:
+def _fuse(module: nn.Module, policy: LinearPolicy) -> Iterator[Hybrid]:
     for names in _SIBLINGS:
         layers = [module._modules.get(name) for name in names]
         if _are_siblings(layers):
-            parts = Siblings(layers, policy).parts()
-            for name, part in zip(names, parts, strict=True):
+            siblings = Siblings(layers, policy)
+            for name, part in zip(names, siblings.parts(), strict=True):
                 setattr(module, name, part)
+            yield siblings.whole
 
 
-def _replace(module: nn.Module, policy: LinearPolicy) -> None:
+def _replace(module: nn.Module, policy: LinearPolicy) -> Iterator[Hybrid]:
     for name, child in list(module.named_children()):
-        if not _has_plain_weights(child):
+        if not _has_plain_weights(child) or type(child) not in {nn.Linear, Conv1D}:
             continue
-        if type(child) is nn.Linear:
-            setattr(module, name, HybridLinear(child.weight, child.bias, policy))
-        elif type(child) is Conv1D:
-            weight = child.weight.t().contiguous()
-            setattr(module, name, HybridLinear(weight, child.bias, policy))
+        weight = child.weight.t().contiguous() if type(child) is Conv1D else child.weight
+        linear = HybridLinear(weight, child.bias, policy)
+        setattr(module, name, linear)
+        yield linear.hybrid
 
 
 def _are_siblings(layers: Sequence[nn.Module | None]) -> bool:
