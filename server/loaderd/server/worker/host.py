@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -64,6 +65,10 @@ class ModelHost:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(min(torch.get_num_threads(), cores()))
+        # What was imported stays: no collection need look through it, least of all while a
+        # tokenizer's many small objects are made.
+        gc.collect()
+        gc.freeze()
 
     def stand_by(self) -> None:
         """Tells the daemon that a load can come."""
