@@ -12,12 +12,14 @@ PROTO_BIN := .venv-protos/bin
 SETUP := .venv/.complete
 BENCH_SETUP := .venv/.bench-complete
 PROTO_SETUP := .venv-protos/.complete
+DOCS_BIN := .venv-docs/bin
+DOCS_SETUP := .venv-docs/.complete
 BUF := .cache/buf-$(BUF_VERSION)/node_modules/.bin/buf
 MODEL := .cache/models/SmolLM2-135M-Instruct
 CODE := server client tests benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test check protos model bench bench-engine bench-turmoil bench-peers clean
+.PHONY: help setup demo run test check docs protos model bench bench-engine bench-turmoil bench-peers clean
 .PHONY: check-style check-types check-protos check-stubs
 
 help: ## List the targets
@@ -34,7 +36,10 @@ run: $(SETUP) ## Run the daemon (PORT=50051, ARGS="more options")
 test: $(SETUP) $(MODEL) ## Run the tests (ARGS="tests/unit -k name", JOBS=0: in one process)
 	$(BIN)/pytest -n $(JOBS) --dist loadscope $(ARGS)
 
-check: check-style check-types check-protos check-stubs ## Style, types, wire contract, stubs
+check: check-style check-types check-protos check-stubs docs ## Style, types, wire contract, stubs, docs
+
+docs: $(DOCS_SETUP) ## Build the pages of the documentation (into .cache/site)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --quiet
 
 protos: $(PROTO_SETUP) ## Generate the stubs from protos/**/*.proto
 	$(call generate,protos)
@@ -54,7 +59,7 @@ bench-peers: $(BENCH_SETUP) $(MODEL) ## Beside other servers (PEERS="transformer
 	$(BIN)/python -m benchmarks.peers $(PEERS) $(ARGS)
 
 clean: ## Remove everything that make made: environments, model, caches
-	rm -rf .venv .venv-protos .cache dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-protos .venv-docs .cache dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(wildcard $(CODE)) protos -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(SETUP): pyproject.toml constraints.txt
@@ -98,6 +103,11 @@ check-stubs: $(PROTO_SETUP)
 $(PROTO_SETUP): protos/requirements.txt
 	test -x $(PROTO_BIN)/python || $(PYTHON) -m venv .venv-protos
 	$(PROTO_BIN)/python -m pip install --quiet -r protos/requirements.txt
+	@touch $@
+
+$(DOCS_SETUP): docs/site/requirements.txt
+	test -x $(DOCS_BIN)/python || $(PYTHON) -m venv .venv-docs
+	$(DOCS_BIN)/python -m pip install --quiet -r docs/site/requirements.txt
 	@touch $@
 
 # $(call generate,FOLDER): the stubs of all .proto files, below FOLDER.
