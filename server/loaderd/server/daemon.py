@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from loaderd.server.config import ConfigError, ServerConfig
-from loaderd.server.errors import InvalidArgumentError
+from loaderd.server.config import ConfigError, DeclaredModel, ServerConfig
+from loaderd.server.errors import InvalidArgumentError, UnsupportedOptionError
 from loaderd.server.models.idle import IdleModels, IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
@@ -23,11 +23,13 @@ from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.restarts import Restarts
+from loaderd.server.models.where import AUTO, Where
 from loaderd.server.rpc.server import RpcServer
 from loaderd.server.store.cache import default_cache_dir
 from loaderd.server.store.hub_access import RetryPolicy
 from loaderd.server.store.store import ModelStore, StoreSettings
 from loaderd.server.supervisor.launcher import LocalLauncher
+from loaderd.server.supervisor.offload_folders import OffloadFolders, default_offload_dir
 from loaderd.server.supervisor.runtime_folder import RuntimeFolder
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
@@ -63,7 +65,12 @@ class Daemon:
             ConfigError: The hub token cannot be read.
         """
         config = self._config
-        with RuntimeFolder() as runtime, _socket_lock(config.socket):
+        offload = config.offload_dir or default_offload_dir()
+        with (
+            RuntimeFolder() as runtime,
+            OffloadFolders(offload) as disk,
+            _socket_lock(config.socket),
+        ):
             supervisor = Supervisor(
                 runtime.path,
                 LocalLauncher(),
@@ -89,7 +96,7 @@ class Daemon:
             )
             keep_alive = config.keep_alive if config.keep_alive >= 0 else PINNED
             registry = ModelRegistry(config.max_requests, keep_alive)
-            planner = Planner(store, supervisor, IdleModels(registry))
+            planner = Planner(store, supervisor, IdleModels(registry), disk)
             on_demand = OnDemand(config.load_on_demand)
             loads = Loads(registry, store, supervisor, planner, on_demand)
             restarts = Restarts(loads)
@@ -177,14 +184,25 @@ def _declared(config: ServerConfig) -> list[Declared]:
         try:
             options = LoadOptions(
                 dtype=dtype,
-                device_map=model.device_map,
                 quantization=model_pb2.Quantization.Value(f"QUANTIZATION_{quantization}"),
+                where=_where(model),
             )
-        except InvalidArgumentError as error:
+        except (InvalidArgumentError, UnsupportedOptionError) as error:
             raise ConfigError(f"models: {model.name}: {error}") from error
         keep_alive_s = model.keep_alive if model.keep_alive >= 0 else PINNED
         models.append(Declared(model.name, options, keep_alive_s))
     return models + [Declared(name) for name in config.preload]
+
+
+def _where(model: DeclaredModel) -> Where:
+    offload = model_pb2.Offload.Value(f"OFFLOAD_{(model.offload or 'unspecified').upper()}")
+    modules = model.device_map if isinstance(model.device_map, dict) else {}
+    return Where(
+        device_map=AUTO if isinstance(model.device_map, dict) else model.device_map,
+        module_map=tuple(sorted(modules.items())),
+        max_memory=tuple(sorted(model.max_memory.items())),
+        offload=offload,
+    )
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.restarts import Restarts
 from loaderd.server.rpc.server import RpcServer
 from loaderd.server.store.store import ModelStore, StoreSettings
+from loaderd.server.supervisor.offload_folders import OffloadFolders
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
 from loaderd.v1 import (
@@ -105,7 +106,9 @@ async def open_box(
             )
         )
         registry = ModelRegistry(MAX_REQUESTS, keep_alive_s)
-        planner = Planner(store, supervisor, IdleModels(registry))
+        planner = Planner(
+            store, supervisor, IdleModels(registry), OffloadFolders(tmp_path / "disk")
+        )
         loads = Loads(registry, store, supervisor, planner, on_demand)
         restarts = Restarts(loads, restart_wait_s or 0.0)
         if restart_wait_s is not None:

@@ -24,7 +24,9 @@ from loaderd.server.models.loads import Loads, OnDemand
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions, ModelRecord
 from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.models.where import Where
 from loaderd.server.store.store import ModelStore, StoreSettings
+from loaderd.server.supervisor.offload_folders import OffloadFolders
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
 from loaderd.v1 import model_pb2, system_pb2
@@ -98,7 +100,7 @@ async def box(tmp_path: Path) -> AsyncIterator[Box]:
             )
         )
         registry = ModelRegistry(4, keep_alive_s=600)
-        plans = Planner(store, supervisor, IdleModels(registry))
+        plans = Planner(store, supervisor, IdleModels(registry), OffloadFolders(tmp_path / "disk"))
         for name in ("a", "b", "c"):
             make_model(tmp_path / name)
         loads = Loads(registry, store, supervisor, plans, OnDemand.OFF)
@@ -120,7 +122,7 @@ async def test_a_plan_says_where_what_and_of_which_type_and_reserves_nothing(box
 
 
 async def test_the_dtype_that_is_asked_for_is_planned(box: Box) -> None:
-    options = LoadOptions(dtype=model_pb2.DTYPE_FLOAT32, device_map="cpu")
+    options = LoadOptions(dtype=model_pb2.DTYPE_FLOAT32, where=Where("cpu"))
     plan = await box.planner.plan(str(box.folder / "a"), options)
     assert plan.estimate.needs.weights == 16 * MIB
     assert list(plan.placement.devices) == ["cpu"]
@@ -153,7 +155,7 @@ async def test_loads_at_once_get_an_accelerator_each_and_the_third_is_refused(bo
 
 
 async def test_the_cpu_is_used_beside_accelerators_when_it_is_asked_for(box: Box) -> None:
-    await box.load("a", LoadOptions(device_map="cpu"))
+    await box.load("a", LoadOptions(where=Where("cpu")))
     assert (await box.held())["cpu"] == ["a"]
 
 
@@ -164,7 +166,7 @@ async def test_what_a_load_has_taken_is_not_counted_twice(
     copy = system_pb2.Device.FromString
     monkeypatch.setattr(planner, "cpu", lambda: copy(main.SerializeToString()))
     box.launcher.load_gate.clear()
-    load = asyncio.create_task(box.load("a", LoadOptions(device_map="cpu")))
+    load = asyncio.create_task(box.load("a", LoadOptions(where=Where("cpu"))))
     await until(lambda: box.launcher.loads == 1)
     before = (await box.planner.devices())[-1]
     assert before.available_bytes == 1000 * MIB - before.reserved_bytes
@@ -220,7 +222,7 @@ async def test_a_load_that_fails_or_is_given_up_gives_its_memory_back(box: Box) 
 
 async def test_a_device_that_the_box_lacks_is_refused_before_a_worker_is_taken(box: Box) -> None:
     with pytest.raises(UnsupportedOptionError):
-        await box.load("a", LoadOptions(device_map="cuda:2"))
+        await box.load("a", LoadOptions(where=Where("cuda:2")))
     assert box.launcher.loads == 0
 
 
