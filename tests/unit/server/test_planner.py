@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -275,3 +276,125 @@ async def test_a_load_waits_for_a_model_that_is_being_unloaded(box: Box) -> None
         assert not load.done()
     await unload
     assert (await load).state is ModelState.READY
+
+
+LAYER = 2 * MIB
+LAYERS = 8
+
+
+@pytest.fixture
+def deep(box: Box) -> Path:
+    """A model of layers that no device of the box holds alone; 512 MiB of each are the context."""
+    folder = make_model(box.folder / "deep")
+    names = [f"model.layers.{index}.mlp.weight" for index in range(LAYERS)]
+    save_file({name: np.zeros(MIB, np.float16) for name in names}, folder / "model.safetensors")
+    for device in box.launcher.devices[:2]:
+        device.total_bytes = device.free_bytes = (512 + 14) * MIB
+    return folder
+
+
+def last_load(box: Box) -> Any:
+    return [load for worker in box.launcher.workers for load in worker.loads][-1]
+
+
+async def test_a_spread_load_may_use_what_was_reserved_and_no_more(box: Box, deep: Path) -> None:
+    plan = (await box.planner.plan(str(deep), LoadOptions(where=Where("balanced")))).placement
+    assert plan.devices.keys() == {"cuda:0", "cuda:1"}
+    box.launcher.load_gate.clear()
+    loads = [
+        asyncio.create_task(box.load("deep", LoadOptions(where=Where("balanced")))),
+        asyncio.create_task(box.load("deep", LoadOptions(where=Where("sequential")))),
+    ]
+    await until(lambda: box.launcher.loads == 1)
+    load = last_load(box)
+    assert load.options.device_map == "sequential"
+    assert dict(load.weight_room) == dict(plan.weight_room)
+    for device, room in load.weight_room.items():
+        assert room <= plan.devices[device] - 512 * MIB
+    assert sum(load.weight_room.values()) >= LAYERS * LAYER
+    assert load.offload_folder == ""
+    with pytest.raises(DeviceMemoryError) as caught:
+        await asyncio.wait_for(asyncio.shield(loads[1]), 20)
+    assert "/deep (" in str(caught.value.holders)
+    reserved = {each.id: each.reserved_bytes for each in await box.planner.devices()}
+    assert reserved == {**plan.devices, "cpu": 0}
+    box.launcher.load_gate.set()
+    await loads[0]
+
+
+async def test_nothing_is_offloaded_unless_it_may_be(
+    box: Box, deep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = system_pb2.Device(id="cpu", total_bytes=1000 * MIB, free_bytes=1000 * MIB)
+    copy = system_pb2.Device.FromString
+    monkeypatch.setattr(planner, "cpu", lambda: copy(main.SerializeToString()))
+    with pytest.raises(DeviceMemoryError) as caught:
+        await box.load("deep", LoadOptions(where=Where("cuda:1")))
+    assert caught.value.free_bytes == (512 + 14) * MIB
+    assert box.launcher.loads == 0
+    options = LoadOptions(where=Where("cuda:1", offload=model_pb2.OFFLOAD_CPU))
+    plan = (await box.planner.plan(str(deep), options)).placement
+    assert plan.devices.keys() == {"cuda:1", "cpu"}
+    assert 0 < plan.offloaded["cpu"] < LAYERS * LAYER
+    await box.load("deep", options)
+    load = last_load(box)
+    assert dict(load.weight_room) == dict(plan.weight_room)
+    assert (load.options.offload, load.offload_folder) == (model_pb2.OFFLOAD_CPU, "")
+    main.free_bytes = 100 * MIB
+    with pytest.raises(DeviceMemoryError):
+        await box.load("deep", LoadOptions(where=Where("cuda:0", offload=model_pb2.OFFLOAD_CPU)))
+
+
+def is_there(folder: Path) -> bool:
+    return folder.is_dir()
+
+
+async def test_a_load_that_uses_the_disk_has_a_folder_until_it_is_gone(
+    box: Box, deep: Path
+) -> None:
+    bounds = (("cpu", 0),)
+    where = Where("cuda:0", max_memory=bounds, offload=model_pb2.OFFLOAD_DISK)
+    plan = (await box.planner.plan(str(deep), LoadOptions(where=where))).placement
+    assert plan.devices.keys() == {"cuda:0"}
+    assert 0 < plan.offloaded["disk"] < LAYERS * LAYER
+    record = await box.load("deep", LoadOptions(where=where))
+    folder = Path(last_load(box).offload_folder)
+    assert is_there(folder)
+    assert folder.is_relative_to(box.folder / "disk")
+    assert dict(last_load(box).options.max_memory) == {"cpu": 0}
+    await box.registry.unload(record.id, force=False)
+    await until(lambda: not is_there(folder))
+    box.launcher.load_error = DeviceMemoryError("deep")
+    with pytest.raises(DeviceMemoryError) as caught:
+        await box.load("deep", LoadOptions(where=where))
+    assert caught.value.needed_bytes == plan.needed_bytes
+    assert not is_there(Path(last_load(box).offload_folder))
+
+
+async def test_a_module_map_is_planned_by_the_sizes_of_its_modules(box: Box, deep: Path) -> None:
+    modules = {f"model.layers.{index}": f"cuda:{index % 2}" for index in range(LAYERS)}
+    where = Where(module_map=tuple(sorted({**modules, "model.layers.7": "disk"}.items())))
+    plan = (await box.planner.plan(str(deep), LoadOptions(where=where))).placement
+    taken = {device: count - 512 * MIB for device, count in plan.devices.items()}
+    assert 4 * LAYER < taken["cuda:0"] < 6 * LAYER  # what is offloaded is computed there
+    assert 3 * LAYER < taken["cuda:1"] < 4 * LAYER
+    assert plan.offloaded == {"disk": LAYER}
+    record = await box.load("deep", LoadOptions(where=where))
+    load = last_load(box)
+    assert load.options.module_map["model.layers.7"] == "disk"
+    assert not load.options.HasField("device_map")
+    assert load.offload_folder
+    other = await box.load("deep", LoadOptions(where=Where("cpu")))
+    assert other.id != record.id
+
+
+async def test_bounds_of_devices_hold(box: Box) -> None:
+    where = Where("cuda:0", max_memory=(("cuda:0", 500 * MIB),))
+    with pytest.raises(DeviceMemoryError) as caught:
+        await box.load("a", LoadOptions(where=where))
+    assert caught.value.free_bytes == 500 * MIB
+    where = Where("auto", max_memory=(("cuda:0", 0),))
+    plan = (await box.planner.plan(str(box.folder / "a"), LoadOptions(where=where))).placement
+    assert list(plan.devices) == ["cuda:1"]
+    with pytest.raises(UnsupportedOptionError, match="'cuda:5'"):
+        await box.load("a", LoadOptions(where=Where(max_memory=(("cuda:5", 1),))))

@@ -66,9 +66,8 @@ def place(book: DeviceBook, needs: Needs, where: Where) -> Placement:
 
 
 def _room(book: DeviceBook, where: Where, device: str) -> int:
-    bound = where.bound(device)
     available = book.available(device)
-    return available if bound is None else min(available, bound)
+    return min(available, where.bounds.get(device, available))
 
 
 def _choices(where: Where, rooms: Rooms) -> list[list[str]]:

@@ -11,11 +11,11 @@ from typing import Protocol
 
 from loaderd.server.box.cpu import CPU, cpu
 from loaderd.server.box.dtype import DtypeChoice, choose_dtype, cpu_flags
-from loaderd.server.errors import SnapshotNotFoundError, WorkerDiedError
+from loaderd.server.errors import DeviceMemoryError, SnapshotNotFoundError, WorkerDiedError
 from loaderd.server.models.eviction import to_evict
 from loaderd.server.models.fitting import place
 from loaderd.server.models.needs import Estimate, estimate
-from loaderd.server.models.placement import DeviceBook, MemoryDevice, Placement
+from loaderd.server.models.placement import DeviceBook, MemoryDevice, Placement, told
 from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.where import DISK, SEQUENTIAL
 from loaderd.server.store.names import HubName, LocalName, parse_name
@@ -122,7 +122,7 @@ class Claim:
             dtype=options.dtype,
             quantization=options.quantization,
             module_map=where.modules,
-            max_memory=dict(where.max_memory),
+            max_memory=where.bounds,
             offload=where.offload,
         )
         if not where.module_map:
@@ -160,6 +160,16 @@ class Claim:
         loaded.details.planned_bytes = self._plan.placement.needed_bytes
         loaded.details.memory_bytes = sum(loaded.held_bytes.values())
         model.worker.on_end(self.release)
+
+    def told(self, error: DeviceMemoryError) -> DeviceMemoryError:
+        """What a worker says of its memory, with what only the plan knows."""
+        placement = self._plan.placement
+        return DeviceMemoryError(
+            error.model,
+            placement.needed_bytes if error.needed_bytes is None else error.needed_bytes,
+            placement.free_bytes if error.free_bytes is None else error.free_bytes,
+            told(placement.holders),
+        )
 
     def release(self) -> None:
         """Gives it back."""
@@ -231,8 +241,10 @@ class Planner:
         self._loading.add(claim)
         try:
             yield claim
-        except BaseException:
+        except BaseException as error:
             claim.release()
+            if isinstance(error, DeviceMemoryError):
+                raise claim.told(error) from error
             raise
         finally:
             self._loading.discard(claim)

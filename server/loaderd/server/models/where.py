@@ -81,9 +81,10 @@ class Where:
         places = {*self.modules.values()}
         return bool(self.offload) or DISK in places or (CPU in places and len(places) > 1)
 
-    def bound(self, device: str) -> int | None:
-        """Most bytes of a device; None where there is no bound."""
-        return next((most for name, most in self.max_memory if _id(name) == device), None)
+    @property
+    def bounds(self) -> dict[str, int]:
+        """Most bytes of devices, by their ids."""
+        return {_id(device): most for device, most in self.max_memory}
 
     def uses_accelerator(self, devices: Collection[str]) -> bool:
         """Whether layers are computed on accelerators, of a box with these devices."""
