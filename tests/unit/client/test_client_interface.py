@@ -96,6 +96,8 @@ EXPORTS = {
     "HealthStatus",
     "ModelSource",
     "ModelState",
+    "Offload",
+    "OffloadName",
     "ProblemKind",
     "Quantization",
     "QuantizationName",
