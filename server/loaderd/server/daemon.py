@@ -13,17 +13,14 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from loaderd.server.config import ConfigError, DeclaredModel, ServerConfig
-from loaderd.server.errors import InvalidArgumentError, UnsupportedOptionError
+from loaderd.server.config import ServerConfig
 from loaderd.server.models.idle import IdleModels, IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
-from loaderd.server.models.manifest import Declared, Manifest
+from loaderd.server.models.manifest import Manifest, declared
 from loaderd.server.models.planner import Planner
-from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.restarts import Restarts
-from loaderd.server.models.where import AUTO, Where
 from loaderd.server.rpc.server import RpcServer
 from loaderd.server.store.cache import default_cache_dir
 from loaderd.server.store.hub_access import RetryPolicy
@@ -33,7 +30,6 @@ from loaderd.server.supervisor.offload_folders import OffloadFolders, default_of
 from loaderd.server.supervisor.runtime_folder import RuntimeFolder
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
-from loaderd.v1 import model_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +97,7 @@ class Daemon:
             loads = Loads(registry, store, supervisor, planner, on_demand)
             restarts = Restarts(loads)
             registry.on_death = restarts.begin
-            manifest = Manifest(_declared(config), registry, loads)
+            manifest = Manifest(declared(config), registry, loads)
             server = RpcServer(registry, loads, planner, store, supervisor)
             addresses = self._bind(server)
             self._catch_signals(supervisor)
@@ -169,40 +165,6 @@ class Daemon:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal, number)
-
-
-def _declared(config: ServerConfig) -> list[Declared]:
-    """The manifest, and what the command line adds.
-
-    Raises:
-        ConfigError: A model's options are out of bounds.
-    """
-    models = []
-    for model in config.models:
-        dtype = model_pb2.Dtype.Value(f"DTYPE_{(model.dtype or 'unspecified').upper()}")
-        quantization = (model.quantization or "unspecified").upper()
-        try:
-            options = LoadOptions(
-                dtype=dtype,
-                quantization=model_pb2.Quantization.Value(f"QUANTIZATION_{quantization}"),
-                where=_where(model),
-            )
-        except (InvalidArgumentError, UnsupportedOptionError) as error:
-            raise ConfigError(f"models: {model.name}: {error}") from error
-        keep_alive_s = model.keep_alive if model.keep_alive >= 0 else PINNED
-        models.append(Declared(model.name, options, keep_alive_s))
-    return models + [Declared(name) for name in config.preload]
-
-
-def _where(model: DeclaredModel) -> Where:
-    offload = model_pb2.Offload.Value(f"OFFLOAD_{(model.offload or 'unspecified').upper()}")
-    modules = model.device_map if isinstance(model.device_map, dict) else {}
-    return Where(
-        device_map=AUTO if isinstance(model.device_map, dict) else model.device_map,
-        module_map=tuple(sorted(modules.items())),
-        max_memory=tuple(sorted(model.max_memory.items())),
-        offload=offload,
-    )
 
 
 @contextmanager

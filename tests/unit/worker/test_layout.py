@@ -32,6 +32,7 @@ from loaderd.server.worker.loader import ModelLoader
 from loaderd.v1.model_pb2 import Dtype, Offload
 from loaderd.v1.system_pb2 import Device, DeviceType
 from tests.hub.tiny_models import build_tiny_model
+from tests.unit.worker.engine_client import Client, reference
 
 KIB = 1 << 10
 GIB = 1 << 30
@@ -285,6 +286,23 @@ def test_offloaded_layers_are_not_for_batches(tiny: Path) -> None:
             on_death=exit,
             context_length=64,
         )
+
+
+def test_an_engine_generates_the_same_with_layers_on_the_disk(tiny: Path) -> None:
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6}
+    plain = ModelLoader(str(tiny), dtype=torch.float32, device_map="cpu").load_model()
+    expected = reference(plain, IDS[0].tolist(), eos_token_id=None, **options)
+    modules = {"": "disk", "model.layers.1": "cpu"}
+    model = ModelLoader(str(tiny), dtype=torch.float32, device_map=modules).load_model()
+    client = Client(model, "sequential")
+    no_more: dict[str, Any] = {}
+    greedy, beams = (
+        client.start(IDS[0].tolist(), return_token_ids=True, ignore_eos=True, **options, **more)
+        for more in (no_more, {"num_beams": 2})
+    )
+    assert client.wait(greedy).token_ids == expected
+    assert client.wait(beams).finished is not None
+    client.engine.close()
 
 
 @pytest.fixture
