@@ -1295,9 +1295,11 @@ class PlanModelResponse(_message.Message):
     kv_tokens: _builtins.int
     """For how many tokens keys and values are counted."""
     offloaded_cpu_bytes: _builtins.int
-    """Weights that would be offloaded to main memory, in bytes."""
+    """Weights that would be offloaded to main memory, in bytes; at most, where it is
+    not a module map that says it.
+    """
     offloaded_disk_bytes: _builtins.int
-    """Weights that would be offloaded to the disk, in bytes."""
+    """The same of the disk."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedDevice]:
         """Where it would go, and how much of it; empty when it does not fit."""

@@ -123,8 +123,8 @@ def test_a_device_for_each_module(ctl: Ctl, daemon: FakeDaemon) -> None:
     where = ("--device-map", "=cpu", "--device-map", "model.layers.1=disk")
     planned = ctl("plan", "demo/chat", *where)
     assert planned.exit_code == ExitCode.OK
-    assert "offloaded to the disk" in planned.stdout
-    assert "offloaded to main" not in planned.stdout
+    assert "on the disk, at most" in planned.stdout
+    assert "in main memory" not in planned.stdout
     loaded = ctl("load", "demo/chat", *where)
 
     sent = daemon.last("LoadModel").request.options

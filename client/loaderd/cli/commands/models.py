@@ -192,8 +192,8 @@ def _plan_fields(plan: LoadPlan) -> list[tuple[str, str]]:
         ("free", plan.free_bytes),
     ]
     offloaded = [
-        ("offloaded to main memory", plan.offloaded_cpu_bytes),
-        ("offloaded to the disk", plan.offloaded_disk_bytes),
+        ("in main memory, at most", plan.offloaded_cpu_bytes),
+        ("on the disk, at most", plan.offloaded_disk_bytes),
     ]
     places = ", ".join(f"{device.id} ({size(device.bytes)})" for device in plan.devices)
     return [

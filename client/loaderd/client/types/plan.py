@@ -59,6 +59,6 @@ class LoadPlan:
     unknown: tuple[str, ...]
     """What is not counted because the model's configuration does not tell it."""
     offloaded_cpu_bytes: int
-    """Weights that would be offloaded to main memory."""
+    """Weights that would be offloaded to main memory; at most, where no map of modules says it."""
     offloaded_disk_bytes: int
-    """Weights that would be offloaded to the disk."""
+    """The same of the disk."""

@@ -106,7 +106,7 @@ class Placement:
         computing: How many of the devices compute.
         weight_room: Of the reserved bytes of each device, those for weights, where layers are
             spread; empty where all are on one device, or a module map says where they are.
-        offloaded: Weights that are in main memory beside accelerators, or on the disk.
+        offloaded: The most weights that are in main memory beside accelerators, or on the disk.
     """
 
     fits: bool
