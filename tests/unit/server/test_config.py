@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from loaderd.server.addresses import TcpAddress, UnixAddress
 from loaderd.server.config import ConfigError, ServerConfig, load_config
 
 
@@ -17,7 +18,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_defaults_are_safe() -> None:
     config = load_config({})
-    assert (config.host, config.tcp_port, config.socket) == ("127.0.0.1", 50051, None)
+    assert config.addresses == (TcpAddress("127.0.0.1", 50051),)
     assert config.allow_local == (Path.cwd(),)
     assert not config.insecure
 
@@ -57,8 +58,10 @@ def test_models_whose_pickles_are_allowed(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_socket_replaces_tcp_unless_a_port_is_asked_for(tmp_path: Path) -> None:
-    assert load_config({"socket": str(tmp_path / "s")}).tcp_port is None
-    assert load_config({"socket": str(tmp_path / "s"), "port": "0"}).tcp_port == 0
+    socket = UnixAddress(tmp_path / "s")
+    assert load_config({"socket": str(socket.path)}).addresses == (socket,)
+    both = load_config({"socket": str(socket.path), "port": "0"}).addresses
+    assert both == (TcpAddress("127.0.0.1", 0), socket)
 
 
 @pytest.mark.parametrize(
