@@ -113,13 +113,13 @@ class _AuthorizedMethod:
         self._metadata = metadata
 
     def __call__(self, request: Any, timeout: float | None = None, **options: Any) -> Any:
-        return self._method(request, timeout, **self._with_metadata(options))
+        return self._method(request, timeout=timeout, **self._with_metadata(options))
 
     def with_call(self, request: Any, timeout: float | None = None, **options: Any) -> Any:
-        return self._method.with_call(request, timeout, **self._with_metadata(options))
+        return self._method.with_call(request, timeout=timeout, **self._with_metadata(options))
 
     def future(self, request: Any, timeout: float | None = None, **options: Any) -> Any:
-        return self._method.future(request, timeout, **self._with_metadata(options))
+        return self._method.future(request, timeout=timeout, **self._with_metadata(options))
 
     def _with_metadata(self, options: dict[str, Any]) -> dict[str, Any]:
         return {**options, "metadata": (*(options.get("metadata") or ()), *self._metadata)}
