@@ -50,8 +50,8 @@ async def call(
 ) -> tuple[grpc.StatusCode, dict[str, str]]:
     async with grpc.aio.insecure_channel(address, options=OWN_CONNECTION) as channel:
         # On the wire all kinds of methods are the same: messages there, messages back.
-        ask_it: Any = channel.stream_stream(method)
-        answers = ask_it(iter([b""]), metadata=metadata, timeout=30)
+        ask: Any = channel.stream_stream(method)
+        answers = ask(iter([b""]), metadata=metadata, timeout=30)
         try:
             async for _ in answers:
                 break
@@ -98,7 +98,7 @@ async def served_methods(entry: Entry) -> set[str]:
     }
 
 
-async def test_the_table_has_every_ask_itthat_is_served_and_no_other(entry: Entry) -> None:
+async def test_the_table_has_every_method_that_is_served_and_no_other(entry: Entry) -> None:
     assert set(PERMISSIONS) == await served_methods(entry)
 
 

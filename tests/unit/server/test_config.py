@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,8 @@ KNOWN = [{"clients": "/etc/clients.toml"}, {"tls_client_ca": "/etc/ca.pem"}]
 def test_an_address_that_others_reach_needs_tls_and_clients_or_that_it_is_said(
     address: dict[str, object],
 ) -> None:
-    flags: dict[str, object]
-    for flags in ({}, {**TLS}, {**KNOWN[0]}):
+    flags: Mapping[str, object]
+    for flags in ({}, TLS, KNOWN[0]):
         with pytest.raises(ConfigError, match=r"--tls-cert.*--clients.*--insecure"):
             load_config({**address, **flags})
     for flags in ({**TLS, **KNOWN[0]}, {**TLS, **KNOWN[1]}, {"insecure": True}):

@@ -62,8 +62,8 @@ async def serving(
     interceptor = CallInterceptor(Access(file, Quotas(time.monotonic)))
     server = grpc.aio.server(interceptors=[interceptor])
     model_pb2_grpc.add_ModelServiceServicer_to_server(
-        WhoAmI(),
-        server,  # type: ignore[abstract]
+        WhoAmI(),  # type: ignore[abstract]  # the other methods are not called
+        server,
     )
     settings = ServerTls(tls.server.certificate, tls.server.key, client_ca)
     addresses = [
