@@ -82,7 +82,7 @@ def _token(arguments: Sequence[str]) -> int:
     from loaderd.server.config import load_config
 
     try:
-        run(arguments, load_config({}).clients)
+        run(arguments, lambda: load_config({}).clients)
     except ClientsFileError as error:
         _fail(EXIT_FAILED, str(error))
     return EXIT_OK

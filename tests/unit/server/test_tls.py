@@ -14,6 +14,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from loaderd import client
 from loaderd.server.access.clients import ClientsFile
 from loaderd.server.access.quotas import Quotas
 from loaderd.server.config import ConfigError
@@ -175,6 +176,18 @@ async def test_the_file_of_clients_gives_certificates_their_names_and_roles(tls:
         assert await ask(address, tls.ours, tls.ours.sign("plain", None)) == ("plain", "user")
         # A common name counts only where there are no alternative names.
         assert await ask(address, tls.ours, tls.ours.sign("plain", "DNS:x")) == "UNAUTHENTICATED"
+
+
+async def test_the_sdk_shows_a_certificate_of_its_own(tls: Tls) -> None:
+    mine = tls.ours.sign("mine", "DNS:mine")
+    async with serving(tls, client_ca=tls.ours.certificate) as (address,):
+        own = client.Tls(tls.ours.certificate, mine.certificate, mine.key)
+        async with client.AsyncClient(address, tls=own) as sdk:
+            answer = await sdk.raw.models.GetModel(model_pb2.GetModelRequest(), timeout=30)
+            assert answer.model.name == "mine"
+        async with client.AsyncClient(address, tls=client.Tls(tls.ours.certificate)) as sdk:
+            with pytest.raises(client.errors.DaemonUnreachableError, match="wants a certificate"):
+                await sdk.models()
 
 
 def test_files_that_cannot_be_used_are_named_at_the_start(tls: Tls) -> None:

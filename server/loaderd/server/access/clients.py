@@ -171,7 +171,9 @@ def read_clients(path: Path) -> Clients:
         mode, text = path.stat().st_mode, path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         problem = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ClientsFileError(f"cannot read {path}: {problem}") from error
+        raise ClientsFileError(
+            f"cannot read {path}: {problem}; `loaderd token create` makes such a file"
+        ) from error
     if mode & stat.S_IWOTH:
         raise ClientsFileError(f"everybody may write to {path}: chmod o-w it")
     return parse_clients(text, path)

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -52,18 +52,18 @@ def create_token(path: Path, name: str, role: str, lifetime: timedelta | None) -
     return token
 
 
-def run(arguments: Sequence[str], clients: Path | None) -> None:
+def run(arguments: Sequence[str], setting: Callable[[], Path | None]) -> None:
     """Runs the command.
 
     Args:
         arguments: What follows `loaderd token`.
-        clients: The file of clients that the settings name.
+        setting: Tells the file of clients that the daemon's settings name.
 
     Raises:
         ClientsFileError: See `create_token`; or nothing names the file.
     """
     given = _parser().parse_args(arguments)
-    path = given.clients or clients
+    path = given.clients or setting()
     if path is None:
         raise ClientsFileError("name the file of clients with --clients or LOADERD_CLIENTS")
     token = create_token(path, given.name, given.role, given.expires)
