@@ -38,6 +38,11 @@ class Caller:
     role: Role
     limits: Limits = Limits()
 
+    @property
+    def shown(self) -> str:
+        """What to call it in texts for people."""
+        return self.name or "who comes over the socket"
+
 
 ANONYMOUS = Caller("", Role.ANONYMOUS)
 """Who has shown nothing that tells who it is."""

@@ -188,11 +188,11 @@ class Loads:
             return
         files = await self._store.resolve(name)
         if isinstance(files, NotCached):
-            raise ForbiddenError(caller.name, caller.role, "download models")
+            raise ForbiddenError(caller.shown, caller.role, "download models")
         if self._user_loads is OnDemand.OFF:
             held = self._registry.held(identity_of(files), options)
             if held is None or held.state is ModelState.UNLOADING:
-                raise ForbiddenError(caller.name, caller.role, "load models")
+                raise ForbiddenError(caller.shown, caller.role, "load models")
 
     async def _updates(
         self, name: HubName | LocalName, options: LoadOptions, caller: Caller | None

@@ -1,8 +1,7 @@
-"""Who makes a call, whether they may, and how much they have of what is limited."""
+"""Admits gRPC's calls: who makes one, whether they may, and whether it is too many."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -10,17 +9,14 @@ from typing import Any
 
 import grpc
 
-from loaderd.server.access.caller import ANONYMOUS, OWNER, Caller
+from loaderd.server.access.caller import Caller
 from loaderd.server.access.clients import ClientsFile
+from loaderd.server.access.gate import Credentials, Gate
 from loaderd.server.access.quotas import Quotas
-from loaderd.server.access.roles import Role, may_call
-from loaderd.server.errors import ForbiddenError, LoaderdError, UnauthenticatedError
-
-logger = logging.getLogger(__name__)
+from loaderd.server.access.roles import Role
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_SCHEME = "bearer"
 _caller: ContextVar[Caller] = ContextVar("caller")
 
 
@@ -33,21 +29,20 @@ class Access:
     """Admits calls.
 
     Args:
-        clients: Who the clients are; None: whoever can connect is admitted.
-        quotas: Counts what they have.
-        socket_role: What those are who come over a unix socket and show no token. gRPC does not
-            tell who they are: the socket's mode and group decide who can connect.
+        clients: See `Gate`.
+        quotas: Counts what clients have.
+        socket_role: See `Gate`.
 
     Attributes:
+        gate: Says who calls.
         quotas: What was given.
     """
 
     def __init__(
         self, clients: ClientsFile | None, quotas: Quotas, socket_role: Role = Role.ADMIN
     ) -> None:
-        self._clients = clients
+        self.gate = Gate(clients, socket_role)
         self.quotas = quotas
-        self._socket_role = socket_role
 
     @contextmanager
     def admit(self, method: str, context: Context, *, streams: bool) -> Iterator[None]:
@@ -59,17 +54,10 @@ class Access:
             streams: Whether it answers with a stream.
 
         Raises:
-            UnauthenticatedError: Nobody knows who makes it, and not everybody may.
-            ForbiddenError: They may not.
+            UnauthenticatedError, ForbiddenError: See `Gate.admit`.
             ClientLimitError: They have too many streams.
         """
-        try:
-            caller = self._identify(context)
-            if not may_call(caller.role, method):
-                raise _refusal(caller, method)
-        except LoaderdError as error:
-            logger.info("refused %s from %s: %s", method, context.peer(), error)
-            raise
+        caller = self.gate.admit(method, _credentials(context))
         # Never reset: each call is a task of its own, with a context of its own.
         _caller.set(caller)
         with ExitStack() as held:
@@ -77,33 +65,15 @@ class Access:
                 held.enter_context(self.quotas.stream(caller))
             yield
 
-    def _identify(self, context: Context) -> Caller:
-        names = [name.decode(errors="replace") for name in context.peer_identities() or ()]
-        if self._clients is not None:
-            if (token := _bearer_token(context)) is not None:
-                return self._clients.of_token(token)
-            if names and (client := self._clients.of_certificate(names)) is not None:
-                return client
-        if str(context.peer()).startswith("unix:"):
-            return Caller("", self._socket_role)
-        if self._clients is not None:
-            return ANONYMOUS
-        return Caller(names[0], Role.ADMIN) if names else OWNER
 
-
-def _bearer_token(context: Context) -> str | None:
+def _credentials(context: Context) -> Credentials:
     metadata: Any = context.invocation_metadata() or ()
-    values = [value for key, value in metadata if key == "authorization"]
-    if not values:
-        return None
-    scheme, _, token = values[0].partition(" ")
-    if len(values) > 1 or scheme.lower() != _SCHEME or not token.strip():
-        raise UnauthenticatedError("authorization must be given once, as 'Bearer TOKEN'")
-    return str(token.strip())
-
-
-def _refusal(caller: Caller, method: str) -> LoaderdError:
-    if caller.role is Role.ANONYMOUS:
-        return UnauthenticatedError("the call has neither a token nor a certificate that it knows")
-    action = f"call {method.removeprefix('/').replace('/', '.')}"
-    return ForbiddenError(caller.name or "who comes over the socket", caller.role, action)
+    peer = str(context.peer())
+    return Credentials(
+        peer=peer,
+        authorization=tuple(value for key, value in metadata if key == "authorization"),
+        certificate=tuple(
+            name.decode(errors="replace") for name in context.peer_identities() or ()
+        ),
+        over_socket=peer.startswith("unix:"),
+    )
