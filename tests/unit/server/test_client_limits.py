@@ -193,6 +193,15 @@ async def test_tokens_of_prompts_and_outputs(tmp_path: Path) -> None:
         await refused(ann.stream("count 1"), "tokens_per_minute", 60)
 
 
+async def test_tokens_count_while_a_request_runs(tmp_path: Path) -> None:
+    async with limited(tmp_path, tokens_per_minute=PROMPT_TOKENS) as (_, ann, bob):
+        await bob.load()
+        stream = ann.stream("hang")
+        await anext(aiter(stream))
+        await refused(ann.stream("count 1"), "tokens_per_minute", PROMPT_TOKENS)
+        stream.cancel()
+
+
 async def test_tokens_of_a_request_that_is_cancelled_count(tmp_path: Path) -> None:
     async with limited(tmp_path, tokens_per_minute=PROMPT_TOKENS) as (box, ann, bob):
         await bob.load()

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from loaderd.server.access.caller import Caller
 from loaderd.server.access.quotas import Quotas
 from loaderd.server.errors import InvalidArgumentError
 from loaderd.server.models.loads import Loads
@@ -111,7 +112,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     @asynccontextmanager
     async def _run(
         self, request: generation_pb2.StreamGenerateRequest, context: Context
-    ) -> AsyncIterator[tuple[str, OutputStream]]:
+    ) -> AsyncIterator[tuple[str, _Metered]]:
         if not request.HasField("request_id"):
             request.request_id = secrets.token_hex(8)
         name = request.request_id
@@ -132,10 +133,32 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             )
             client = caller.name or _connection_of(context.peer())
             with worker.link.generate(request, on_end=use.close, client=client) as stream:
+                metered = _Metered(stream, self._quotas, caller)
                 try:
-                    yield model_id, stream
+                    yield model_id, metered
                 finally:
-                    self._quotas.charge(caller, stream.tokens)
+                    metered.charge()
+
+
+class _Metered:
+    """A stream whose tokens are taken off its client's as they come."""
+
+    def __init__(self, stream: OutputStream, quotas: Quotas, caller: Caller) -> None:
+        self._stream = stream
+        self._quotas = quotas
+        self._caller = caller
+        self._charged = 0
+
+    async def __aiter__(self) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
+        """The stream's messages."""
+        async for message in self._stream:
+            self.charge()
+            yield message
+
+    def charge(self) -> None:
+        """Takes off what has come since the last time, read or not."""
+        self._quotas.charge(self._caller, self._stream.tokens - self._charged)
+        self._charged = self._stream.tokens
 
 
 def _connection_of(peer: str) -> str:
