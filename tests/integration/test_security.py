@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
+from loaderd.cli.main import app
 from loaderd.client import AsyncClient, Client, HealthStatus, ModelList, Tls, errors
 from loaderd.server.access.command import create_token
 from loaderd.v1 import model_pb2
@@ -137,27 +139,19 @@ def test_loaderctl_knows_the_daemon_by_name(secured: Secured, tmp_path: Path) ->
         f'ca = "{secured.ca.certificate}"\n'
     )
     own = {"XDG_CONFIG_HOME": str(tmp_path)}
-    assert loaderctl("--daemon", "box", "ps", **own).returncode == 0
-    assert loaderctl("ps", LOADERD_DAEMON="box", **own).returncode == 0
+    assert loaderctl("--daemon", "box", "ps", **own).exit_code == 0
+    assert loaderctl("ps", LOADERD_DAEMON="box", **own).exit_code == 0
     refused = loaderctl("--daemon", "box", "prune", "--orphans", "--yes", **own)
-    assert refused.returncode == 8
+    assert refused.exit_code == 8
     assert "'user' has the role user" in refused.stderr
     at = ("--address", secured.address, "--tls-ca", str(secured.ca.certificate))
-    assert loaderctl(*at, "ps").returncode == 8
-    assert loaderctl(*at, "ps", LOADERD_TOKEN=secured.tokens["user"]).returncode == 0
-    assert loaderctl(*at, "--token-file", str(folder / "token"), "ps").returncode == 0
+    assert loaderctl(*at, "ps").exit_code == 8
+    assert loaderctl(*at, "ps", LOADERD_TOKEN=secured.tokens["user"]).exit_code == 0
+    assert loaderctl(*at, "--token-file", str(folder / "token"), "ps").exit_code == 0
 
 
-def loaderctl(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("LOADERD_")}
-    return subprocess.run(
-        [sys.executable, "-m", "loaderd.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=environment | variables,
-    )
+def loaderctl(*arguments: str, **variables: str) -> Result:
+    return CliRunner().invoke(app, arguments, env=variables)
 
 
 def test_grpcurl_with_a_token_over_tls(secured: Secured) -> None:

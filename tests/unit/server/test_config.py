@@ -77,9 +77,12 @@ def test_several_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     file = tmp_path / "loaderd.toml"
     file.write_text('listen = ["localhost:3"]\nsocket = "/tmp/t"\nsocket_mode = 0o660\n')
     monkeypatch.delenv("LOADERD_LISTEN")
+    monkeypatch.setenv("LOADERD_SOCKET_GROUP", "0")
     config = load_config({"config": str(file)})
     assert config.addresses == (UnixAddress(Path("/tmp/t")), TcpAddress("localhost", 3))
-    assert config.socket_mode == 0o660
+    assert (config.socket_mode, config.socket_group) == (0o660, "0")
+    monkeypatch.setenv("LOADERD_SOCKET_MODE", "0666")
+    assert load_config({"config": str(file)}).socket_mode == 0o666
 
 
 EXPOSED = [{"host": "0.0.0.0"}, {"listen": ["127.0.0.1:0", "[::]:1"]}, {"listen": ["gpu-box:1"]}]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,25 +14,43 @@ import pytest
 
 from loaderd.server.access.clients import ClientsFile
 from loaderd.server.access.roles import Role
+from loaderd.server.cli import main
 from loaderd.server.errors import UnauthenticatedError
 
 
-def create(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("LOADERD_")}
-    return subprocess.run(
-        [sys.executable, "-m", "loaderd.server.cli", "token", "create", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=environment | variables,
-    )
+@dataclass
+class Run:
+    """How the command ended, and what it printed."""
+
+    code: int
+    stdout: str
+    stderr: str
 
 
-def test_it_prints_a_token_once_and_keeps_its_hash_alone(tmp_path: Path) -> None:
+Create = Callable[..., Run]
+
+
+@pytest.fixture
+def create(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Create:
+    for name in [name for name in os.environ if name.startswith("LOADERD_")]:
+        monkeypatch.delenv(name)
+
+    def create(*arguments: str) -> Run:
+        monkeypatch.setattr(sys, "argv", ["loaderd", "token", "create", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Run(int(ended.value.code or 0), *capsys.readouterr())
+
+    return create
+
+
+def test_it_prints_a_token_once_and_keeps_its_hash_alone(
+    create: Create, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "clients.toml"
     first = create("ann", "--role", "user", "--clients", str(file))
-    second = create("ann", "--role", "admin", "--expires", "2d", LOADERD_CLIENTS=str(file))
+    monkeypatch.setenv("LOADERD_CLIENTS", str(file))
+    second = create("ann", "--role", "admin", "--expires", "2d")
     assert "shown only now" in first.stderr
     tokens = [run.stdout.strip() for run in (first, second)]
     assert all(token.startswith("loaderd_") and len(token) > 50 for token in tokens)
@@ -46,7 +65,7 @@ def test_it_prints_a_token_once_and_keeps_its_hash_alone(tmp_path: Path) -> None
         later.of_token(tokens[1])
 
 
-def test_it_adds_to_what_an_operator_wrote(tmp_path: Path) -> None:
+def test_it_adds_to_what_an_operator_wrote(create: Create, tmp_path: Path) -> None:
     file = tmp_path / "clients.toml"
     entry = '[[clients]]\nname = "a"\nrole = "user"\ncertificate = "a"'
     file.write_text(f"[limits]\nstreams = 3\n{entry}")
@@ -71,27 +90,30 @@ def test_it_adds_to_what_an_operator_wrote(tmp_path: Path) -> None:
         (["--role", "user", "--clients", "/dev/null/x"], 1, "/dev/null/x"),
     ],
 )
-def test_what_it_cannot_do_is_said(arguments: list[str], code: int, says: str) -> None:
+def test_what_it_cannot_do_is_said(
+    create: Create, arguments: list[str], code: int, says: str
+) -> None:
     done = create("ann", *arguments)
-    assert (done.returncode, done.stdout) == (code, "")
+    assert (done.code, done.stdout) == (code, "")
     assert says in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a:1", "-a", "x" * 65, 'a"'])
-def test_a_name_is_of_few_characters(tmp_path: Path, name: str) -> None:
+def test_a_name_is_of_few_characters(create: Create, tmp_path: Path, name: str) -> None:
     file = tmp_path / "clients.toml"
     done = create("--role", "user", "--clients", str(file), "--", name)
-    assert done.returncode == 2
+    assert done.code == 2
     assert "letters, digits" in done.stderr
     assert not file.exists()
 
 
 @pytest.mark.parametrize("text", ["clients = []\n", "[[clients]]\nname = 3\n", "["])
-def test_a_file_to_which_nothing_can_be_added_stays_as_it_is(tmp_path: Path, text: str) -> None:
+def test_a_file_to_which_nothing_can_be_added_stays_as_it_is(
+    create: Create, tmp_path: Path, text: str
+) -> None:
     file = tmp_path / "clients.toml"
     file.write_text(text)
     done = create("ann", "--role", "user", "--clients", str(file))
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.code, done.stdout) == (1, "")
     assert str(file) in done.stderr
     assert file.read_text() == text
