@@ -75,7 +75,9 @@ def test_a_token_is_needed_and_goes_with_every_kind_of_call(secured: Secured) ->
         assert client.models() == []
         with client.watch() as updates:
             assert isinstance(next(updates), ModelList)
-        assert not client.raw.models.ListModels(model_pb2.ListModelsRequest()).models
+        request, raw = model_pb2.ListModelsRequest(), client.raw.models.ListModels
+        answers = (raw(request), raw.with_call(request)[0], raw.future(request).result())
+        assert [list(answer.models) for answer in answers] == [[], [], []]
         with pytest.raises(errors.ModelNotLoadedError):
             client.model("org/name")
         with pytest.raises(errors.ForbiddenError) as caught:
