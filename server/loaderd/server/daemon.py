@@ -10,12 +10,13 @@ import signal
 import time
 from contextlib import ExitStack
 from importlib.metadata import version
+from pathlib import Path
 
 from loaderd.server.access.clients import ClientsFile, ClientsFileError
 from loaderd.server.access.quotas import Quotas
 from loaderd.server.access.roles import Role
 from loaderd.server.config import ConfigError, ServerConfig
-from loaderd.server.errors import InvalidArgumentError
+from loaderd.server.errors import InvalidArgumentError, ModelNotAllowedError
 from loaderd.server.models.idle import IdleModels, IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
@@ -30,6 +31,7 @@ from loaderd.server.rpc.server import RpcServer
 from loaderd.server.rpc.tls import ServerTls
 from loaderd.server.store.cache import default_cache_dir
 from loaderd.server.store.hub_access import RetryPolicy
+from loaderd.server.store.names import parse_name
 from loaderd.server.store.policy import ModelPolicy
 from loaderd.server.store.store import ModelStore, StoreSettings
 from loaderd.server.supervisor.launcher import LocalLauncher
@@ -63,9 +65,15 @@ class Daemon:
 
         Raises:
             AddressError: An address cannot be listened on.
-            ConfigError: The hub token, the files of TLS or that of clients cannot be used.
+            ConfigError: The hub token, the files of TLS or that of clients cannot be used; or
+                models that are to be there are not allowed.
         """
         config = self._config
+        cache_dir = config.cache_dir or default_cache_dir()
+        policy = ModelPolicy(config.allow_model, config.deny_model, config.max_model_bytes)
+        declared = _declared(config)
+        for model in declared:
+            _check_allowed(model.name, policy, cache_dir)
         with ExitStack() as stack:
             runtime = stack.enter_context(RuntimeFolder())
             supervisor = Supervisor(
@@ -80,16 +88,14 @@ class Daemon:
             )
             store = ModelStore(
                 StoreSettings(
-                    cache_dir=config.cache_dir or default_cache_dir(),
+                    cache_dir=cache_dir,
                     local_roots=config.allow_local,
                     hub_endpoint=config.hub_endpoint,
                     hub_token=config.hub_token(),
                     offline=config.offline,
                     max_bytes=config.cache_max_bytes,
                     allow_pickle=frozenset(config.allow_pickle),
-                    policy=ModelPolicy(
-                        config.allow_model, config.deny_model, config.max_model_bytes
-                    ),
+                    policy=policy,
                     stall_timeout=config.stall_timeout,
                     retry=RetryPolicy(config.hub_attempts, longest_wait=config.hub_longest_wait),
                 )
@@ -101,7 +107,7 @@ class Daemon:
             loads = Loads(registry, store, supervisor, planner, on_demand, user_loads=user_loads)
             restarts = Restarts(loads)
             registry.on_death = restarts.begin
-            manifest = Manifest(_declared(config), registry, loads)
+            manifest = Manifest(declared, registry, loads)
             server = RpcServer(registry, loads, planner, store, supervisor, access=_access(config))
             addresses = stack.enter_context(
                 listening(
@@ -171,6 +177,20 @@ def _tls(config: ServerConfig) -> ServerTls | None:
     if config.tls_cert is None or config.tls_key is None:
         return None
     return ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
+
+
+def _check_allowed(model: str, policy: ModelPolicy, cache_dir: Path) -> None:
+    """Refuses to start with a model that the daemon is to load and must not.
+
+    Raises:
+        ConfigError: The policy does not allow it.
+    """
+    try:
+        policy.check(parse_name(model), cache_dir)
+    except ModelNotAllowedError as error:
+        raise ConfigError(
+            f"{model} is to be loaded at the start, but --allow-model or --deny-model is against it"
+        ) from error
 
 
 def _declared(config: ServerConfig) -> list[Declared]:
