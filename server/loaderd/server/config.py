@@ -224,6 +224,10 @@ class ServerConfig(BaseSettings):
         given = self.model_fields_set
         if "host" in given and self.port is None and (self.socket is not None or self.listen):
             raise ValueError("host goes with port; give the port too, or host:port as --listen")
+        for address in self.addresses:
+            is_any = isinstance(address, TcpAddress) and address.port == 0
+            if self.addresses.count(address) > 1 and not is_any:
+                raise ValueError(f"{address} is given twice")
         sockets = sorted(given & {"socket_mode", "socket_group", "socket_role"})
         if sockets and not any(isinstance(each, UnixAddress) for each in self.addresses):
             raise ValueError(f"{sockets[0]} is about unix sockets, and there is none; add --socket")

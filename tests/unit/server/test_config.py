@@ -149,6 +149,8 @@ def test_patterns_of_models(tmp_path: Path) -> None:
         ({"socket": "/tmp/s", "socket_mode": "01777"}, "socket_mode"),
         ({"socket": "/tmp/s", "socket_group": "no such group"}, "socket_group.*no such group"),
         ({"socket": "/tmp/s", "socket_role": "anonymous"}, "socket_role"),
+        ({"socket": "/tmp/s", "listen": ["unix:/tmp/s"]}, "unix:/tmp/s is given twice"),
+        ({"port": "7", "listen": ["127.0.0.1:7"]}, "127.0.0.1:7 is given twice"),
         ({"socket_mode": "0660"}, "socket_mode is about unix sockets"),
         ({"tls_cert": "a"}, "tls_key"),
         ({"tls_client_ca": "a"}, "tls_cert"),
