@@ -52,7 +52,8 @@ class Grant:
 
     def loaded(self, device: str) -> int:
         """What the worker says that it holds when it has loaded."""
-        later = self.needs.headroom + (self.needs.kv_cache if device == CPU else 0)
+        later = self.needs.headroom + self.needs.margin // len(self.devices)
+        later += self.needs.kv_cache if device == CPU else 0
         return max(self.devices[device] - later, 0)
 
 
