@@ -35,7 +35,7 @@ run: $(SETUP) ## Run the daemon (PORT=50051, ARGS="more options")
 	$(BIN)/loaderd --port $(PORT) $(ARGS)
 
 test: $(SETUP) $(MODEL) ## Run the tests (ARGS="tests/unit -k name", JOBS=0: in one process)
-	$(BIN)/pytest -n $(JOBS) --dist loadscope $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 check: check-style check-types check-protos check-stubs docs ## Style, types, wire contract, stubs, docs
 
