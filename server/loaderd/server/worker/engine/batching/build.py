@@ -55,6 +55,7 @@ class EngineSettings:
         memory_share: Of the devices' free memory, for keys and values.
         max_memory_bytes: The most of it.
         prefix_share: Of that, for prompts that have been computed before.
+        graphs: Whether decode steps may be replayed as CUDA graphs.
     """
 
     max_slots: int = 64
@@ -62,6 +63,7 @@ class EngineSettings:
     memory_share: float = 0.5
     max_memory_bytes: int = 16 * 2**30
     prefix_share: float = 0.25
+    graphs: bool = True
 
 
 class Built(NamedTuple):
@@ -108,7 +110,7 @@ def batching_engine(
     own_attention = model.config._attn_implementation
     try:
         outcome, linears, no_graphs = _prepare(model, trials, settings)
-        graphs, decoding = _graphs(model, no_graphs)
+        graphs, decoding = _graphs(model, no_graphs if settings.graphs else "switched off")
         forward, how = _forward(model, outcome, linears.policy)
         spare = graphs is not None
         cache, capacity = _memory(outcome, context_length, settings, spare=spare)
