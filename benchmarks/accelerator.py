@@ -330,6 +330,8 @@ def main() -> None:
         # Another for each: the engine changes attention and layers.
         model = build(options.shape, getattr(torch, options.dtype), device)
         bounds = [bound(model, streams, options.tokens, rate) for streams in options.streams]
+        # transformers as it is by itself; the engine switches this off for its process.
+        torch.backends.cuda.enable_cudnn_sdp(name in {"generate", "continuous"})
         side: Side | None = None
         try:
             side = SIDES[name](model)

@@ -12,6 +12,7 @@ import pytest
 
 from loaderd.client import Client, Device, DeviceType, Dtype, ModelInfo, ModelState, errors
 from tests.accelerator.gpu import DEVICE, SLACK, settled, steady_bytes, total_bytes, used_bytes
+from tests.accelerator.models import build_model
 from tests.daemon import SpawnedDaemon
 from tests.faults.daemon.test_memory import make_huge_model
 from tests.waiting import until
@@ -24,7 +25,7 @@ CONTEXT_BYTES = 1 << 30
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model whose weights are more than noise."""
     folder = tmp_path_factory.mktemp("gpu-models")
-    build_model(folder / "llama")
+    build_model(folder / "llama", layers=12)
     return folder
 
 
@@ -48,28 +49,6 @@ def free(client: Client) -> int:
     """The GPU's memory in use while no model is loaded."""
     until(lambda: not client.models())
     return steady_bytes()
-
-
-def build_model(folder: Path) -> None:
-    """A Llama of some 200 million numbers, with the tokenizer of the tiny one."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from tests.hub.tiny_models import build_tiny_model
-
-    build_tiny_model(folder)
-    config = AutoConfig.from_pretrained(
-        folder,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=12,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=4096,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
 
 
 def gpu(client: Client) -> Device:
@@ -130,7 +109,7 @@ def test_what_a_model_takes_is_told_and_comes_back(client: Client, models: Path,
     told = held_bytes(model.info)
     print(
         f"weights {details.weight_bytes >> 20} MiB, planned {details.planned_bytes >> 20}, "
-        f"told {told >> 20}, of the GPU {used >> 20}"
+        f"told {told >> 20}, of the GPU {used >> 20}; {model.info.timings}"
     )
     assert details.weight_bytes < told
     assert abs(used - told) < CONTEXT_BYTES

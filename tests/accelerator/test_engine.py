@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -204,6 +205,7 @@ def test_a_request_that_the_device_has_no_memory_for_fails_alone(
 
 
 def test_an_engine_that_is_gone_leaves_no_memory() -> None:
+    gc.collect()
     devices.release_cached_memory()
     before = devices.allocated_bytes()
     client = Client(build("llama").to(DEVICE), "batching")
@@ -212,5 +214,6 @@ def test_an_engine_that_is_gone_leaves_no_memory() -> None:
     assert devices.allocated_bytes() > before
     client.engine.close()
     del client
+    gc.collect()
     devices.release_cached_memory()
     assert devices.allocated_bytes() <= before + (64 << 20)  # what libraries keep

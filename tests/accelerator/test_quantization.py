@@ -22,7 +22,7 @@ from loaderd.server.worker.quantization import (
 )
 from loaderd.v1.model_pb2 import Dtype, Quantization
 from tests.accelerator.gpu import DEVICE
-from tests.hub.tiny_models import build_tiny_model
+from tests.accelerator.models import build_model
 from tests.unit.worker.engine_client import Client
 
 GREEDY: dict[str, Any] = {
@@ -57,7 +57,7 @@ KINDS: dict[str, tuple[Any, Any, Callable[[], bool], float]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    return build_model(tmp_path_factory.mktemp("models") / "wide", layers=3)
 
 
 def load(folder: Path, name: str) -> tuple[Any, str]:

@@ -268,6 +268,9 @@ def _function(
 
 
 AttentionInterface.register(NAME, _function)
+# On newer GPUs torch would prefer cuDNN, which takes milliseconds to prepare for each new shape:
+# here, and where transformers generates, the keys are one more at every step.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _spans(chunks: Sequence[Chunk]) -> Iterator[_Decodes | _Prompt]:

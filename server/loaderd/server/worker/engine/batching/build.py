@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ class EngineSettings:
         max_slots: Most completions that run at once.
         max_queue: Most requests that wait.
         memory_share: Of the devices' free memory, for keys and values.
-        max_memory_bytes: The most of it.
+        max_memory_bytes: The most of it; more only on accelerators, see `slot_tokens`.
+        slot_tokens: What each slot is to hold, or a whole context if that is less.
         prefix_share: Of that, for prompts that have been computed before.
         graphs: Whether decode steps may be replayed as CUDA graphs.
     """
@@ -62,6 +64,7 @@ class EngineSettings:
     max_queue: int = 1024
     memory_share: float = 0.5
     max_memory_bytes: int = 16 * 2**30
+    slot_tokens: int = 8192
     prefix_share: float = 0.25
     graphs: bool = True
 
@@ -147,10 +150,13 @@ def _memory(
         int(devices.free_bytes(device) * settings.memory_share) // size
         for device, size in sizes.items()
     ]
-    tokens = min(*rooms, settings.max_memory_bytes // sum(sizes.values()))
-    blocks, capacity = _sizes(
-        tokens, context_length, settings, lazy=sizes.keys() == {CPU}, spare=spare
-    )
+    lazy = sizes.keys() == {CPU}
+    most = settings.max_memory_bytes // sum(sizes.values())
+    if not lazy:
+        length = min(context_length or settings.slot_tokens, settings.slot_tokens) + spare
+        most = max(most, math.ceil(settings.max_slots * length / (1 - settings.prefix_share)))
+    tokens = min(*rooms, most)
+    blocks, capacity = _sizes(tokens, context_length, settings, lazy=lazy, spare=spare)
     if capacity.slots < 1 or capacity.slot_tokens < 1:
         raise UnsuitableError(_NO_MEMORY)
     idle = capacity.tokens // 8
@@ -248,6 +254,10 @@ def _sizes(
     if lazy:
         slots, length = settings.max_slots, min(context_length or tokens, tokens)
         return blocks, Capacity(slots, length, tokens, settings.max_queue)
-    length = min(context_length or tokens, max(tokens // 32, 8192), tokens - spare)
+    length = max(tokens // settings.max_slots - spare, settings.slot_tokens)
+    length = min(context_length or tokens, length, tokens - spare)
     slots = min(tokens // max(length + spare, 1), settings.max_slots)
+    # Where slots of the whole context leave memory, it is not taken for prompts instead.
+    share = settings.prefix_share / (1 - settings.prefix_share)
+    blocks = min(blocks, math.ceil(slots * length * share / BLOCK))
     return blocks, Capacity(slots, length, slots * length, settings.max_queue)
