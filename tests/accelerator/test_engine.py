@@ -23,7 +23,7 @@ from tests.unit.worker.engine_client import Client, before_each_pass, build, ref
 TOKENS = 40
 REPLAYED = "decode steps replayed as CUDA graphs"
 WAITING = {"gpt_oss", "mixtral", "qwen2_moe"}
-"""Mixtures of experts, of which some look at the device's numbers to know what to compute."""
+"""Mixtures of experts: torch's product of them waits for the device but in bfloat16."""
 GREEDY: dict[str, Any] = {"do_sample": False, "ignore_eos": True, "return_token_ids": True}
 ALONE: dict[str, Any] = {**GREEDY, "bypass_prefix_cache": True, "max_new_tokens": TOKENS}
 SAMPLED: dict[str, Any] = {
@@ -108,6 +108,15 @@ def test_with_prefixes_that_are_known(client: Client, own: list[list[int]]) -> N
     assert first.token_ids == again.token_ids == own[PROMPTS.index(longest)]
 
 
+def test_in_small_pieces(
+    client: Client, own: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bound in ("_LEAST", "_MOST", "_MOST_FREE"):
+        monkeypatch.setattr(f"loaderd.server.worker.engine.batching.pace.{bound}", 7)
+    keys = [client.start(prompt, **ALONE) for prompt in PROMPTS]
+    assert [client.wait(key).token_ids for key in keys] == own
+
+
 def test_replayed_steps_and_others_give_the_same(models: tuple[Any, Any], client: Client) -> None:
     other = Client(copy.deepcopy(models[0]), "batching", settings=EngineSettings(graphs=False))
     assert "not replayed" in other.reason
@@ -124,6 +133,15 @@ def test_a_seed_gives_the_same_alone_and_beside_fifteen_others(client: Client) -
     assert [client.wait(key).token_ids for key in keys] == alone
     assert all(client.wait(key).error is None for key in others)
     assert len({tuple(client.wait(key).token_ids) for key in others}) > 8
+
+
+@pytest.mark.parametrize("name", sorted(WAITING))
+def test_mixtures_of_experts_are_replayed_in_bfloat16(name: str) -> None:
+    model = build(name, **ARCHITECTURES[name]).to(DEVICE, torch.bfloat16)
+    client = Client(model, "batching")
+    assert REPLAYED in client.reason
+    assert len(client.generate(**ALONE).token_ids) == TOKENS
+    client.engine.close()
 
 
 @pytest.mark.parametrize("name", FALLBACKS)
@@ -216,4 +234,4 @@ def test_an_engine_that_is_gone_leaves_no_memory() -> None:
     del client
     gc.collect()
     devices.release_cached_memory()
-    assert devices.allocated_bytes() <= before + (64 << 20)  # what libraries keep
+    assert devices.allocated_bytes() <= before + (256 << 20)  # what libraries keep

@@ -32,7 +32,7 @@ from tests.fake_worker import FakeLauncher
 from tests.waiting import until_in_loop as until
 
 MIB = 1 << 20
-ROOM = 700 * MIB
+ROOM = 1000 * MIB
 """What an accelerator holds: one of the models below, beside the context of a driver."""
 
 

@@ -207,7 +207,9 @@ class _Prompt:
         if not (whole and plain):
             key = (self, begin, rule.window, query.dtype, query.device)
             mask = _once(memory, key, self._mask)
-        if plain:
+        if plain and mask is not None and query.is_cuda:
+            output = _masked_prompt(query, keys, values, mask, rule)
+        elif plain:
             output = scaled_dot_product_attention(
                 query,
                 keys,
@@ -232,6 +234,25 @@ class _Prompt:
     ) -> torch.Tensor:
         positions = torch.arange(self._chunk.begin, self._end, device=device).view(1, 1, -1, 1)
         return seen_mask(positions, begin, self._end, window, dtype)
+
+
+def _masked_prompt(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    rule: Rule,
+) -> torch.Tensor:
+    """On a GPU, where torch has no fast function for masks and shared keys together."""
+    grouped = query.unflatten(1, (keys.shape[1], -1))
+    output = scaled_dot_product_attention(
+        grouped.flatten(2, 3),
+        keys,
+        values,
+        attn_mask=mask.repeat(1, 1, grouped.shape[2], 1),
+        scale=rule.scaling,
+    )
+    return output.unflatten(2, grouped.shape[2:4]).flatten(1, 2)
 
 
 @contextmanager
@@ -350,7 +371,8 @@ def attend_rows(
     """
     # The heads that share keys stand where the queries of one head would.
     grouped = query.unflatten(1, (keys.shape[1], -1))
-    if rule.softcap is not None or rule.sinks is not None:
+    if rule.softcap is not None or rule.sinks is not None or query.is_cuda:
+        # On a GPU torch's function leaves most of it idle where it has few rows and a mask.
         output = _attention(grouped.unsqueeze(3), keys, values, mask, rule).squeeze(3)
     elif len(query) >= _MANY_ROWS and keys.dtype == torch.float32 and keys.device.type == "cpu":
         output = _plain_attention(grouped, keys, values, mask, rule)
@@ -393,17 +415,30 @@ def _attention(
         rule: How.
     """
     scaling = query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
-    scores = query @ keys.unsqueeze(2).transpose(3, 4) * scaling
+    # What shares keys is one matrix: none of them is copied.
+    products = _products(query.flatten(2, 3).flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
+    scores = products.view(*query.shape[:-1], -1)
     if rule.softcap is not None:
-        scores = torch.tanh(scores / rule.softcap) * rule.softcap
-    if mask is not None:
-        scores = scores + mask.unsqueeze(1)
+        scores = torch.tanh(scores * (scaling / rule.softcap)) * rule.softcap
+        scaling = 1.0
+    if mask is None:
+        scores = scores * scaling
+    else:
+        scores = torch.add(mask.unsqueeze(1), scores, alpha=scaling)
     if rule.sinks is None:
         weights = scores.softmax(-1, dtype=torch.float32)
     else:
         sinks = rule.sinks.view(1, keys.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
         weights = torch.cat([scores, sinks], -1).softmax(-1, dtype=torch.float32)[..., :-1]
-    return weights.to(values.dtype) @ values.unsqueeze(2)
+    matrices = weights.to(values.dtype).flatten(2, 3).flatten(0, 1)
+    return (matrices @ values.flatten(0, 1)).view(*query.shape[:-1], -1)
+
+
+def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Of two batches of matrices; on a GPU not rounded to 16 bits."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return left @ right
 
 
 def _once(memory: dict[Any, Any], key: tuple[Any, ...], make: Callable[..., Any]) -> Any:
