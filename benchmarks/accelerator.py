@@ -328,6 +328,7 @@ def main() -> None:
     device = torch.device(options.device)
     rate = copy_rate(device)
     results: dict[str, list[Figures]] = {}
+    failed = False
     for name in (name for name in SIDES if name in options.sides.split(",")):
         # Another for each: the engine changes attention and layers.
         model = build(options.shape, getattr(torch, options.dtype), device)
@@ -345,6 +346,7 @@ def main() -> None:
                         tell_profile(name, side, model, streams, options.tokens)
                 side.close()
         except Exception as error:  # a side that fails is told, and the others go on
+            failed = True
             print(f"{name} failed: {type(error).__name__}: {error}", flush=True)
         del side, model
         gc.collect()
@@ -353,6 +355,8 @@ def main() -> None:
     if options.json:
         told = {name: [each.as_json() for each in found] for name, found in results.items()}
         options.json.write_text(json.dumps({"rate": rate, "bound": bounds, **told}))
+    if failed:
+        raise SystemExit(1)
 
 
 def _show(
