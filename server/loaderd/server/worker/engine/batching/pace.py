@@ -68,10 +68,14 @@ class Pace:
     def _costs(self) -> tuple[float, float]:
         """Seconds of a step with prompts without their tokens, and of each of these."""
         decode, added = self._decode_seconds or 0.0, self._added
-        if not added.is_varied:
-            return decode, max(added.y / max(added.x, 1), _FREE)
-        token = min(max(added.slope, _FREE), added.y / added.x + _FREE)
-        return decode + max(added.y - token * added.x, 0.0), token
+        mean = added.y / max(added.x, 1) + _FREE
+        if added.is_varied:
+            token = min(max(added.slope, _FREE), mean)
+            first = added.y - token * added.x
+            # Less is within what a step may take longer, and may be an error of measurement.
+            if first > _PATIENCE * decode:
+                return decode + first, token
+        return decode, mean
 
 
 class _Line:
