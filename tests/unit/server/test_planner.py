@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from loaderd.server.errors import (
     DeviceMemoryError,
@@ -35,7 +37,7 @@ from tests.fake_worker import FakeLauncher
 from tests.waiting import until_in_loop as until
 
 MIB = 1 << 20
-ROOM = 700 * MIB
+ROOM = 1000 * MIB
 """What an accelerator holds: one of the models below, beside the context of a driver."""
 
 
