@@ -54,6 +54,7 @@ from loaderd.client.types.model import (
     ModelFailure,
     ModelInfo,
     ModelList,
+    ModelStatistics,
     UnloadResult,
     WatchUpdate,
 )
@@ -103,6 +104,7 @@ __all__ = [
     "ModelList",
     "ModelSource",
     "ModelState",
+    "ModelStatistics",
     "PlannedDevice",
     "PlannedFile",
     "ProblemKind",
