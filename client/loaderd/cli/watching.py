@@ -87,6 +87,7 @@ class LiveTable:
         from rich.live import Live
 
         self._models: dict[str, tuple[ModelInfo, datetime | None]] = {}
+        self._nothing = ""
         self._latest: deque[str] = deque(maxlen=_LATEST)
         self._live = Live(
             console=output.console(), get_renderable=self._render, refresh_per_second=1
@@ -95,6 +96,7 @@ class LiveTable:
     def begin(self, models: ModelList) -> None:
         """Shows them."""
         self._models = {model.id: (model, model.ready_at) for model in models}
+        self._nothing = "no models are loaded"
         self._live.refresh()
 
     def event(self, event: ModelEvent) -> None:
@@ -117,9 +119,8 @@ class LiveTable:
 
         rows = [_row(model, since) for model, since in self._models.values()]
         lines = [Text(line, no_wrap=True, overflow="ellipsis") for line in list(self._latest)]
-        nothing = [] if rows else [Text("no models are loaded")]
-        table = [output.grid(_COLUMNS, rows)] if rows else []
-        return Group(*table, *nothing, Text(), *lines)
+        table = output.grid(_COLUMNS, rows) if rows else Text(self._nothing)
+        return Group(table, Text(), *lines)
 
 
 def _line(event: ModelEvent) -> str:

@@ -99,7 +99,7 @@ def test_a_watch_on_a_terminal_changes_in_its_place(client: Client, spawn: Spawn
     child.expect("no models are loaded")
 
     model = client.load("demo/chat")
-    child.expect("NAME +ID +STATE +SINCE")
+    child.expect("SINCE")
     child.expect(r"demo/chat +m-1 +ready +\d")
     child.expect(re.escape("demo/chat (m-1): loading -> ready after 20 ms, load: 25 ms in all"))
     model.unload()
@@ -120,7 +120,7 @@ def test_a_terminal_is_left_when_the_daemon_goes(
 
     daemon.stop()
 
-    child.expect("\r\nloaderctl: ")
+    child.expect("loaderctl: ")
     assert child.ending() == ExitCode.UNAVAILABLE
 
 
@@ -139,20 +139,8 @@ def test_top_shows_models_devices_and_the_daemon(
     assert shown[0] == heading
     columns = "NAME ID STATE ENGINE RUNNING QUEUED IN/S OUT/S KV PREFIX HITS UNTIL"
     assert " ".join(shown[1].split()) == columns
-    assert shown[2].split()[:9] == [
-        "demo/base",
-        "m-1",
-        "ready",
-        "fake",
-        "0",
-        "0",
-        "0.0",
-        "0.0",
-        "0%",
-    ]
-    prompt = float(len("one two"))
-    row = ["demo/chat", "m-2", "ready", "fake", "1", "0", f"{prompt}", "5.0", "0%", "0%", "pinned"]
-    assert shown[3].split() == row
+    assert " ".join(shown[2].split()).startswith("demo/base m-1 ready fake 0 0 0.0 0.0 0% -")
+    assert " ".join(shown[3].split()) == "demo/chat m-2 ready fake 1 0 7.0 5.0 0% 0% pinned"
     assert " ".join(shown[4].split()) == "DEVICE TOTAL RESERVED TAKEN FREE"
     assert " ".join(shown[6].split()) == "cpu 17.2 GB 104.0 MB 104.0 MB 12.9 GB"
     stream.cancel()
@@ -194,10 +182,9 @@ def test_an_interval_out_of_bounds_is_refused(ctl: Ctl, text: str) -> None:
 def test_show_tells_all_of_a_model(ctl: Ctl, client: Client) -> None:
     client.load("demo/chat").generate("one two", max_new_tokens=5)
 
-    shown = dict(
-        re.split(" {2,}", line, maxsplit=1) for line in ctl("show", "m-1").stdout.splitlines()
-    )
+    lines = ctl("show", "m-1").stdout.splitlines()
 
+    shown = dict(re.split(" {2,}", line, maxsplit=1) for line in lines)
     assert (shown["name"], shown["state"]) == ("demo/chat", "ready")
     assert shown["dtype"] == "bfloat16: this CPU computes it natively"
     assert (shown["loaded in"], shown["steps"]) == ("25 ms", "resolve 5 ms, weights 15 ms")
