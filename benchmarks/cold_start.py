@@ -1,4 +1,4 @@
-"""How long a load takes that has everything at hand, beside a new Python process that does the same.
+"""How long a load takes that has all at hand, beside a new Python process that does the same.
 
 `python -m benchmarks.cold_start --model FOLDER`: LoadModel to READY with a warm standby worker, and
 a process that imports transformers, loads model and tokenizer, and is ready to generate; in turns.
