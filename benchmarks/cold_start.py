@@ -110,7 +110,7 @@ def _time_script(model: Path) -> tuple[float, float]:
 
 def p50(rounds: Sequence[Round], name: str) -> float:
     """The median of a figure."""
-    return statistics.median(getattr(each, name) for each in rounds)
+    return float(statistics.median(getattr(each, name) for each in rounds))
 
 
 def is_met(rounds: Sequence[Round]) -> bool:
