@@ -46,7 +46,9 @@ class Failing(model_pb2_grpc.ModelServiceServicer):
 
 @pytest.fixture
 async def channel() -> AsyncIterator[grpc.aio.Channel]:
-    server = grpc.aio.server(interceptors=[CallInterceptor(Access(None, Quotas(time.monotonic)), Clients())])
+    server = grpc.aio.server(
+        interceptors=[CallInterceptor(Access(None, Quotas(time.monotonic)), Clients())]
+    )
     model_pb2_grpc.add_ModelServiceServicer_to_server(
         Failing(),  # type: ignore[abstract]  # the other methods are not called
         server,
