@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,9 @@ Each option can also be set by a variable (--drain-timeout: LOADERD_DRAIN_TIMEOU
 file that --config or LOADERD_CONFIG names (drain_timeout = 10). A flag wins over a variable, a
 variable over the file.
 
-`loaderd token create --help` tells how to make tokens for clients.
+`loaderd config check` says what is wrong with the settings, `loaderd config show` where each comes
+from. SIGHUP has them read again. `loaderd token create --help` tells how to make tokens for
+clients.
 
 exit codes: 0 stopped by SIGTERM or SIGINT; 1 failed; 2 bad settings or missing packages; 3 the
 address is taken or cannot be bound; 128 + n ended at once by a second signal n.
@@ -71,7 +73,12 @@ def main() -> None:
     try:
         if arguments[:1] == ["token"]:
             sys.exit(_token(arguments[1:]))
-        sys.exit(_run(load_config(vars(_parser().parse_args(arguments)))))
+        if arguments[:1] == ["config"]:
+            from loaderd.server.config_command import run
+
+            sys.exit(run(arguments[1:], _add_settings))
+        flags = vars(_parser().parse_args(arguments))
+        sys.exit(_run(load_config(flags), lambda: load_config(flags)))
     except ConfigError as error:
         _fail(EXIT_USAGE, str(error))
 
@@ -88,10 +95,11 @@ def _token(arguments: Sequence[str]) -> int:
     return EXIT_OK
 
 
-def _run(config: ServerConfig) -> int:
+def _run(config: ServerConfig, reread: Callable[[], ServerConfig]) -> int:
     import asyncio
 
     from loaderd.server.daemon import AddressError, Daemon
+    from loaderd.server.systemd import Systemd
 
     logging.basicConfig(
         stream=sys.stderr,
@@ -101,15 +109,13 @@ def _run(config: ServerConfig) -> int:
     for library in ("asyncio", "grpc", "httpx2", "filelock"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
-        asyncio.run(Daemon(config).run())
+        asyncio.run(Daemon(config, reread, Systemd(os.environ)).run())
     except AddressError as error:
         _fail(EXIT_ADDRESS, str(error))
     return EXIT_OK
 
 
 def _parser() -> argparse.ArgumentParser:
-    from loaderd.server.config import ServerConfig
-
     parser = argparse.ArgumentParser(
         prog="loaderd",
         description="The model host of this box: one daemon that owns the Hugging Face cache and "
@@ -120,6 +126,14 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"loaderd {version('loaderd')}")
+    _add_settings(parser)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds an option for each setting."""
+    from loaderd.server.config import ServerConfig
+
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
     for name, field in ServerConfig.model_fields.items():
         if name in _FILE_ONLY:
@@ -134,7 +148,6 @@ def _parser() -> argparse.ArgumentParser:
             parser.add_argument(flag, action="append", metavar=_REPEATABLE[name], help=text)
         else:
             parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=text)
-    return parser
 
 
 def _fail(code: int, message: str) -> None:

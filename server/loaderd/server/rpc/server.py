@@ -75,7 +75,7 @@ class RpcServer:
             GenerationService(registry, loads, access.quotas), self._server
         )
         system_pb2_grpc.add_SystemServiceServicer_to_server(
-            SystemService(registry, supervisor, planner, store.settings, clients), self._server
+            SystemService(registry, supervisor, planner, store, clients), self._server
         )
         services = [
             file.DESCRIPTOR.services_by_name[name].full_name
