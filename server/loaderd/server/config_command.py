@@ -82,8 +82,9 @@ def _line(name: str, value: object, origin: Origin) -> str:
 
 def _toml(value: object) -> str:
     if isinstance(value, dict):
-        items = [f"{json.dumps(key)} = {_toml(each)}" for key, each in value.items()
-        if each is not None]
+        items = [
+            f"{json.dumps(key)} = {_toml(each)}" for key, each in value.items() if each is not None
+        ]
         return f"{{ {', '.join(items)} }}"
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
