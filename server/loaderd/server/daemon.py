@@ -97,7 +97,7 @@ class Daemon:
                     SocketAccess(config.socket_mode, config.socket_group),
                 )
             )
-            parts = Parts(access, loads, registry, store)
+            parts = Parts(access, loads, manifest, registry, store)
             reloader = Reloader(config, self._reread, parts, self._systemd)
             self._catch_signals(supervisor, reloader)
             health = asyncio.create_task(server.health.follow())

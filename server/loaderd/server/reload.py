@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from loaderd.server import from_config
 from loaderd.server.config import ConfigError, ServerConfig
 from loaderd.server.models.loads import Loads, OnDemand
+from loaderd.server.models.manifest import Manifest
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.access import Access
 from loaderd.server.store.store import ModelStore
@@ -34,7 +35,9 @@ LIVE = (
     "log_level",
     "max_model_bytes",
     "max_requests",
+    "models",
     "offline",
+    "preload",
     "socket_role",
     "stall_timeout",
     "user_loads",
@@ -48,6 +51,7 @@ class Parts:
 
     access: Access
     loads: Loads
+    manifest: Manifest
     registry: ModelRegistry
     store: ModelStore
 
@@ -58,7 +62,7 @@ class Parts:
             ConfigError: A file that they name cannot be used, or models that are to be there are
                 not allowed.
         """
-        from_config.models_to_load(config)
+        models = from_config.models_to_load(config)
         gate, store = from_config.access(config).gate, from_config.store_settings(config)
         self.access.gate = gate
         self.loads.on_demand = OnDemand(config.load_on_demand)
@@ -66,6 +70,7 @@ class Parts:
         self.registry.keep_alive_s = from_config.keep_alive_s(config)
         self.registry.max_requests = config.max_requests
         self.store.apply(store)
+        self.manifest.declare(models)
         logging.getLogger().setLevel(config.log_level.upper())
 
 

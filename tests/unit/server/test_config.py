@@ -102,6 +102,15 @@ def test_an_address_that_others_reach_needs_tls_and_clients_or_that_it_is_said(
         assert load_config({**address, **flags}).addresses
 
 
+def test_what_guards_an_address_that_others_reach_is_not_taken_from_it_while_it_runs() -> None:
+    running = load_config({**EXPOSED[0], **TLS, **KNOWN[0]})
+    changed = load_config({"keep_alive": "7"})
+    assert running.changed_in(changed, ["keep_alive"]).keep_alive == 7
+    assert running.changed_in(changed, ["keep_alive"]).clients == running.clients
+    with pytest.raises(ConfigError, match=r"0.0.0.0:50051 can be reached from other machines"):
+        running.changed_in(changed, ["keep_alive", "clients"])
+
+
 def test_patterns_of_models(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "models")
     config = load_config(
