@@ -3,9 +3,11 @@
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pexpect
 import pytest
 
 from loaderd.client import Client, errors
@@ -112,3 +114,18 @@ def test_a_daemon_tells_its_manager_and_reads_its_settings_again(
         assert manager.next()["STOPPING"] == "1"
         assert daemon.stop() == 0
     assert "Traceback" not in daemon.log
+
+
+def test_a_daemon_whose_terminal_is_closed_stops(tmp_path: Path) -> None:
+    terminal = pexpect.spawn(
+        sys.executable,
+        ["-m", "loaderd.server.cli", "--port", "0", "--standby", "0"],
+        env=os.environ | {"HF_HOME": str(tmp_path)},
+        timeout=PATIENCE_S,
+    )
+    terminal.expect("listening on")
+    os.kill(terminal.pid, signal.SIGHUP)
+    terminal.expect("read the settings again; changed: nothing")
+    os.close(terminal.child_fd)
+    _, status = os.waitpid(terminal.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0

@@ -299,10 +299,11 @@ class ServerConfig(BaseSettings):
         if self.hub_token_file is not None:
             try:
                 token = self.hub_token_file.read_text().strip() or None
-            except OSError as error:
+            except (OSError, UnicodeDecodeError) as error:
+                problem = error.strerror if isinstance(error, OSError) else "it is not text"
                 raise ConfigError(
-                    f"hub_token_file: cannot read {self.hub_token_file}: {error.strerror}; "
-                    "name a file that the daemon may read"
+                    f"hub_token_file: cannot read {self.hub_token_file}: {problem}; name a file "
+                    "that the daemon may read"
                 ) from error
             return token, Origin("file", str(self.hub_token_file))
         if token := os.environ.get("HF_TOKEN", "").strip():
@@ -311,7 +312,7 @@ class ServerConfig(BaseSettings):
         login = Path(os.environ.get("HF_TOKEN_PATH", home / "token"))
         try:
             return login.read_text().strip() or None, Origin("file", str(login))
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             return None, Origin("default")  # nobody logged in: the hub's public part is enough
 
     def changed_in(self, other: ServerConfig, settings: Collection[str]) -> ServerConfig:
@@ -375,7 +376,7 @@ def config_from(sources: Sources) -> ServerConfig:
             _describe(sources, item["loc"], item["type"], item["msg"]) for item in error.errors()
         )
         raise ConfigError(*problems) from error
-    except SettingsError as error:
+    except (SettingsError, OSError) as error:
         raise ConfigError(*problems, f"config: {error}") from error
     if problems:
         raise ConfigError(*problems)

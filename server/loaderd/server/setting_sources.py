@@ -56,11 +56,10 @@ class Sources:
         self.problem = ""
         if self.file is None:
             return
-        if not self.file.is_file():
-            self.problem = f"config: there is no file {file}"
-            return
         try:
             self.table = tomllib.loads(self.file.read_text())
+        except FileNotFoundError:
+            self.problem = f"config: there is no file {file}"
         except OSError as error:
             self.problem = f"config: cannot read {file}: {error.strerror}"
         except UnicodeDecodeError:
