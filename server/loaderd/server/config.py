@@ -286,7 +286,7 @@ class ServerConfig(BaseSettings):
         """The operator's hub token, read now.
 
         Raises:
-            ConfigError: The file that the operator named cannot be read.
+            ConfigError: The file that the operator named, or the login, cannot be read.
         """
         return self.hub_token_and_origin()[0]
 
@@ -294,7 +294,7 @@ class ServerConfig(BaseSettings):
         """The operator's hub token, read now, and where it is from.
 
         Raises:
-            ConfigError: The file that the operator named cannot be read.
+            ConfigError: The file that the operator named, or the login, cannot be read.
         """
         if self.hub_token_file is not None:
             try:
@@ -312,8 +312,13 @@ class ServerConfig(BaseSettings):
         login = Path(os.environ.get("HF_TOKEN_PATH", home / "token"))
         try:
             return login.read_text().strip() or None, Origin("file", str(login))
-        except (OSError, UnicodeDecodeError):
+        except OSError:
             return None, Origin("default")  # nobody logged in: the hub's public part is enough
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"hub_token_file: the hub library's login, {login}, is not text; log in again, or "
+                "name another file"
+            ) from error
 
     def changed_in(self, other: ServerConfig, settings: Collection[str]) -> ServerConfig:
         """These settings, with some as another has them.
