@@ -44,7 +44,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loaderd.server.supervisor": _BASE | {"loaderd.worker.v1", "loaderd.server.config"},
     "loaderd.server.models": _BASE | _LOWER | {"loaderd.worker.v1", "loaderd.server.box"},
     "loaderd.server.rpc": _BASE | _LOWER | {"loaderd.worker.v1", "loaderd.server.models"},
-    "loaderd.server.daemon": _BASE | _LOWER | {"loaderd.server.models", "loaderd.server.rpc"},
+    "loaderd.server.http": _BASE | _LOWER | {"loaderd.server.models", "loaderd.server.rpc"},
+    "loaderd.server.daemon": _BASE
+    | _LOWER
+    | {"loaderd.server.http", "loaderd.server.models", "loaderd.server.rpc"},
     "loaderd.server.cli": {"loaderd.server.config", "loaderd.server.daemon"},
     "loaderd.server.worker": {
         "loaderd.v1",
@@ -219,6 +222,9 @@ def test_the_client_side_needs_little(source: Source, part: str) -> None:
     ("module", "absent"),
     [
         ("loaderd.server.daemon", {"torch", "transformers", "accelerate", "loaderd.server.worker"}),
+        # An extra: only --http brings it.
+        ("loaderd.server.daemon", {"starlette", "uvicorn", "prometheus_client"}),
+        ("loaderd.server.http.service", {"torch", "transformers", "accelerate", "pydantic"}),
         ("loaderd.client", {"torch", "transformers", "typer", "rich", "loaderd.server"}),
         ("loaderd.cli.main", {"torch", "transformers", "loaderd.server"}),
     ],

@@ -39,11 +39,19 @@ class ConfigError(Exception):
     """The settings do not make a daemon. Its text names the setting and says what to do."""
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host is this box as it calls itself, which others do not reach."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _http_address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not (host and port.isascii() and port.isdecimal() and int(port) < 65536):
+        raise ValueError(f"{text!r} is no address: use host:port or [ipv6]:port")
+    return text
 
 
 def _split(value: object) -> object:
@@ -91,7 +99,7 @@ def _hub_endpoint(url: str) -> str:
         raise ValueError("must be an https:// address")
     if parts.username or parts.password:
         raise ValueError("must have no user or password; the token has a setting of its own")
-    if parts.scheme == "http" and not _is_loopback(parts.hostname):
+    if parts.scheme == "http" and not is_loopback(parts.hostname):
         raise ValueError("must be https:// unless it is on this box")
     return url.rstrip("/")
 
@@ -102,6 +110,7 @@ def _hub_offline() -> bool:
 
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
 RepositoryOrFolder = Annotated[str, AfterValidator(_repository_or_folder)]
+HttpAddress = Annotated[str, AfterValidator(_http_address)]
 FilePath = Annotated[Path, AfterValidator(_absolute)]
 Folder = Annotated[Path, AfterValidator(_absolute), AfterValidator(_existing_folder)]
 
@@ -158,6 +167,11 @@ class ServerConfig(BaseSettings):
 
     insecure: bool = False
     """Allow a --host that other machines reach: whoever reaches it may use and unload models."""
+
+    http: HttpAddress | None = None
+    """Address for HTTP, such as 127.0.0.1:8080 (port 0: a free one): metrics, probes, a status
+    page, and an API like OpenAI's. Other hosts than loopback need --insecure. Needs the extra
+    `http`. Default: none, no HTTP."""
 
     cache_dir: Annotated[FilePath, AfterValidator(_no_file)] | None = None
     """Hugging Face cache. Default: as the hub library: HF_HUB_CACHE, else HF_HOME/hub, else
@@ -242,11 +256,15 @@ class ServerConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _refuse_exposure(self) -> ServerConfig:
-        if self.tcp_port is not None and not (self.insecure or _is_loopback(self.host)):
-            raise ValueError(
-                f"host {self.host} can be reached from other machines, and this daemon has no "
-                "access control; listen on 127.0.0.1 or a --socket, or add --insecure"
-            )
+        hosts = [] if self.tcp_port is None else [self.host]
+        if self.http_address is not None:
+            hosts.append(self.http_address[0])
+        for host in hosts:
+            if not (self.insecure or is_loopback(host)):
+                raise ValueError(
+                    f"host {host} can be reached from other machines, and this daemon has no "
+                    "access control; listen on 127.0.0.1 or a --socket, or add --insecure"
+                )
         return self
 
     @property
@@ -255,6 +273,14 @@ class ServerConfig(BaseSettings):
         if self.port is None and self.socket is None:
             return DEFAULT_PORT
         return self.port
+
+    @property
+    def http_address(self) -> tuple[str, int] | None:
+        """Host and port of HTTP; None for none."""
+        if self.http is None:
+            return None
+        host, _, port = self.http.rpartition(":")
+        return host.strip("[]"), int(port)
 
     def hub_token(self) -> str | None:
         """The operator's hub token, read now.

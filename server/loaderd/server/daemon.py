@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from loaderd.server.config import ConfigError, ServerConfig
+from loaderd.server.config import ConfigError, ServerConfig, is_loopback
 from loaderd.server.errors import InvalidArgumentError
 from loaderd.server.models.idle import IdleModels, IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
@@ -32,6 +33,9 @@ from loaderd.server.supervisor.runtime_folder import RuntimeFolder
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
 from loaderd.v1 import model_pb2
+
+if TYPE_CHECKING:
+    from loaderd.server.http.service import HttpService
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +99,17 @@ class Daemon:
             restarts = Restarts(loads)
             registry.on_death = restarts.begin
             manifest = Manifest(_declared(config), registry, loads)
-            server = RpcServer(registry, loads, planner, store, supervisor)
-            addresses = self._bind(server)
+            http = self._http(registry, planner, store, supervisor)
+            observer = None if http is None else http.metrics
+            server = RpcServer(registry, loads, planner, store, supervisor, observer=observer)
+            addresses = [*([] if http is None else [http.url]), *self._bind(server)]
             self._catch_signals(supervisor)
             health = asyncio.create_task(server.health.follow())
             await store.start()
             await supervisor.start()
             await server.start()
+            if http is not None:
+                http.start(server.local)
             background = [
                 asyncio.create_task(work.run()) for work in (IdleUnloader(registry), manifest)
             ]
@@ -118,6 +126,8 @@ class Daemon:
                 await restarts.close()
                 await store.close()
                 await registry.close()
+                if http is not None:
+                    await http.stop(_LAST_MESSAGES_S)
                 await server.stop(_LAST_MESSAGES_S)
                 await supervisor.close()
 
@@ -144,6 +154,24 @@ class Daemon:
                 os.umask(before)
             addresses.append(f"unix:{config.socket}")
         return addresses
+
+    def _http(
+        self, registry: ModelRegistry, planner: Planner, store: ModelStore, supervisor: Supervisor
+    ) -> HttpService | None:
+        address = self._config.http_address
+        if address is None:
+            return None
+        from loaderd.server.http.listener import HttpListener
+        from loaderd.server.http.service import HttpService
+
+        try:
+            listener = HttpListener(*address, is_loopback)
+        except OSError as error:
+            raise AddressError(
+                f"cannot listen on {self._config.http} for HTTP: {error.strerror}; choose another "
+                "--http (port 0: a free one)"
+            ) from error
+        return HttpService(listener, registry, planner, store, supervisor)
 
     def _catch_signals(self, supervisor: Supervisor) -> None:
         loop = asyncio.get_running_loop()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -14,7 +14,7 @@ from loaderd.server.errors import InvalidArgumentError
 from loaderd.server.models.loads import Loads
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.convert import keep_alive as keep_alive_of
-from loaderd.server.supervisor.output_stream import OutputStream
+from loaderd.server.rpc.observer import Observer
 from loaderd.v1 import generation_pb2, generation_pb2_grpc
 from loaderd.worker.v1 import worker_pb2
 
@@ -26,9 +26,12 @@ _MAX_REQUEST_ID = 128
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Text from loaded models. The model's worker reads and checks the parameters."""
 
-    def __init__(self, registry: ModelRegistry, loads: Loads) -> None:
+    def __init__(
+        self, registry: ModelRegistry, loads: Loads, observer: Observer | None = None
+    ) -> None:
         self._registry = registry
         self._loads = loads
+        self._observer = observer
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
@@ -105,7 +108,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     @asynccontextmanager
     async def _run(
         self, request: generation_pb2.StreamGenerateRequest, context: Context
-    ) -> AsyncIterator[tuple[str, OutputStream]]:
+    ) -> AsyncIterator[tuple[str, AsyncIterable[generation_pb2.StreamGenerateResponse]]]:
         if not request.HasField("request_id"):
             request.request_id = secrets.token_hex(8)
         name = request.request_id
@@ -124,7 +127,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             )
             client = _client_of(context.peer())
             with worker.link.generate(request, on_end=use.close, client=client) as stream:
-                yield model_id, stream
+                if self._observer is None:
+                    yield model_id, stream
+                    return
+                name = str(self._registry.find(model_id).name)
+                async with aclosing(self._observer.generating(name, stream)) as messages:
+                    yield model_id, messages
 
 
 def _client_of(peer: str) -> str:
