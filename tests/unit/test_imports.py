@@ -224,7 +224,7 @@ def test_the_client_side_needs_little(source: Source, part: str) -> None:
         ("loaderd.server.daemon", {"torch", "transformers", "accelerate", "loaderd.server.worker"}),
         # An extra: only --http brings it.
         ("loaderd.server.daemon", {"starlette", "uvicorn", "prometheus_client"}),
-        ("loaderd.server.http.service", {"torch", "transformers", "accelerate", "pydantic"}),
+        ("loaderd.server.http.service", {"torch", "transformers", "accelerate"}),
         ("loaderd.client", {"torch", "transformers", "typer", "rich", "loaderd.server"}),
         ("loaderd.cli.main", {"torch", "transformers", "loaderd.server"}),
     ],

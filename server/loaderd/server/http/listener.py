@@ -75,8 +75,8 @@ class HttpListener:
 
     async def stop(self, grace_s: float) -> None:
         """Refuses new connections, and cuts requests that still run after `grace_s` seconds."""
-        self._socket.close()
         if self._server is None or self._task is None:
+            self._socket.close()
             return
         self._server.config.timeout_graceful_shutdown = max(1, round(grace_s))
         self._server.should_exit = True
