@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from safetensors.numpy import save_file
 
+from loaderd.server.config import is_loopback
 from loaderd.server.models.idle import IdleModels, IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
@@ -51,6 +52,7 @@ class Box:
     models: Any
     generation: Any
     system: Any
+    url: str = ""
 
     async def load(self, folder: Path | None = None) -> model_pb2.Model:
         request = model_pb2.LoadModelRequest(model=str(folder or self.folder))
@@ -86,8 +88,17 @@ async def open_box(
     on_demand: OnDemand = OnDemand.OFF,
     keep_alive_s: float = PINNED,
     restart_wait_s: float | None = None,
+    http: bool = False,
 ) -> AsyncIterator[Box]:
-    """The insides with a model folder beside them; models come back only with a wait for it."""
+    """The insides with a model folder beside them; models come back only with a wait for it.
+
+    Args:
+        tmp_path: Where its files go.
+        on_demand: Which models a request loads.
+        keep_alive_s: How long models stay.
+        restart_wait_s: Seconds before a model comes back for the second time; None: never.
+        http: Whether it also listens for HTTP.
+    """
     async with AsyncExitStack() as stack:
         launcher = FakeLauncher()
         limits = WorkerLimits(
@@ -110,13 +121,23 @@ async def open_box(
         restarts = Restarts(loads, restart_wait_s or 0.0)
         if restart_wait_s is not None:
             registry.on_death = restarts.begin
-        server = RpcServer(registry, loads, planner, store, supervisor)
+        service = None
+        if http:
+            from loaderd.server.http.listener import HttpListener
+            from loaderd.server.http.service import HttpService
+
+            listener = HttpListener("127.0.0.1", 0, is_loopback)
+            service = HttpService(listener, registry, planner, store, supervisor)
+        observer = None if service is None else service.metrics
+        server = RpcServer(registry, loads, planner, store, supervisor, observer=observer)
         port = server.bind("127.0.0.1:0")
         socket = f"unix:{tmp_path / 'box.sock'}"
         server.bind(socket)
         idle = asyncio.create_task(IdleUnloader(registry).run())
         await supervisor.start()
         await server.start()
+        if service is not None:
+            service.start(server.local)
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
         yield Box(
             launcher,
@@ -128,12 +149,15 @@ async def open_box(
             model_pb2_grpc.ModelServiceStub(channel),
             generation_pb2_grpc.GenerationServiceStub(channel),
             system_pb2_grpc.SystemServiceStub(channel),
+            "" if service is None else service.url,
         )
         idle.cancel()
         await restarts.close()
         await registry.drain(0)
         await registry.close()
         await store.close()
+        if service is not None:
+            await service.stop(0)
         await server.stop(0)
         await supervisor.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http
 import logging
 import secrets
 from collections.abc import Mapping
@@ -47,6 +46,18 @@ _BY_REASON = {
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
+_REFUSALS = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "body_too_slow",
+    413: "body_too_large",
+    415: "not_json",
+    421: "wrong_host",
+    503: "too_many_requests",
+}
+"""The code of each status that the framework or a guard refuses a request with."""
+
+
 def status_and_headers(error: LoaderdError) -> tuple[int, dict[str, str]]:
     """The status of an error, and the headers that say whether to try again."""
     described = status_of(error)
@@ -57,7 +68,7 @@ def status_and_headers(error: LoaderdError) -> tuple[int, dict[str, str]]:
     for detail in described.details:
         if detail.Unpack(retry):
             headers = {"x-should-retry": "true", "retry-after": str(retry.retry_delay.seconds)}
-    if status == http.HTTPStatus.UNAUTHORIZED:
+    if status == 401:
         headers["www-authenticate"] = "Bearer"
     return status, headers
 
@@ -76,7 +87,7 @@ def failure(error: LoaderdError) -> Response:
 
 def refusal(error: HTTPException) -> Response:
     """The answer to a request that is wrong as one of HTTP."""
-    code = http.HTTPStatus(error.status_code).name.lower()
+    code = _REFUSALS.get(error.status_code, "bad_request")
     body = _body(error.status_code, error.detail, code, None)
     headers: Mapping[str, str] = error.headers or {}
     return JSONResponse(body, error.status_code, headers)

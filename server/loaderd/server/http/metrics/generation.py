@@ -103,15 +103,18 @@ class GenerationMetrics:
         stage = self.queued
         stage[model] += 1
 
+        def leave() -> None:
+            stage[model] -= 1
+            if not stage[model]:
+                del stage[model]
+
         def begin() -> None:
             nonlocal stage
-            stage[model] -= 1
+            leave()
             stage = self.running
             stage[model] += 1
 
         try:
             yield begin
         finally:
-            stage[model] -= 1
-            if not stage[model]:
-                del stage[model]
+            leave()
