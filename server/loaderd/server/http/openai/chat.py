@@ -24,10 +24,10 @@ def read_chat(fields: Fields) -> Asked:
     given = [name for name in _LENGTHS if name in fields]
     if len(given) > 1:
         raise InvalidArgumentError("max_tokens", "does not go with max_completion_tokens")
-    length = given[0] if given else _LENGTHS[0]
-    asked = read_common(fields, {"max_new_tokens": length})
+    asked = read_common(fields, {"max_new_tokens": given[0] if given else _LENGTHS[0]})
     request = asked.request
-    fields.put(request, "max_new_tokens", length)
+    for name in _LENGTHS:
+        fields.put(request, "max_new_tokens", name)
     fields.put(request, "logprobs", "logprobs")
     fields.put(request, "top_logprobs", "top_logprobs")
     if request.HasField("top_logprobs") and not request.logprobs:
