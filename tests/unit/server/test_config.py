@@ -61,6 +61,14 @@ def test_a_socket_replaces_tcp_unless_a_port_is_asked_for(tmp_path: Path) -> Non
     assert load_config({"socket": str(tmp_path / "s"), "port": "0"}).tcp_port == 0
 
 
+def test_http_is_off_and_stays_on_the_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_config({}).http_address is None
+    monkeypatch.setenv("LOADERD_HTTP", "127.0.0.1:8080")
+    assert load_config({}).http_address == ("127.0.0.1", 8080)
+    assert load_config({"http": "[::1]:0"}).http_address == ("::1", 0)
+    assert load_config({"http": "0.0.0.0:1", "insecure": True}).http_address == ("0.0.0.0", 1)
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -79,6 +87,10 @@ def test_a_socket_replaces_tcp_unless_a_port_is_asked_for(tmp_path: Path) -> Non
         ({"allow_pickle": ["a/b/c"]}, "allow_pickle.*'a/b/c'"),
         ({"allow_pickle": ["org/name@v1"]}, "allow_pickle.*allow the repository, org/name"),
         ({"host": "0.0.0.0"}, "--insecure"),
+        ({"http": "0.0.0.0:8080"}, "0.0.0.0.*--insecure"),
+        ({"http": "gpu-box:8080"}, "gpu-box.*--insecure"),
+        ({"http": "8080"}, "http.*'8080' is no address"),
+        ({"http": "127.0.0.1:65536"}, "http.*no address"),
         ({"hub_endpoint": "http://example.com"}, "https"),
         ({"hub_endpoint": "ftp://example.com"}, "https"),
         ({"config": "/no/such/file"}, "config"),
