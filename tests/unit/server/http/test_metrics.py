@@ -17,7 +17,8 @@ from tests.unit.server.box import Box, open_box
 from tests.unit.server.http.browser import fetch
 from tests.waiting import until_in_loop
 
-DASHBOARD = Path(__file__).parents[4] / "deploy" / "grafana" / "loaderd.json"
+ROOT = Path(__file__).parents[4]
+DASHBOARD = ROOT / "deploy" / "grafana" / "loaderd.json"
 CATALOG = [each for each in vars(catalog).values() if isinstance(each, Metric)]
 
 Samples = dict[tuple[str, tuple[str, ...]], float]
@@ -162,6 +163,13 @@ def test_names_are_as_prometheus_wants_them(metric: Metric) -> None:
         *("model", "state", "phase", "outcome", "reason", "device"),
         *("method", "route", "code", "version"),
     }
+
+
+def test_the_docs_list_every_metric() -> None:
+    rows = re.findall(
+        r"^\| `(loaderd_\w+)` \|", (ROOT / "docs" / "http.md").read_text(), re.MULTILINE
+    )
+    assert rows == [each.name for each in CATALOG]
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +97,11 @@ def test_parameters_that_openai_does_not_have(name: str) -> None:
     value: Any = {field.CPPTYPE_BOOL: True, field.CPPTYPE_STRING: "x"}.get(field.cpp_type, 1)
     assert getattr(chat(**{name: value}).request, name) == value
     assert getattr(completion(**{name: value}).request, name) == value
+
+
+def test_the_docs_list_them() -> None:
+    text = (Path(__file__).parents[4] / "docs" / "http.md").read_text()
+    assert {name for name in EXTENSIONS if f"`{name}`" not in text} == set()
 
 
 def test_a_completion() -> None:
