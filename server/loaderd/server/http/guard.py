@@ -22,6 +22,7 @@ MAX_REQUESTS = 512
 """Requests to the API that may be open at once."""
 _BODY_S = 30.0
 _CLIENT_LEFT = 499
+_DEFECT = 500
 
 
 class Counted:
@@ -55,6 +56,9 @@ class Counted:
 
         try:
             await self._app(scope, receive, note)
+        except Exception:
+            status = _DEFECT if status == _CLIENT_LEFT else status
+            raise
         finally:
             route = self._route_of(scope["path"])
             self._answered(route, status)

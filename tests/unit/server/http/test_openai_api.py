@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import openai as api
 import pytest
@@ -93,9 +94,7 @@ async def test_a_client_that_leaves_ends_its_generation(
     assert worker.cancelled == []
     call.cancel()
     await until_in_loop(lambda: len(worker.cancelled) == 1)
-    (model,) = box.registry.views()
     await until_in_loop(lambda: box.registry.views()[0].active_requests == 0)
-    assert model.active_requests <= 1
 
 
 async def _take_all(openai: AsyncOpenAI, model: str, *, stream: bool) -> None:
@@ -217,3 +216,25 @@ async def test_a_daemon_that_drains_is_alive_and_not_ready(box: Box, openai: Asy
     with pytest.raises(api.InternalServerError) as caught:
         await openai.completions.create(model=str(box.folder), prompt="count 1")
     assert (caught.value.status_code, caught.value.code) == (503, "draining")
+
+
+async def test_a_defect_is_told_by_its_number(
+    box: Box,
+    openai: AsyncOpenAI,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(self: object) -> None:
+        raise RuntimeError("a secret of the daemon's")
+
+    monkeypatch.setattr(type(box.registry), "views", broken)
+    with pytest.raises(api.InternalServerError) as caught:
+        await openai.models.list()
+    assert (caught.value.status_code, caught.value.code) == (500, "internal")
+    incident = re.search(r"incident (\w+)", caught.value.message)
+    assert incident is not None
+    assert f"incident {incident[1]}" in caplog.text
+    assert "secret" not in str(caught.value.body)
+    monkeypatch.undo()
+    metrics = (await fetch(box.url, "/metrics")).text
+    assert 'loaderd_http_requests_total{code="500",route="/v1/models"} 1.0' in metrics
