@@ -30,8 +30,9 @@ class LocalCall:
         """Where the call comes from."""
         return self.origin
 
-    def peer_identities(self) -> None:
+    def peer_identities(self) -> tuple[bytes, ...] | None:
         """Names of the client's certificate: it has shown none."""
+        return None
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         """The headers that say who calls."""
