@@ -66,6 +66,9 @@ def test_bad_settings_are_told_in_one_line(tmp_path: Path) -> None:
     assert run_loaderd(LOADERD_STANDBY="many").returncode == 2
     assert run_loaderd("--config", str(tmp_path / "none.toml")).returncode == 2
     assert run_loaderd("--host", "0.0.0.0").returncode == 2
+    refused = run_loaderd("--port", "0", "--preload", "a/b", "--deny-model", "a/*")
+    assert refused.returncode == 2
+    assert "a/b is to be loaded at the start, but" in refused.stderr
 
 
 def test_a_unix_socket_serves_and_survives_a_daemon_that_was_killed(

@@ -21,6 +21,7 @@ from loaderd.client.sync.lease import Lease
 from loaderd.client.sync.model import Model
 from loaderd.client.sync.operation import DownloadOperation, LoadOperation, VerifyOperation
 from loaderd.client.sync.stream import GenerationStream, ModelWatch
+from loaderd.client.tls import Tls
 from loaderd.client.types import (
     CancelledDownload,
     ChangeReason,
@@ -151,6 +152,7 @@ __all__ = [
     "SkippedFile",
     "Snapshot",
     "SnapshotList",
+    "Tls",
     "TokenAlternative",
     "TokenLogprob",
     "Tokenization",

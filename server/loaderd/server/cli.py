@@ -34,7 +34,14 @@ _SERVER_PACKAGES = (
 _HTTP_PACKAGES = ("prometheus_client", "starlette", "uvicorn")
 
 # By setting, what each of its values is.
-_REPEATABLE = {"allow_local": "DIR", "allow_pickle": "NAME", "preload": "MODEL"}
+_REPEATABLE = {
+    "allow_local": "DIR",
+    "allow_model": "PATTERN",
+    "allow_pickle": "NAME",
+    "deny_model": "PATTERN",
+    "listen": "ADDRESS",
+    "preload": "MODEL",
+}
 _VALUES = {"http": "HOST:PORT"}
 _FILE_ONLY = {"models"}
 
@@ -42,6 +49,8 @@ _EPILOG = """\
 Each option can also be set by a variable (--drain-timeout: LOADERD_DRAIN_TIMEOUT) or in the TOML
 file that --config or LOADERD_CONFIG names (drain_timeout = 10). A flag wins over a variable, a
 variable over the file.
+
+`loaderd token create --help` tells how to make tokens for clients.
 
 exit codes: 0 stopped by SIGTERM or SIGINT; 1 failed; 2 bad settings or missing packages; 3 the
 address is taken or cannot be bound; 128 + n ended at once by a second signal n.
@@ -55,14 +64,28 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from loaderd.server.config import ConfigError, load_config
 
-    flags = vars(_parser().parse_args())
+    arguments = sys.argv[1:]
     try:
-        config = load_config(flags)
+        if arguments[:1] == ["token"]:
+            sys.exit(_token(arguments[1:]))
+        config = load_config(vars(_parser().parse_args(arguments)))
         if config.http is not None:
             _need(_HTTP_PACKAGES, "--http", "http")
         sys.exit(_run(config))
     except ConfigError as error:
         _fail(EXIT_USAGE, str(error))
+
+
+def _token(arguments: Sequence[str]) -> int:
+    from loaderd.server.access.clients import ClientsFileError
+    from loaderd.server.access.command import run
+    from loaderd.server.config import load_config
+
+    try:
+        run(arguments, lambda: load_config({}).clients)
+    except ClientsFileError as error:
+        _fail(EXIT_FAILED, str(error))
+    return EXIT_OK
 
 
 def _run(config: ServerConfig) -> int:

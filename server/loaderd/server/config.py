@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
     TomlConfigSettingsSource,
 )
 
-from loaderd.server.errors import InvalidNameError
-from loaderd.server.store.names import LocalName, parse_name
+from loaderd.server.addresses import Address, TcpAddress, UnixAddress
+from loaderd.server.setting_types import (
+    Addresses,
+    Endpoint,
+    FilePath,
+    FolderPath,
+    Folders,
+    Group,
+    HostPort,
+    Mode,
+    ModelName,
+    ModelNames,
+    Patterns,
+    PatternsOrFolders,
+    RepositoriesOrFolders,
+    Seconds,
+)
 
 DEFAULT_PORT = 50051
 
@@ -39,93 +42,14 @@ class ConfigError(Exception):
     """The settings do not make a daemon. Its text names the setting and says what to do."""
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host is this box as it calls itself, which others do not reach."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _http_address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if not (host and port.isascii() and port.isdecimal() and int(port) < 65536):
-        raise ValueError(f"{text!r} is no address: use host:port or [ipv6]:port")
-    return text
-
-
-def _split(value: object) -> object:
-    return value.split(os.pathsep) if isinstance(value, str) else value
-
-
-def _absolute(path: Path) -> Path:
-    return path.expanduser().absolute()
-
-
-def _repository_or_folder(text: str) -> str:
-    """A repository's id as it is, a folder's path as its real one."""
-    try:
-        name = parse_name(text)
-    except InvalidNameError as error:
-        raise ValueError(f"{text!r}: {error.problem}") from None
-    if isinstance(name, LocalName):
-        return os.path.realpath(name.path)
-    if "@" in text:
-        raise ValueError(f"{text!r} holds a revision; allow the repository, {name.repo_id}")
-    return name.repo_id
-
-
-def _existing_folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder")
-    return path.resolve()
-
-
-def _no_file(path: Path) -> Path:
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is not a folder")
-    return path
-
-
 def _default_local_roots() -> tuple[Path, ...]:
     """The folder that the daemon is started in, unless that is everything."""
     folder = Path.cwd()
     return () if folder == Path(folder.root) else (folder,)
 
 
-def _hub_endpoint(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ValueError("must be an https:// address")
-    if parts.username or parts.password:
-        raise ValueError("must have no user or password; the token has a setting of its own")
-    if parts.scheme == "http" and not is_loopback(parts.hostname):
-        raise ValueError("must be https:// unless it is on this box")
-    return url.rstrip("/")
-
-
 def _hub_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-
-
-Seconds = Annotated[float, Field(allow_inf_nan=False)]
-RepositoryOrFolder = Annotated[str, AfterValidator(_repository_or_folder)]
-HttpAddress = Annotated[str, AfterValidator(_http_address)]
-FilePath = Annotated[Path, AfterValidator(_absolute)]
-Folder = Annotated[Path, AfterValidator(_absolute), AfterValidator(_existing_folder)]
-
-
-def _model_name(text: str) -> str:
-    """A name that clients could use; a local folder's path made absolute."""
-    text = str(_absolute(Path(text))) if text.startswith((".", "~")) else text
-    try:
-        parse_name(text)
-    except InvalidNameError as error:
-        raise ValueError(f"{text!r}: {error.problem}") from None
-    return text
-
-
-ModelName = Annotated[str, AfterValidator(_model_name)]
 
 
 class DeclaredModel(BaseModel):
@@ -157,23 +81,72 @@ class ServerConfig(BaseSettings):
     )
 
     host: str = "127.0.0.1"
-    """Address to listen on. Others than loopback need --insecure."""
+    """Host of --port. Others than loopback need TLS and clients that are known, or --insecure."""
 
     port: int | None = Field(default=None, ge=0, le=65535)
-    """TCP port; 0 picks a free one. Default: 50051, or no TCP when --socket is given."""
+    """TCP port; 0 picks a free one. Default: 50051, or no TCP when --socket or --listen is
+    given."""
 
     socket: FilePath | None = None
-    """Unix socket to listen on, for this user only."""
+    """Unix socket to listen on; who may open it is a matter of --socket-mode."""
+
+    listen: Addresses = ()
+    """Address to listen on, beside those of --port and --socket: host:port or unix:/path; give it
+    again for more (LOADERD_LISTEN: separated by commas). Default: none."""
+
+    socket_mode: Mode = 0o600
+    """Who may open the unix sockets, such as 0660 for their group as well. Default: 0600, this user
+    only."""
+
+    socket_group: Group | None = None
+    """Group of the unix sockets. Default: this user's."""
+
+    socket_role: Literal["admin", "user", "monitor"] = "admin"
+    """What those may do who come over a unix socket and show no token."""
+
+    tls_cert: FilePath | None = None
+    """Certificate of the daemon, with its chain, as PEM; every TCP address then speaks TLS. It and
+    the other two files are read again when they change. Default: none, no TLS."""
+
+    tls_key: FilePath | None = None
+    """Private key of --tls-cert, as PEM, without a password."""
+
+    tls_client_ca: FilePath | None = None
+    """Certificates that sign those of clients, as PEM: TLS then takes no client without one.
+    Default: none."""
+
+    clients: FilePath | None = None
+    """File that says who the clients are: their tokens and certificates, roles and limits; see
+    `loaderd token create --help`. It is read again when it changes. Default: none, and whoever can
+    connect may do everything."""
 
     insecure: bool = False
-    """Allow a --host that other machines reach: whoever reaches it may use and unload models."""
+    """Allow addresses that other machines reach without TLS, or without clients that are known:
+    whoever reaches them may read along, or use and unload models."""
 
-    http: HttpAddress | None = None
+    http: HostPort | None = None
     """Address for HTTP, such as 127.0.0.1:8080 (port 0: a free one): metrics, probes, a status
-    page, and an API like OpenAI's. Other hosts than loopback need --insecure. Needs the extra
-    `http`. Default: none, no HTTP."""
+    page, and an API like OpenAI's. It speaks TLS where --tls-cert is given, and knows clients by
+    their tokens. Needs the extra `http`. Default: none, no HTTP."""
 
-    cache_dir: Annotated[FilePath, AfterValidator(_no_file)] | None = None
+    user_loads: Literal["off", "cached", "any"] = "cached"
+    """Which models clients with the role user may load: none, those whose files are there, or also
+    those that must be downloaded first."""
+
+    allow_model: Patterns = ()
+    """Pattern of repositories that may be used, such as org/name or org/*; give it again for more
+    (LOADERD_ALLOW_MODEL: separated by colons). Default: all."""
+
+    deny_model: PatternsOrFolders = ()
+    """Pattern of repositories, or a local folder, that must not be used, whatever --allow-model and
+    --allow-local say; give it again for more (LOADERD_DENY_MODEL: separated by colons). Default:
+    none."""
+
+    max_model_bytes: ByteSize | None = Field(default=None, gt=0)
+    """How large a model may be, such as 20GB: one that is larger is neither downloaded nor loaded.
+    Default: no limit."""
+
+    cache_dir: FolderPath | None = None
     """Hugging Face cache. Default: as the hub library: HF_HUB_CACHE, else HF_HOME/hub, else
     ~/.cache/huggingface/hub."""
 
@@ -182,19 +155,17 @@ class ServerConfig(BaseSettings):
     snapshots that were not used for longest and are not in use are deleted. Default: no limit, and
     nothing is deleted unasked."""
 
-    allow_local: Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(_split)] = Field(
-        default_factory=_default_local_roots
-    )
+    allow_local: Folders = Field(default_factory=_default_local_roots)
     """Folder below which local models may be loaded; give it again for more (LOADERD_ALLOW_LOCAL:
     separated by colons). Default: the folder that the daemon is started in, none if that is /."""
 
-    allow_pickle: Annotated[tuple[RepositoryOrFolder, ...], NoDecode, BeforeValidator(_split)] = ()
+    allow_pickle: RepositoriesOrFolders = ()
     """Model whose weights may be pickles when it has no safetensors: org/name, or the absolute path
     of a local folder; give it again for more (LOADERD_ALLOW_PICKLE: separated by colons). A pickle
     can run code when it is not read with care: loaderd takes only tensors from it and refuses the
     rest, but allow only whom you trust. Default: none."""
 
-    hub_endpoint: Annotated[str, AfterValidator(_hub_endpoint)] = Field(
+    hub_endpoint: Endpoint = Field(
         default_factory=lambda: os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
         validate_default=True,
     )
@@ -215,7 +186,7 @@ class ServerConfig(BaseSettings):
     """Seconds that a model stays loaded while nobody uses it, unless a client says otherwise; 0:
     until its first use has ended; negative: until somebody unloads it."""
 
-    preload: Annotated[tuple[ModelName, ...], NoDecode, BeforeValidator(_split)] = ()
+    preload: ModelNames = ()
     """Model to load at the start and to keep; give it again for more (LOADERD_PRELOAD: separated by
     colons). One that does not load is tried again. Default: none."""
 
@@ -255,32 +226,58 @@ class ServerConfig(BaseSettings):
     """How much to log, to standard error."""
 
     @model_validator(mode="after")
+    def _refuse_what_has_no_effect(self) -> ServerConfig:
+        given = self.model_fields_set
+        if "host" in given and self.port is None and (self.socket is not None or self.listen):
+            raise ValueError("host goes with port; give the port too, or host:port as --listen")
+        for address in self.addresses:
+            is_any = isinstance(address, TcpAddress) and address.port == 0
+            if self.addresses.count(address) > 1 and not is_any:
+                raise ValueError(f"{address} is given twice")
+        sockets = sorted(given & {"socket_mode", "socket_group", "socket_role"})
+        if sockets and not any(isinstance(each, UnixAddress) for each in self.addresses):
+            raise ValueError(f"{sockets[0]} is about unix sockets, and there is none; add --socket")
+        return self
+
+    @model_validator(mode="after")
     def _refuse_exposure(self) -> ServerConfig:
-        hosts = [] if self.tcp_port is None else [self.host]
-        if self.http_address is not None:
-            hosts.append(self.http_address[0])
-        for host in hosts:
-            if not (self.insecure or is_loopback(host)):
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together; give both")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs TLS; give tls_cert and tls_key too")
+        if self.http is not None and self.clients is None:
+            self._refuse_http_without_clients(self.http)
+        asks_who_calls = self.clients is not None or self.tls_client_ca is not None
+        if self.insecure or (self.tls_cert is not None and asks_who_calls):
+            return self
+        for address in (*self.addresses, self.http):
+            if isinstance(address, TcpAddress) and address.is_exposed:
                 raise ValueError(
-                    f"host {host} can be reached from other machines, and this daemon has no "
-                    "access control; listen on 127.0.0.1 or a --socket, or add --insecure"
+                    f"{address} can be reached from other machines; give it TLS (--tls-cert, "
+                    "--tls-key) and clients that are known (--clients or --tls-client-ca), listen "
+                    "on 127.0.0.1 or a --socket, or add --insecure"
                 )
         return self
 
-    @property
-    def tcp_port(self) -> int | None:
-        """The port to listen on; None for no TCP."""
-        if self.port is None and self.socket is None:
-            return DEFAULT_PORT
-        return self.port
+    def _refuse_http_without_clients(self, address: TcpAddress) -> None:
+        if self.insecure or not (self.tls_client_ca is not None or address.is_exposed):
+            return
+        raise ValueError(
+            f"http {address}: over HTTP clients are known by their tokens only, and without "
+            "--clients whoever reaches it may do everything; give --clients, or add --insecure"
+        )
 
     @property
-    def http_address(self) -> tuple[str, int] | None:
-        """Host and port of HTTP; None for none."""
-        if self.http is None:
-            return None
-        host, _, port = self.http.rpartition(":")
-        return host.strip("[]"), int(port)
+    def addresses(self) -> tuple[Address, ...]:
+        """Where to listen; at least one."""
+        addresses: list[Address] = []
+        if self.port is not None:
+            addresses.append(TcpAddress(self.host, self.port))
+        elif self.socket is None and not self.listen:
+            addresses.append(TcpAddress(self.host, DEFAULT_PORT))
+        if self.socket is not None:
+            addresses.append(UnixAddress(self.socket))
+        return (*addresses, *self.listen)
 
     def hub_token(self) -> str | None:
         """The operator's hub token, read now.
@@ -346,7 +343,7 @@ def load_config(flags: Mapping[str, object]) -> ServerConfig:
 
 def _known_variables() -> set[str]:
     """The daemon's, and those of its clients, which may be set for the whole box."""
-    return {*ServerConfig.model_fields, "config", "address"}
+    return {*ServerConfig.model_fields, "config", "address", "daemon", "token"}
 
 
 def _describe(location: tuple[int | str, ...], kind: str, message: str) -> str:

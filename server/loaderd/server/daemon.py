@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import math
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loaderd.server.config import ConfigError, ServerConfig, is_loopback
-from loaderd.server.errors import InvalidArgumentError
+from loaderd.server.access.clients import ClientsFile, ClientsFileError
+from loaderd.server.access.quotas import Quotas
+from loaderd.server.access.roles import Role
+from loaderd.server.config import ConfigError, ServerConfig
+from loaderd.server.errors import InvalidArgumentError, ModelNotAllowedError
 from loaderd.server.models.idle import IdleModels, IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
@@ -24,9 +26,14 @@ from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.restarts import Restarts
+from loaderd.server.rpc.access import Access
+from loaderd.server.rpc.listeners import AddressError, SocketAccess, listening
 from loaderd.server.rpc.server import RpcServer
+from loaderd.server.rpc.tls import ServerTls
 from loaderd.server.store.cache import default_cache_dir
 from loaderd.server.store.hub_access import RetryPolicy
+from loaderd.server.store.names import parse_name
+from loaderd.server.store.policy import ModelPolicy
 from loaderd.server.store.store import ModelStore, StoreSettings
 from loaderd.server.supervisor.launcher import LocalLauncher
 from loaderd.server.supervisor.runtime_folder import RuntimeFolder
@@ -37,15 +44,13 @@ from loaderd.v1 import model_pb2
 if TYPE_CHECKING:
     from loaderd.server.http.service import HttpService
 
+__all__ = ["AddressError", "Daemon"]
+
 logger = logging.getLogger(__name__)
 
 _LAST_MESSAGES_S = 1.0
 # A terminal or a wrapper may send one request to stop to the process and to its group.
 _ONE_REQUEST_S = 0.5
-
-
-class AddressError(Exception):
-    """The address cannot be listened on. Its text says which and what to do."""
 
 
 class Daemon:
@@ -64,10 +69,17 @@ class Daemon:
 
         Raises:
             AddressError: An address cannot be listened on.
-            ConfigError: The hub token cannot be read.
+            ConfigError: The hub token, the files of TLS or that of clients cannot be used; or
+                models that are to be there are not allowed.
         """
         config = self._config
-        with RuntimeFolder() as runtime, _socket_lock(config.socket):
+        cache_dir = config.cache_dir or default_cache_dir()
+        policy = ModelPolicy(config.allow_model, config.deny_model, config.max_model_bytes)
+        declared = _declared(config)
+        for model in declared:
+            _check_allowed(model.name, policy, cache_dir)
+        with ExitStack() as stack:
+            runtime = stack.enter_context(RuntimeFolder())
             supervisor = Supervisor(
                 runtime.path,
                 LocalLauncher(),
@@ -80,13 +92,14 @@ class Daemon:
             )
             store = ModelStore(
                 StoreSettings(
-                    cache_dir=config.cache_dir or default_cache_dir(),
+                    cache_dir=cache_dir,
                     local_roots=config.allow_local,
                     hub_endpoint=config.hub_endpoint,
                     hub_token=config.hub_token(),
                     offline=config.offline,
                     max_bytes=config.cache_max_bytes,
                     allow_pickle=frozenset(config.allow_pickle),
+                    policy=policy,
                     stall_timeout=config.stall_timeout,
                     retry=RetryPolicy(config.hub_attempts, longest_wait=config.hub_longest_wait),
                 )
@@ -94,15 +107,31 @@ class Daemon:
             keep_alive = config.keep_alive if config.keep_alive >= 0 else PINNED
             registry = ModelRegistry(config.max_requests, keep_alive)
             planner = Planner(store, supervisor, IdleModels(registry))
-            on_demand = OnDemand(config.load_on_demand)
-            loads = Loads(registry, store, supervisor, planner, on_demand)
+            on_demand, user_loads = OnDemand(config.load_on_demand), OnDemand(config.user_loads)
+            loads = Loads(registry, store, supervisor, planner, on_demand, user_loads=user_loads)
             restarts = Restarts(loads)
             registry.on_death = restarts.begin
-            manifest = Manifest(_declared(config), registry, loads)
+            manifest = Manifest(declared, registry, loads)
             http = self._http(registry, planner, store, supervisor)
-            observer = None if http is None else http.metrics
-            server = RpcServer(registry, loads, planner, store, supervisor, observer=observer)
-            addresses = [*([] if http is None else [http.url]), *self._bind(server)]
+            server = RpcServer(
+                registry,
+                loads,
+                planner,
+                store,
+                supervisor,
+                access=_access(config),
+                observer=None if http is None else http.metrics,
+            )
+            addresses = stack.enter_context(
+                listening(
+                    server,
+                    config.addresses,
+                    _tls(config),
+                    SocketAccess(config.socket_mode, config.socket_group),
+                )
+            )
+            if http is not None:
+                addresses = [http.url, *addresses]
             self._catch_signals(supervisor)
             health = asyncio.create_task(server.health.follow())
             await store.start()
@@ -114,8 +143,8 @@ class Daemon:
                 asyncio.create_task(work.run()) for work in (IdleUnloader(registry), manifest)
             ]
             try:
-                listening = " and ".join(addresses)
-                print(f"loaderd {version('loaderd')} listening on {listening}", flush=True)
+                where = " and ".join(addresses)
+                print(f"loaderd {version('loaderd')} listening on {where}", flush=True)
                 await self._stop.wait()
                 logger.info("draining")
                 await asyncio.gather(registry.drain(config.drain_timeout), store.close())
@@ -131,45 +160,23 @@ class Daemon:
                 await server.stop(_LAST_MESSAGES_S)
                 await supervisor.close()
 
-    def _bind(self, server: RpcServer) -> list[str]:
-        config, addresses = self._config, []
-        if config.tcp_port is not None:
-            host = f"[{config.host}]" if ":" in config.host else config.host
-            try:
-                port = server.bind(f"{host}:{config.tcp_port}")
-            except RuntimeError as error:
-                raise AddressError(
-                    f"cannot listen on {host}:{config.tcp_port}: the port is taken, perhaps by "
-                    "another daemon, or the host is not this box; choose another --port (0: a "
-                    "free one) or --host"
-                ) from error
-            addresses.append(f"{host}:{port}")
-        if config.socket is not None:
-            before = os.umask(0o177)
-            try:
-                server.bind(f"unix:{config.socket}")
-            except RuntimeError as error:
-                raise AddressError(f"cannot listen on the socket {config.socket}") from error
-            finally:
-                os.umask(before)
-            addresses.append(f"unix:{config.socket}")
-        return addresses
-
     def _http(
         self, registry: ModelRegistry, planner: Planner, store: ModelStore, supervisor: Supervisor
     ) -> HttpService | None:
-        address = self._config.http_address
+        address = self._config.http
         if address is None:
             return None
         from loaderd.server.http.listener import HttpListener
         from loaderd.server.http.service import HttpService
+        from loaderd.server.http.tls import server_context
 
+        tls = _tls(self._config)
         try:
-            listener = HttpListener(*address, is_loopback)
+            listener = HttpListener(address, None if tls is None else server_context(tls))
         except OSError as error:
             raise AddressError(
-                f"cannot listen on {self._config.http} for HTTP: {error.strerror}; choose another "
-                "--http (port 0: a free one)"
+                f"cannot listen on {address} for HTTP: {error.strerror}; choose another --http "
+                "(port 0: a free one)"
             ) from error
         return HttpService(listener, registry, planner, store, supervisor)
 
@@ -190,6 +197,39 @@ class Daemon:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal, number)
+
+
+def _access(config: ServerConfig) -> Access:
+    """Who may do what.
+
+    Raises:
+        ConfigError: The file of clients cannot be used.
+    """
+    try:
+        clients = None if config.clients is None else ClientsFile(config.clients)
+    except ClientsFileError as error:
+        raise ConfigError(f"clients: {error}") from error
+    return Access(clients, Quotas(time.monotonic), Role(config.socket_role))
+
+
+def _tls(config: ServerConfig) -> ServerTls | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
+
+
+def _check_allowed(model: str, policy: ModelPolicy, cache_dir: Path) -> None:
+    """Refuses to start with a model that the daemon is to load and must not.
+
+    Raises:
+        ConfigError: The policy does not allow it.
+    """
+    try:
+        policy.check(parse_name(model), cache_dir)
+    except ModelNotAllowedError as error:
+        raise ConfigError(
+            f"{model} is to be loaded at the start, but --allow-model or --deny-model is against it"
+        ) from error
 
 
 def _declared(config: ServerConfig) -> list[Declared]:
@@ -213,32 +253,3 @@ def _declared(config: ServerConfig) -> list[Declared]:
         keep_alive_s = model.keep_alive if model.keep_alive >= 0 else PINNED
         models.append(Declared(model.name, options, keep_alive_s))
     return models + [Declared(name) for name in config.preload]
-
-
-@contextmanager
-def _socket_lock(socket: Path | None) -> Iterator[None]:
-    """Holds the socket's path: a second server would take it from the first without a word.
-
-    Raises:
-        AddressError: Another daemon holds it, or its folder cannot be written to.
-    """
-    if socket is None:
-        yield
-        return
-    lock = socket.with_name(socket.name + ".lock")
-    try:
-        handle = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise AddressError(f"cannot use the socket {socket}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise AddressError(f"another daemon listens on the socket {socket}") from error
-        if socket.exists() and not socket.is_socket():
-            raise AddressError(f"{socket} exists and is not a socket")
-        socket.unlink(missing_ok=True)  # left by a daemon that was killed
-        yield
-        socket.unlink(missing_ok=True)
-    finally:
-        os.close(handle)

@@ -37,6 +37,8 @@ EXPORTS = {
     "Model",
     "ModelWatch",
     "VerifyOperation",
+    # connections
+    "Tls",
     # models
     "ChangeReason",
     "LeaseInfo",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -16,14 +17,17 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from safetensors.numpy import save_file
 
-from loaderd.server.config import is_loopback
+from loaderd.server.access.quotas import Quotas
+from loaderd.server.addresses import TcpAddress
 from loaderd.server.models.idle import IdleModels, IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.restarts import Restarts
+from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.server import RpcServer
+from loaderd.server.store.policy import ModelPolicy
 from loaderd.server.store.store import ModelStore, StoreSettings
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
@@ -88,6 +92,9 @@ async def open_box(
     on_demand: OnDemand = OnDemand.OFF,
     keep_alive_s: float = PINNED,
     restart_wait_s: float | None = None,
+    access: Access | None = None,
+    user_loads: OnDemand = OnDemand.ANY,
+    policy: ModelPolicy | None = None,
     http: bool = False,
 ) -> AsyncIterator[Box]:
     """The insides with a model folder beside them; models come back only with a wait for it.
@@ -97,6 +104,9 @@ async def open_box(
         on_demand: Which models a request loads.
         keep_alive_s: How long models stay.
         restart_wait_s: Seconds before a model comes back for the second time; None: never.
+        access: Who may do what; None: everybody everything.
+        user_loads: Which models users load.
+        policy: Which models are allowed; None: all.
         http: Whether it also listens for HTTP.
     """
     async with AsyncExitStack() as stack:
@@ -113,11 +123,12 @@ async def open_box(
                 hub_token=None,
                 offline=True,
                 stall_timeout=20,
+                policy=policy or ModelPolicy(),
             )
         )
         registry = ModelRegistry(MAX_REQUESTS, keep_alive_s)
         planner = Planner(store, supervisor, IdleModels(registry))
-        loads = Loads(registry, store, supervisor, planner, on_demand)
+        loads = Loads(registry, store, supervisor, planner, on_demand, user_loads=user_loads)
         restarts = Restarts(loads, restart_wait_s or 0.0)
         if restart_wait_s is not None:
             registry.on_death = restarts.begin
@@ -126,10 +137,13 @@ async def open_box(
             from loaderd.server.http.listener import HttpListener
             from loaderd.server.http.service import HttpService
 
-            listener = HttpListener("127.0.0.1", 0, is_loopback)
+            listener = HttpListener(TcpAddress("127.0.0.1", 0))
             service = HttpService(listener, registry, planner, store, supervisor)
+        access = access or Access(None, Quotas(time.monotonic))
         observer = None if service is None else service.metrics
-        server = RpcServer(registry, loads, planner, store, supervisor, observer=observer)
+        server = RpcServer(
+            registry, loads, planner, store, supervisor, access=access, observer=observer
+        )
         port = server.bind("127.0.0.1:0")
         socket = f"unix:{tmp_path / 'box.sock'}"
         server.bind(socket)

@@ -10,6 +10,7 @@ from grpc import StatusCode
 
 from loaderd.client import responses
 from loaderd.client.channel import DEFAULT_TIMEOUT
+from loaderd.client.connection import resolve_connection
 from loaderd.client.errors import LoaderdError
 from loaderd.client.parameters import Seconds
 from loaderd.client.requests import (
@@ -26,6 +27,7 @@ from loaderd.client.sync.model import Model
 from loaderd.client.sync.operation import LoadOperation
 from loaderd.client.sync.stream import ModelWatch
 from loaderd.client.sync.transport import Stubs, Transport
+from loaderd.client.tls import Tls
 from loaderd.client.types import (
     Device,
     Dtype,
@@ -49,21 +51,34 @@ class Client:
 
     Args:
         address: `host:port`, `unix:/path` or the path of a unix socket. None: `$LOADERD_ADDRESS`,
-            else `localhost:50051`.
+            else the daemon of `$LOADERD_DAEMON`, else `localhost:50051`.
+        daemon: In place of an address, the name of a daemon of `~/.config/loaderd/client.toml`.
+        token: Tells the daemon who calls. None: that of the named daemon, or `$LOADERD_TOKEN`.
+        tls: How to speak TLS; True trusts the public authorities. None: as the named daemon has
+            it, else none.
+        insecure: Whether the token may go over a network without TLS.
         timeout: Seconds that a call may take unless it says otherwise; None: no limit. Loads,
             downloads, generations and watches have no limit unless one is given.
     """
 
     def __init__(
-        self, address: str | None = None, *, timeout: float | None = DEFAULT_TIMEOUT
+        self,
+        address: str | None = None,
+        *,
+        daemon: str | None = None,
+        token: str | None = None,
+        tls: Tls | bool | None = None,
+        insecure: bool = False,
+        timeout: float | None = DEFAULT_TIMEOUT,
     ) -> None:
-        self._transport = Transport(address, timeout)
+        connection = resolve_connection(address, daemon, token, tls, insecure=insecure)
+        self._transport = Transport(connection, timeout)
         self._cache = CacheClient(self._transport)
 
     @property
     def address(self) -> str:
         """The daemon's address, as a gRPC target."""
-        return self._transport.address
+        return self._transport.connection.address
 
     @property
     def cache(self) -> CacheClient:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Iterator
+import ssl
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
+
+from loaderd.server.addresses import TcpAddress, is_loopback
 
 _MAX_CONNECTIONS = 1024
 _KEEP_ALIVE_S = 75
@@ -28,49 +31,49 @@ class HttpListener:
     """Serves an application on one address.
 
     Args:
-        host: The host.
-        port: The port; 0 for a free one.
-        is_loopback: Tells the hosts that are this box as it calls itself.
-
-    Attributes:
-        url: Where it listens.
+        address: Where to listen; port 0 takes a free one.
+        tls: What it speaks; None for plain HTTP.
 
     Raises:
         OSError: The address cannot be listened on.
     """
 
-    def __init__(self, host: str, port: int, is_loopback: Callable[[str], bool]) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.create_server((host, port), family=family)
-        shown = f"[{host}]" if family is socket.AF_INET6 else host
-        self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
-        self._is_exposed = not is_loopback(host)
-        self._is_loopback = is_loopback
+    def __init__(self, address: TcpAddress, tls: ssl.SSLContext | None = None) -> None:
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        self._socket = socket.create_server((address.host, address.port), family=family)
+        self._address = address.with_port(self._socket.getsockname()[1])
+        self._tls = tls
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"{'http' if self._tls is None else 'https'}://{self._address}"
+
     def is_own_host(self, host: str) -> bool:
         """Whether requests may name a host: any, where the listener has names of its own."""
-        return self._is_exposed or self._is_loopback(host)
+        return self._address.is_exposed or is_loopback(host)
 
     def start(self, app: ASGIApp) -> None:
         """Serves."""
-        self._server = _Server(
-            uvicorn.Config(
-                app,
-                http="h11",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                log_level="critical",  # the application logs in the daemon's own words
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                limit_concurrency=_MAX_CONNECTIONS,
-                timeout_keep_alive=_KEEP_ALIVE_S,
-                h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
-            )
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",  # the application logs in the daemon's own words
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=_MAX_CONNECTIONS,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
         )
+        config.load()
+        config.ssl = self._tls
+        self._server = _Server(config)
         self._task = asyncio.create_task(self._server.serve([self._socket]))
 
     async def stop(self, grace_s: float) -> None:

@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 
-from loaderd.server.errors import InternalError, LoaderdError, ModelNotLoadedError
+from loaderd.server.access.caller import OWNER, Caller
+from loaderd.server.access.roles import Role
+from loaderd.server.errors import (
+    ClientLimitError,
+    ForbiddenError,
+    InternalError,
+    LoaderdError,
+    ModelNotLoadedError,
+)
 from loaderd.server.models.lifecycle import ChangeReason, ModelState
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions, ModelRecord, identity_of, is_model_id
@@ -50,7 +58,7 @@ class LoadProgress:
 
 
 class OnDemand(Enum):
-    """Which models a request for text may load."""
+    """Which models a request for text, or a user, may load."""
 
     OFF = "off"
     CACHED = "cached"
@@ -66,6 +74,7 @@ class Loads:
         supervisor: Where their workers come from.
         planner: Says whether they fit.
         on_demand: Which models `ensure` loads.
+        user_loads: Which models clients with the role of a user load.
     """
 
     def __init__(
@@ -75,42 +84,57 @@ class Loads:
         supervisor: Supervisor,
         planner: Planner,
         on_demand: OnDemand,
+        *,
+        user_loads: OnDemand = OnDemand.ANY,
     ) -> None:
         self._registry = registry
         self._store = store
         self._supervisor = supervisor
         self._planner = planner
         self._on_demand = on_demand
+        self._user_loads = user_loads
         self._flights: SingleFlight[tuple[str, LoadOptions], LoadProgress, ModelRecord] = (
             SingleFlight()
         )
 
     async def load(
-        self, text: str, options: LoadOptions
+        self, text: str, options: LoadOptions, caller: Caller = OWNER
     ) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
         """Joins the model's load, or starts it; a model that is READY is there at once.
 
         Closing the generator early stops the load, unless others wait for it.
 
+        Args:
+            text: The model.
+            options: How to load it.
+            caller: Who asks for it.
+
         Yields:
             Progress, and the model, READY, at the end.
 
         Raises:
+            ForbiddenError: The caller may not.
+            ClientLimitError: The caller has loaded too many.
             LoaderdError: The name is invalid, or its files cannot be used.
         """
         self._registry.check_open()
         name = parse_name(text)
-        async with aclosing(self._updates(name, options)) as updates:
+        await self._check_user(caller, name, options)
+        async with aclosing(self._updates(name, options, caller)) as updates:
             async for update in updates:
                 if isinstance(update, ModelRecord):
                     self._registry.name(update, name)
                     update.keep_alive.given()
                 yield update
 
-    async def ensure(self, text: str) -> None:
+    async def ensure(self, text: str, caller: Caller = OWNER) -> None:
         """Loads the model that a request names, unless it is READY, as far as that is allowed.
 
         It is READY when this returns; nobody unloads it before the caller's next await.
+
+        Args:
+            text: The model.
+            caller: Who asks.
 
         Raises:
             LoaderdError: As `load`, and ModelNotLoadedError: it may not be loaded.
@@ -123,18 +147,23 @@ class Loads:
                 raise ModelNotLoadedError(model=text)
             if known is None:
                 await self._check_may_load(text, parse_name(text))
-                await outcome(self.load(text, LoadOptions()))
+                await outcome(self.load(text, LoadOptions(), caller))
                 continue
             if not known.state.is_loading:
                 await self._check_may_load(text, known.exact_name)
-            loaded = await self.again(known)
+                await self._check_user(caller, known.exact_name, known.options)
+            loaded = await self.again(known, caller)
             if loaded is not known:  # other names of the same files came to be loaded
                 if is_model_id(text):
                     raise ModelNotLoadedError(model=text)
                 self._registry.name(loaded, parse_name(text))
 
-    async def again(self, record: ModelRecord) -> ModelRecord:
+    async def again(self, record: ModelRecord, caller: Caller | None = None) -> ModelRecord:
         """Loads a model of which the registry knows, with its options, or joins its load.
+
+        Args:
+            record: The model.
+            caller: Who asks for it; None leaves it to whose it was.
 
         Returns:
             The model, READY; another one, if that has the same files and options.
@@ -143,7 +172,7 @@ class Loads:
             LoaderdError: As `load`.
         """
         self._registry.check_open()
-        return await outcome(self._updates(record.exact_name, record.options))
+        return await outcome(self._updates(record.exact_name, record.options, caller))
 
     async def _check_may_load(self, text: str, name: HubName | LocalName) -> None:
         if self._on_demand is OnDemand.CACHED:
@@ -151,31 +180,57 @@ class Loads:
             if isinstance(files, NotCached):
                 raise ModelNotLoadedError(model=text)
 
-    async def _updates(
-        self, name: HubName | LocalName, options: LoadOptions
-    ) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
+    async def _check_user(
+        self, caller: Caller, name: HubName | LocalName, options: LoadOptions
+    ) -> None:
+        """Refuses what the operator does not let users load."""
+        if caller.role is not Role.USER or self._user_loads is OnDemand.ANY:
+            return
         files = await self._store.resolve(name)
         if isinstance(files, NotCached):
-            # The commit is not known yet: one load of this name and revision, until it is.
-            key = f"{files.name.repo_id}@{files.name.revision}?"
-            work = partial(self._fetch, files.name, options)
-        else:
-            key = identity_of(files)
-            work = partial(self._load, name, files, None, options)
-        async with self._flights.join((key, options), work) as flight:
-            async for progress in flight.progress():
-                yield progress
-            yield await flight.result()
+            raise ForbiddenError(caller.shown, caller.role, "download models")
+        if self._user_loads is OnDemand.OFF:
+            held = self._registry.held(identity_of(files), options)
+            if held is None or held.state is ModelState.UNLOADING:
+                raise ForbiddenError(caller.shown, caller.role, "load models")
+
+    async def _updates(
+        self, name: HubName | LocalName, options: LoadOptions, caller: Caller | None
+    ) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
+        while True:
+            files = await self._store.resolve(name)
+            if isinstance(files, NotCached):
+                # The commit is not known yet: one load of this name and revision, until it is.
+                key = f"{files.name.repo_id}@{files.name.revision}?"
+                work = partial(self._fetch, files.name, options, caller=caller)
+            else:
+                key = identity_of(files)
+                work = partial(self._load, name, files, None, options, caller=caller)
+            try:
+                async with self._flights.join((key, options), work) as flight:
+                    async for progress in flight.progress():
+                        yield progress
+                    yield await flight.result()
+                return
+            except ClientLimitError as error:
+                # Somebody else's load, which was refused: this caller's own begins.
+                if caller is not None and error.client == caller.name:
+                    raise
 
     async def _fetch(
-        self, name: HubName, options: LoadOptions, publish: Publish[LoadProgress]
+        self,
+        name: HubName,
+        options: LoadOptions,
+        publish: Publish[LoadProgress],
+        *,
+        caller: Caller | None,
     ) -> ModelRecord:
         """Downloads, then joins the load of the commit that came."""
-        record = self._registry.add(name, options)
+        record = self._registry.add(name, options, caller)
         record.load_task = asyncio.current_task()
         with self._settled(record):
             files = await self._download(name, record, publish)
-            work = partial(self._load, name, files, record, options)
+            work = partial(self._load, name, files, record, options, caller=caller)
             async with self._flights.join((identity_of(files), options), work) as flight:
                 async for progress in flight.progress():
                     publish(progress)
@@ -203,6 +258,8 @@ class Loads:
         record: ModelRecord | None,
         options: LoadOptions,
         publish: Publish[LoadProgress],
+        *,
+        caller: Caller | None,
     ) -> ModelRecord:
         """Loads files that are there, in a worker of their own."""
         held = self._registry.held(identity_of(files), options)
@@ -212,8 +269,10 @@ class Loads:
             return held
         if record is None:
             record = self._registry.failed(identity_of(files), options)
+            if record is not None:
+                self._registry.give(record, caller)
         if record is None:
-            record = self._registry.add(name, options)
+            record = self._registry.add(name, options, caller)
         record.load_task = asyncio.current_task()
         with self._settled(record):
             record.found(files)

@@ -118,6 +118,7 @@ class ModelRecord:
         leaving: Why it is being ended, if it is.
         freed_bytes: What its process held when it ended.
         earlier_failure: Why it had failed when it began to be loaded again.
+        loaded_for: The client that it was loaded for; empty for one without a name.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class ModelRecord:
         self.leaving: ChangeReason | None = None
         self.freed_bytes = 0
         self.earlier_failure: LoaderdError | None = None
+        self.loaded_for = ""
 
     @property
     def state(self) -> ModelState:

@@ -7,11 +7,13 @@ way through a socket. An error comes as the domain error that it is.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import Message
+
+from loaderd.server.rpc.access import Access
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,16 @@ class LocalCall:
 
 
 class LocalCalls:
-    """Calls the daemon's services.
+    """Calls the daemon's services. Each call is to be made in a task of its own.
 
     Args:
         servicers: By the full names of their services.
+        access: Admits calls.
     """
 
-    def __init__(self, servicers: Mapping[str, object]) -> None:
+    def __init__(self, servicers: Mapping[str, object], access: Access) -> None:
         self._servicers = servicers
+        self._access = access
 
     async def unary(self, method: str, request: Message, call: LocalCall) -> Any:
         """Calls a method that answers once.
@@ -60,7 +64,8 @@ class LocalCalls:
         Raises:
             LoaderdError: It failed.
         """
-        return await self._handler(method)(request, call)
+        with self._admitted(method, call, streams=False):
+            return await self._handler(method)(request, call)
 
     async def stream(
         self, method: str, request: Message, call: LocalCall
@@ -75,9 +80,16 @@ class LocalCalls:
         Raises:
             LoaderdError: It failed.
         """
-        async with aclosing(self._handler(method)(request, call)) as responses:
-            async for response in responses:
-                yield response
+        with self._admitted(method, call, streams=True):
+            async with aclosing(self._handler(method)(request, call)) as responses:
+                async for response in responses:
+                    yield response
+
+    def _admitted(
+        self, method: str, call: LocalCall, *, streams: bool
+    ) -> AbstractContextManager[None]:
+        context: Any = call  # what is asked of a context, it has
+        return self._access.admit(f"/{method}", context, streams=streams)
 
     def _handler(self, method: str) -> Any:
         service, _, name = method.rpartition("/")

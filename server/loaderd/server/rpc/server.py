@@ -1,4 +1,4 @@
-"""The public gRPC server: services, interceptor, settings, listeners."""
+"""The public gRPC server: services, interceptor, settings."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loaderd.server.models.loads import Loads
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.cache_service import CacheService
 from loaderd.server.rpc.call_counter import CallCounter
 from loaderd.server.rpc.generation_service import GenerationService
 from loaderd.server.rpc.health import Health
-from loaderd.server.rpc.interceptor import StatusInterceptor
+from loaderd.server.rpc.interceptor import CallInterceptor
 from loaderd.server.rpc.local import LocalCalls
 from loaderd.server.rpc.model_service import ModelService
 from loaderd.server.rpc.observer import Observer
@@ -40,6 +41,8 @@ _OPTIONS = (
     # A ping that comes late, when its call has just ended, is no offence: on a busy box three of
     # them would end the connection, and whatever runs on it by then.
     ("grpc.keepalive_permit_without_calls", 1),
+    # Who connects and then says nothing is not waited for as long as gRPC would: two minutes.
+    ("grpc.server_handshake_timeout_ms", 10_000),
 )
 
 
@@ -59,17 +62,18 @@ class RpcServer:
         store: ModelStore,
         supervisor: Supervisor,
         *,
+        access: Access,
         observer: Observer | None = None,
     ) -> None:
         counters = [] if observer is None else [CallCounter(observer)]
         self._server = grpc.aio.server(
-            options=_OPTIONS, interceptors=[*counters, StatusInterceptor()]
+            options=_OPTIONS, interceptors=[*counters, CallInterceptor(access)]
         )
         models = ModelService(registry, loads, planner)
         model_pb2_grpc.add_ModelServiceServicer_to_server(models, self._server)
         cache = CacheService(registry, store)
         cache_pb2_grpc.add_CacheServiceServicer_to_server(cache, self._server)
-        generation = GenerationService(registry, loads, observer)
+        generation = GenerationService(registry, loads, access.quotas, observer)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
         system = SystemService(registry, supervisor, planner, store.settings)
         system_pb2_grpc.add_SystemServiceServicer_to_server(system, self._server)
@@ -82,20 +86,26 @@ class RpcServer:
                 (system_pb2, "SystemService", system),
             )
         }
-        self.local = LocalCalls(servicers)
+        self.local = LocalCalls(servicers, access)
         services = list(servicers)
         self.health = Health(registry, services)
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         add_reflection(self._server, (*services, health_name))
 
-    def bind(self, address: str) -> int:
+    def bind(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
         """Binds `host:port` or `unix:path`; the port that it got.
+
+        Args:
+            address: Where to listen.
+            credentials: Of TLS; None listens in the clear.
 
         Raises:
             RuntimeError: The address cannot be bound.
         """
-        return self._server.add_insecure_port(address)
+        if credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, credentials)
 
     async def start(self) -> None:
         """Serves."""

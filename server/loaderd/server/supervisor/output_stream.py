@@ -22,6 +22,11 @@ class OutputStream:
             many as the largest step had.
         on_end: Called when the last message, or the failure, has come from the worker. The reader
             may take what waits long after that, or never.
+
+    Attributes:
+        ended: Whether no more comes.
+        tokens: Tokens of the prompt and of what came so far. Until the end a delta counts as one,
+            which is a little less than there are: some tokens give no text.
     """
 
     def __init__(self, max_bytes: int, on_end: Callable[[], None]) -> None:
@@ -33,6 +38,7 @@ class OutputStream:
         self._error: LoaderdError | None = None
         self._changed = asyncio.Event()
         self.ended = False
+        self.tokens = 0
 
     def put(self, *messages: StreamGenerateResponse) -> None:
         """Adds a step's messages; `finished` ends the stream, as does a reader that is too slow."""
@@ -41,6 +47,7 @@ class OutputStream:
         step = 0
         for message in messages:
             step += _content_bytes(message)
+            self._count(message)
             if not any(_join(waiting, message) for waiting in reversed(self._waiting)):
                 self._waiting.append(message)
         self._waiting_bytes += step
@@ -75,6 +82,15 @@ class OutputStream:
                 return
             self._changed.clear()
             await self._changed.wait()
+
+    def _count(self, message: StreamGenerateResponse) -> None:
+        if message.HasField("started"):
+            self.tokens += message.started.prompt_tokens
+        elif message.HasField("delta"):
+            self.tokens += 1
+        elif message.HasField("finished"):
+            usage = message.finished.usage
+            self.tokens = usage.prompt_tokens + usage.generated_tokens
 
     def _end(self) -> None:
         self.ended = True

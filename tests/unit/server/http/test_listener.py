@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loaderd.server import cli
-from loaderd.server.config import is_loopback
+from loaderd.server.addresses import TcpAddress
 from loaderd.server.http.listener import HttpListener
 
 
@@ -48,7 +48,7 @@ def test_an_address_that_is_taken_ends_the_daemon(tmp_path: Path) -> None:
 
 
 async def test_the_url_tells_the_port_that_it_got() -> None:
-    listener = HttpListener("127.0.0.1", 0, is_loopback)
+    listener = HttpListener(TcpAddress("127.0.0.1", 0))
     host, _, port = listener.url.rpartition(":")
     assert host == "http://127.0.0.1"
     assert int(port) > 0
@@ -57,7 +57,7 @@ async def test_the_url_tells_the_port_that_it_got() -> None:
 
 async def test_an_exposed_listener_has_names_of_its_own() -> None:
     hosts = ("127.0.0.1", "0.0.0.0")
-    inside, outside = (HttpListener(host, 0, is_loopback) for host in hosts)
+    inside, outside = (HttpListener(TcpAddress(host, 0)) for host in hosts)
     try:
         assert not inside.is_own_host("gpu-box")
         assert inside.is_own_host("localhost")
