@@ -14,6 +14,7 @@ from loaderd.client import (
     Dtype,
     LoadProgress,
     ModelState,
+    Offload,
     errors,
 )
 from tests.contract.backend import Backend, eventually
@@ -194,6 +195,47 @@ async def test_an_unknown_device_is_refused(client: AsyncClient, backend: Backen
         await client.load(backend.model, device_map="nowhere")
     with pytest.raises(errors.UnsupportedOptionError):
         await client.load(backend.model, device_map="cuda:99")
+    with pytest.raises(errors.UnsupportedOptionError) as caught:
+        await client.load(backend.model, max_memory={"cuda:99": 1})
+    assert caught.value.field == "options.max_memory"
+
+
+MODULES = {"": "cpu", "model.layers.1": "disk"}
+
+
+async def test_layers_are_where_they_were_asked_to_be(
+    client: AsyncClient, backend: Backend
+) -> None:
+    plan = await client.plan(backend.model, device_map=MODULES)
+    assert plan.fits
+    assert plan.offloaded_disk_bytes > 0
+    assert plan.offloaded_cpu_bytes == 0
+    model = await client.load(backend.model, device_map=MODULES)
+    assert model.info.options.device_map == MODULES
+    assert model.details is not None
+    assert model.details.device_map["model.layers.1"] == "disk"
+    assert set(model.details.device_map.values()) == {"cpu", "disk"}
+    assert 0 < model.details.offloaded_bytes < model.details.weight_bytes
+    result = await model.generate("Once", max_new_tokens=3, temperature=0)
+    assert result.text
+    with pytest.raises(errors.InvalidArgumentError) as caught:
+        await client.load(backend.model, device_map=MODULES, offload="disk")
+    assert caught.value.field == "options.module_map"
+
+
+async def test_what_is_allowed_and_not_needed_changes_nothing(
+    client: AsyncClient, backend: Backend
+) -> None:
+    bounds = {"cpu": 8 << 30}
+    model = await client.load(
+        backend.model, device_map="balanced", max_memory=bounds, offload="cpu"
+    )
+    options = model.info.options
+    assert (options.device_map, options.max_memory) == ("balanced", bounds)
+    assert options.offload is Offload.CPU
+    assert model.details is not None
+    assert model.details.offloaded_bytes == 0
+    assert len(model.details.device_map) == 1
 
 
 async def test_models_are_found_by_name_and_id(client: AsyncClient, model: AsyncModel) -> None:

@@ -63,8 +63,14 @@ class DeclaredModel(BaseModel):
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Number type of the weights. Default: the daemon's choice."""
 
-    device_map: str = "auto"
-    """Where to put its layers."""
+    device_map: str | dict[str, str] = "auto"
+    """Where to put its layers: as a whole, or a device for each module."""
+
+    max_memory: dict[str, ByteSize] = Field(default_factory=dict)
+    """Most memory of a device that it may take, such as {"cuda:0" = "10GiB"}. Default: no bound."""
+
+    offload: Literal["cpu", "disk"] | None = None
+    """Where what does not fit may go. Default: nowhere."""
 
     quantization: Literal["int8", "int4", "nf4"] | None = None
     """Keep weights in 8 or 4 bits. Default: as the files have them."""
@@ -178,6 +184,10 @@ class ServerConfig(BaseSettings):
     offline: bool = Field(default_factory=_hub_offline)
     """Never ask the hub. Default: HF_HUB_OFFLINE."""
 
+    offload_dir: FolderPath | None = None
+    """Folder for weights that are offloaded to the disk and cannot be read from the model's files.
+    Default: loaderd/offload below XDG_CACHE_HOME, else below ~/.cache."""
+
     standby: int = Field(default=1, ge=0, le=8)
     """Spare worker processes that have imported everything and wait for a load. With 0 each load
     starts its own, which takes seconds."""
@@ -192,7 +202,7 @@ class ServerConfig(BaseSettings):
 
     models: tuple[DeclaredModel, ...] = ()
     """Models to load at the start, before those of --preload; in the file, a table [[models]] each
-    with name, dtype, device_map and keep_alive. Default: none."""
+    with name, and the options of a load. Default: none."""
 
     load_on_demand: Literal["off", "cached", "any"] = "cached"
     """Which models a request for text loads when they are not: none, those whose files are there,

@@ -17,13 +17,12 @@ from loaderd.server.access.clients import ClientsFile, ClientsFileError
 from loaderd.server.access.quotas import Quotas
 from loaderd.server.access.roles import Role
 from loaderd.server.config import ConfigError, ServerConfig
-from loaderd.server.errors import InvalidArgumentError, ModelNotAllowedError
+from loaderd.server.errors import ModelNotAllowedError
 from loaderd.server.models.idle import IdleModels, IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
-from loaderd.server.models.manifest import Declared, Manifest
+from loaderd.server.models.manifest import Manifest, declared
 from loaderd.server.models.planner import Planner
-from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.restarts import Restarts
 from loaderd.server.rpc.access import Access
@@ -36,10 +35,10 @@ from loaderd.server.store.names import parse_name
 from loaderd.server.store.policy import ModelPolicy
 from loaderd.server.store.store import ModelStore, StoreSettings
 from loaderd.server.supervisor.launcher import LocalLauncher
+from loaderd.server.supervisor.offload_folders import OffloadFolders, default_offload_dir
 from loaderd.server.supervisor.runtime_folder import RuntimeFolder
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
-from loaderd.v1 import model_pb2
 
 if TYPE_CHECKING:
     from loaderd.server.http.service import HttpService
@@ -75,11 +74,12 @@ class Daemon:
         config = self._config
         cache_dir = config.cache_dir or default_cache_dir()
         policy = ModelPolicy(config.allow_model, config.deny_model, config.max_model_bytes)
-        declared = _declared(config)
-        for model in declared:
+        models = declared(config)
+        for model in models:
             _check_allowed(model.name, policy, cache_dir)
         with ExitStack() as stack:
             runtime = stack.enter_context(RuntimeFolder())
+            disk = stack.enter_context(OffloadFolders(config.offload_dir or default_offload_dir()))
             supervisor = Supervisor(
                 runtime.path,
                 LocalLauncher(),
@@ -106,12 +106,12 @@ class Daemon:
             )
             keep_alive = config.keep_alive if config.keep_alive >= 0 else PINNED
             registry = ModelRegistry(config.max_requests, keep_alive)
-            planner = Planner(store, supervisor, IdleModels(registry))
+            planner = Planner(store, supervisor, IdleModels(registry), disk)
             on_demand, user_loads = OnDemand(config.load_on_demand), OnDemand(config.user_loads)
             loads = Loads(registry, store, supervisor, planner, on_demand, user_loads=user_loads)
             restarts = Restarts(loads)
             registry.on_death = restarts.begin
-            manifest = Manifest(declared, registry, loads)
+            manifest = Manifest(models, registry, loads)
             http = self._http(registry, planner, store, supervisor)
             server = RpcServer(
                 registry,
@@ -230,26 +230,3 @@ def _check_allowed(model: str, policy: ModelPolicy, cache_dir: Path) -> None:
         raise ConfigError(
             f"{model} is to be loaded at the start, but --allow-model or --deny-model is against it"
         ) from error
-
-
-def _declared(config: ServerConfig) -> list[Declared]:
-    """The manifest, and what the command line adds.
-
-    Raises:
-        ConfigError: A model's options are out of bounds.
-    """
-    models = []
-    for model in config.models:
-        dtype = model_pb2.Dtype.Value(f"DTYPE_{(model.dtype or 'unspecified').upper()}")
-        quantization = (model.quantization or "unspecified").upper()
-        try:
-            options = LoadOptions(
-                dtype=dtype,
-                device_map=model.device_map,
-                quantization=model_pb2.Quantization.Value(f"QUANTIZATION_{quantization}"),
-            )
-        except InvalidArgumentError as error:
-            raise ConfigError(f"models: {model.name}: {error}") from error
-        keep_alive_s = model.keep_alive if model.keep_alive >= 0 else PINNED
-        models.append(Declared(model.name, options, keep_alive_s))
-    return models + [Declared(name) for name in config.preload]

@@ -150,6 +150,7 @@ def index_outside(folder: Path) -> None:
         (index_outside, {}, "SNAPSHOT_CORRUPT", {"file": "model.safetensors.index.json"}),
         (unknown_architecture, {}, "MODEL_UNSUPPORTED", {}),
         (None, {"device_map": "cuda:99"}, "UNSUPPORTED_OPTION", {"field": "options.device_map"}),
+        (None, {"module_map": {"model": "cpu"}}, "INVALID_ARGUMENT", {}),
     ],
 )
 def test_a_load_that_fails_says_why_and_the_worker_ends(
@@ -179,6 +180,24 @@ def test_a_model_in_shards_with_an_explicit_dtype(start: Start, tmp_path: Path) 
     assert (details.architecture, details.dtype_reason) == ("GPT2LMHeadModel", "asked for")
     assert dict(details.device_map) == {"": "cpu"}
     assert details.weight_bytes == 4 * details.parameter_count
+    assert worker.generate(text="Hi", max_new_tokens=3, ignore_eos=True).finished is not None
+
+
+def test_what_does_not_fit_into_the_planned_room_is_read_from_the_disk(
+    start: Start, tiny_model: Path
+) -> None:
+    worker = start()
+    details = worker.load(
+        tiny_model,
+        dtype="DTYPE_FLOAT32",
+        device_map="sequential",
+        offload="OFFLOAD_DISK",
+        weight_room={"cpu": 400 << 10},
+    )
+    assert set(details.device_map.values()) == {"cpu", "disk"}
+    assert 0 < details.offloaded_bytes < details.weight_bytes
+    assert details.engine == "sequential"
+    assert "offloaded layers" in details.engine_reason
     assert worker.generate(text="Hi", max_new_tokens=3, ignore_eos=True).finished is not None
 
 

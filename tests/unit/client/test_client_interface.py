@@ -98,6 +98,8 @@ EXPORTS = {
     "HealthStatus",
     "ModelSource",
     "ModelState",
+    "Offload",
+    "OffloadName",
     "ProblemKind",
     "Quantization",
     "QuantizationName",

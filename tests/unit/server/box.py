@@ -29,6 +29,7 @@ from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.server import RpcServer
 from loaderd.server.store.policy import ModelPolicy
 from loaderd.server.store.store import ModelStore, StoreSettings
+from loaderd.server.supervisor.offload_folders import OffloadFolders
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
 from loaderd.v1 import (
@@ -127,7 +128,8 @@ async def open_box(
             )
         )
         registry = ModelRegistry(MAX_REQUESTS, keep_alive_s)
-        planner = Planner(store, supervisor, IdleModels(registry))
+        disk = OffloadFolders(tmp_path / "disk")
+        planner = Planner(store, supervisor, IdleModels(registry), disk)
         loads = Loads(registry, store, supervisor, planner, on_demand, user_loads=user_loads)
         restarts = Restarts(loads, restart_wait_s or 0.0)
         if restart_wait_s is not None:

@@ -204,15 +204,18 @@ def test_models_that_are_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file.write_text(
         '[[models]]\nname = "org/name@v1"\ndtype = "float32"\nkeep_alive = 60\n'
         'quantization = "int8"\n'
-        '[[models]]\nname = "./model"\n'
+        '[[models]]\nname = "./model"\nmax_memory = { cpu = "2GiB" }\noffload = "disk"\n'
+        '[[models]]\nname = "org/c"\ndevice_map = { "" = "cpu", "model.layers" = "disk" }\n'
     )
     monkeypatch.chdir(tmp_path)
     config = load_config({"config": str(file), "preload": ["org/other", "~/x"]})
-    first, second = config.models
+    first, second, third = config.models
     assert (first.name, first.dtype, first.keep_alive) == ("org/name@v1", "float32", 60)
     assert first.quantization == "int8"
     assert (second.name, second.device_map) == (str(tmp_path / "model"), "auto")
     assert second.keep_alive < 0
+    assert (second.max_memory, second.offload) == ({"cpu": 2 << 30}, "disk")
+    assert third.device_map == {"": "cpu", "model.layers": "disk"}
     assert config.preload == ("org/other", str(Path("~/x").expanduser()))
 
 
@@ -222,6 +225,8 @@ def test_models_that_are_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ('name = "a/b/c"', "models.0.name.*'a/b/c'"),
         ('name = "a/b"\ndtype = "int3"', "models.0.dtype"),
         ('name = "a/b"\nquantization = "int3"', "models.0.quantization"),
+        ('name = "a/b"\noffload = "tape"', "models.0.offload"),
+        ('name = "a/b"\nmax_memory = { cpu = "much" }', "models.0.max_memory"),
         ('name = "a/b"\ncolour = "red"', "models.0.colour"),
         ("keep_alive = 3", "models.0.name"),
     ],

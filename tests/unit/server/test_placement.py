@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loaderd.server.errors import DeviceMemoryError, UnsupportedOptionError
+from loaderd.server.errors import DeviceMemoryError
+from loaderd.server.models.fitting import place
 from loaderd.server.models.placement import DeviceBook, MemoryDevice, Needs
+from loaderd.server.models.where import Where
 
 GB = 10**9
 GPUS = [MemoryDevice(f"cuda:{index}", 80 * GB, 80 * GB, 0.0) for index in range(8)]
@@ -26,55 +28,24 @@ def needs(weights: int, copies: int = 0) -> Needs:
 
 def test_a_load_takes_one_accelerator_and_says_what_is_left() -> None:
     box = book(*GPUS, BIG_CPU)
-    placement = box.place(needs(60 * GB), "auto")
+    placement = place(box, needs(60 * GB), Where("auto"))
     assert placement.devices == {"cuda:0": 63 * GB}
     box.reserve("m:1", "org/a", placement.devices)
     assert box.available("cuda:0") == 17 * GB
-    assert box.place(needs(60 * GB), "auto").devices == {"cuda:1": 63 * GB}
+    assert place(box, needs(60 * GB), Where("auto")).devices == {"cuda:1": 63 * GB}
     assert [holder.name for holder in box.holders("cuda:0")] == ["org/a"]
-
-
-def test_what_no_single_accelerator_holds_is_spread_by_their_room() -> None:
-    small = replace(GPUS[1], total_bytes=40 * GB, free_bytes=40 * GB)
-    placement = book(GPUS[0], small, BIG_CPU).place(needs(90 * GB), "auto")
-    assert placement.fits
-    assert sum(placement.devices.values()) == placement.needed_bytes == 95 * GB
-    assert 1.9 < placement.devices["cuda:0"] / placement.devices["cuda:1"] < 2.1
-
-
-def test_nothing_goes_to_the_cpu_beside_accelerators_unasked() -> None:
-    box = book(GPUS[0], BIG_CPU)
-    box.reserve("m:1", "org/a", {"cuda:0": 70 * GB})
-    placement = box.place(needs(30 * GB), "auto")
-    assert not placement.fits
-    with pytest.raises(DeviceMemoryError) as caught:
-        placement.check("org/b")
-    assert (caught.value.needed_bytes, caught.value.free_bytes) == (33 * GB, 10 * GB)
-    assert caught.value.holders == "org/a (70.0 GB)"
-    assert box.place(needs(30 * GB), "cpu").devices == {"cpu": 33 * GB}
-
-
-def test_copies_are_counted_where_there_is_room_for_them() -> None:
-    box = book(BIG_CPU)
-    assert box.place(needs(20 * GB, copies=20 * GB), "auto").devices == {"cpu": 43 * GB}
-    assert box.place(needs(30 * GB, copies=30 * GB), "auto").devices == {"cpu": 33 * GB}
 
 
 def test_unified_memory_is_counted_once() -> None:
     box = book(replace(BIG_CPU, id="mps:0", total_bytes=48 * GB, shares="cpu"), BIG_CPU)
     box.reserve("m:1", "org/a", {"mps:0": 40 * GB})
     assert box.available("cpu") == box.available("mps:0") == 20 * GB
-    assert not box.place(needs(30 * GB), "cpu").fits
-
-
-def test_a_device_that_the_box_lacks_is_refused() -> None:
-    with pytest.raises(UnsupportedOptionError, match="cuda:1"):
-        book(GPUS[0], BIG_CPU).place(needs(GB), "cuda:1")
+    assert not place(box, needs(30 * GB), Where("cpu")).fits
 
 
 def test_what_other_programs_hold_is_not_to_be_had() -> None:
     box = book(replace(BIG_CPU, free_bytes=5 * GB))
-    assert not box.place(needs(10 * GB), "auto").fits
+    assert not place(box, needs(10 * GB), Where("auto")).fits
     with pytest.raises(DeviceMemoryError):
         box.reserve("m:1", "org/a", {"cpu": 6 * GB})
 
@@ -166,17 +137,3 @@ def test_the_order_of_those_who_fit_does_not_matter(first: list[int], second: li
             devices.reserve(f"m:{number}", "org/a", {"cpu": (number + 1) * GB})
     assert books[0].available("cpu") == books[1].available("cpu") == 45 * GB
     assert books[0].holders("cpu") == books[1].holders("cpu")
-
-
-@given(
-    st.lists(st.integers(0, 100), min_size=1, max_size=8),
-    st.builds(Needs, *[st.integers(0, 80)] * 5),
-)
-def test_a_placement_is_within_what_is_there(free: list[int], wanted: Needs) -> None:
-    devices = [MemoryDevice(f"cuda:{i}", 100, room, 0.0) for i, room in enumerate(free)]
-    box = book(*devices)
-    placement = box.place(wanted, "auto")
-    if placement.fits:
-        assert sum(placement.devices.values()) == placement.needed_bytes
-        assert all(count <= box.available(device) for device, count in placement.devices.items())
-        box.reserve("m:1", "org/a", placement.devices)

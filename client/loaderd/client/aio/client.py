@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -21,6 +21,7 @@ from loaderd.client.connection import resolve_connection
 from loaderd.client.errors import LoaderdError
 from loaderd.client.parameters import Seconds
 from loaderd.client.requests import (
+    DeviceMap,
     ModelName,
     health_request,
     load_request,
@@ -36,6 +37,8 @@ from loaderd.client.types import (
     HealthStatus,
     LoadPlan,
     LoadProgress,
+    Offload,
+    OffloadName,
     Quantization,
     QuantizationName,
     ServerInfo,
@@ -96,9 +99,11 @@ class AsyncClient:
         name: ModelName,
         *,
         dtype: Dtype | DtypeName | None = None,
-        device_map: str | None = None,
+        device_map: DeviceMap | None = None,
         keep_alive: Seconds | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        max_memory: Mapping[str, int] | None = None,
+        offload: Offload | OffloadName | None = None,
         on_progress: Callable[[LoadProgress], object] | None = None,
         timeout: float | None = None,
     ) -> AsyncModel:
@@ -109,11 +114,15 @@ class AsyncClient:
         Args:
             name: `org/name`, `org/name@revision`, or the path of a local folder.
             dtype: Number type of weights and computation. None: the daemon's choice.
-            device_map: "auto", "cpu", or one accelerator such as "cuda:0". None: "auto".
+            device_map: "auto", "balanced" or "sequential" (accelerators; the CPU where there are
+                none), "cpu", an accelerator such as "cuda:0", or the device, or "disk", of each
+                module. None: "auto".
             keep_alive: How long the model stays loaded while nobody uses it; 0: until its first
                 use has ended; negative: until somebody unloads it. None: the daemon's setting, or
                 what the model has.
             quantization: Keeps weights in 8 or 4 bits. None: as the files have them.
+            max_memory: Most bytes of devices, by their ids. None: no bounds.
+            offload: Where layers may go that do not fit. None: nowhere.
             on_progress: Called with each progress, and awaited if it returns an awaitable. What it
                 raises cancels the load.
             timeout: Seconds; None: as long as it takes.
@@ -123,6 +132,8 @@ class AsyncClient:
             dtype=dtype,
             device_map=device_map,
             quantization=quantization,
+            max_memory=max_memory,
+            offload=offload,
             keep_alive=keep_alive,
             timeout=timeout,
         )
@@ -133,8 +144,10 @@ class AsyncClient:
         name: ModelName,
         *,
         dtype: Dtype | DtypeName | None = None,
-        device_map: str | None = None,
+        device_map: DeviceMap | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        max_memory: Mapping[str, int] | None = None,
+        offload: Offload | OffloadName | None = None,
         keep_alive: Seconds | None = None,
         timeout: float | None = None,
     ) -> AsyncLoadOperation:
@@ -144,6 +157,8 @@ class AsyncClient:
             dtype=dtype,
             device_map=device_map,
             quantization=quantization,
+            max_memory=max_memory,
+            offload=offload,
             keep_alive=keep_alive,
         )
         return AsyncLoadOperation(
@@ -157,8 +172,10 @@ class AsyncClient:
         ttl: Seconds,
         *,
         dtype: Dtype | DtypeName | None = None,
-        device_map: str | None = None,
+        device_map: DeviceMap | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        max_memory: Mapping[str, int] | None = None,
+        offload: Offload | OffloadName | None = None,
         keep_alive: Seconds | None = None,
         timeout: float | None = None,
     ) -> AsyncLease:
@@ -170,6 +187,8 @@ class AsyncClient:
             dtype: See above.
             device_map: See above.
             quantization: See above.
+            max_memory: See above.
+            offload: See above.
             keep_alive: See above.
             timeout: Seconds; None: as long as the load takes.
         """
@@ -178,6 +197,8 @@ class AsyncClient:
             dtype=dtype,
             device_map=device_map,
             quantization=quantization,
+            max_memory=max_memory,
+            offload=offload,
             keep_alive=keep_alive,
             lease_ttl=ttl,
         )
@@ -192,8 +213,10 @@ class AsyncClient:
         name: ModelName,
         *,
         dtype: Dtype | DtypeName | None = None,
-        device_map: str | None = None,
+        device_map: DeviceMap | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        max_memory: Mapping[str, int] | None = None,
+        offload: Offload | OffloadName | None = None,
         timeout: float | None = None,
     ) -> LoadPlan:
         """Says what a load of a model in the cache would take, and whether it would fit now.
@@ -203,7 +226,14 @@ class AsyncClient:
         Raises:
             SnapshotNotFoundError: The cache does not have the model.
         """
-        request = plan_request(name, dtype=dtype, device_map=device_map, quantization=quantization)
+        request = plan_request(
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            quantization=quantization,
+            max_memory=max_memory,
+            offload=offload,
+        )
         return responses.load_plan(
             await self._transport.call(self.raw.models.PlanModel, request, timeout)
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +14,7 @@ from loaderd.client.connection import resolve_connection
 from loaderd.client.errors import LoaderdError
 from loaderd.client.parameters import Seconds
 from loaderd.client.requests import (
+    DeviceMap,
     ModelName,
     health_request,
     load_request,
@@ -35,6 +36,8 @@ from loaderd.client.types import (
     HealthStatus,
     LoadPlan,
     LoadProgress,
+    Offload,
+    OffloadName,
     Quantization,
     QuantizationName,
     ServerInfo,
@@ -95,9 +98,11 @@ class Client:
         name: ModelName,
         *,
         dtype: Dtype | DtypeName | None = None,
-        device_map: str | None = None,
+        device_map: DeviceMap | None = None,
         keep_alive: Seconds | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        max_memory: Mapping[str, int] | None = None,
+        offload: Offload | OffloadName | None = None,
         on_progress: Callable[[LoadProgress], object] | None = None,
         timeout: float | None = None,
     ) -> Model:
@@ -108,11 +113,15 @@ class Client:
         Args:
             name: `org/name`, `org/name@revision`, or the path of a local folder.
             dtype: Number type of weights and computation. None: the daemon's choice.
-            device_map: "auto", "cpu", or one accelerator such as "cuda:0". None: "auto".
+            device_map: "auto", "balanced" or "sequential" (accelerators; the CPU where there are
+                none), "cpu", an accelerator such as "cuda:0", or the device, or "disk", of each
+                module. None: "auto".
             keep_alive: How long the model stays loaded while nobody uses it; 0: until its first
                 use has ended; negative: until somebody unloads it. None: the daemon's setting, or
                 what the model has.
             quantization: Keeps weights in 8 or 4 bits. None: as the files have them.
+            max_memory: Most bytes of devices, by their ids. None: no bounds.
+            offload: Where layers may go that do not fit. None: nowhere.
             on_progress: Called with each progress. What it raises cancels the load.
             timeout: Seconds; None: as long as it takes.
         """
@@ -121,6 +130,8 @@ class Client:
             dtype=dtype,
             device_map=device_map,
             quantization=quantization,
+            max_memory=max_memory,
+            offload=offload,
             keep_alive=keep_alive,
             timeout=timeout,
         )
@@ -131,8 +142,10 @@ class Client:
         name: ModelName,
         *,
         dtype: Dtype | DtypeName | None = None,
-        device_map: str | None = None,
+        device_map: DeviceMap | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        max_memory: Mapping[str, int] | None = None,
+        offload: Offload | OffloadName | None = None,
         keep_alive: Seconds | None = None,
         timeout: float | None = None,
     ) -> LoadOperation:
@@ -142,6 +155,8 @@ class Client:
             dtype=dtype,
             device_map=device_map,
             quantization=quantization,
+            max_memory=max_memory,
+            offload=offload,
             keep_alive=keep_alive,
         )
         return LoadOperation(
@@ -155,8 +170,10 @@ class Client:
         ttl: Seconds,
         *,
         dtype: Dtype | DtypeName | None = None,
-        device_map: str | None = None,
+        device_map: DeviceMap | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        max_memory: Mapping[str, int] | None = None,
+        offload: Offload | OffloadName | None = None,
         keep_alive: Seconds | None = None,
         timeout: float | None = None,
     ) -> Lease:
@@ -168,6 +185,8 @@ class Client:
             dtype: See above.
             device_map: See above.
             quantization: See above.
+            max_memory: See above.
+            offload: See above.
             keep_alive: See above.
             timeout: Seconds; None: as long as the load takes.
         """
@@ -176,6 +195,8 @@ class Client:
             dtype=dtype,
             device_map=device_map,
             quantization=quantization,
+            max_memory=max_memory,
+            offload=offload,
             keep_alive=keep_alive,
             lease_ttl=ttl,
         )
@@ -190,8 +211,10 @@ class Client:
         name: ModelName,
         *,
         dtype: Dtype | DtypeName | None = None,
-        device_map: str | None = None,
+        device_map: DeviceMap | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        max_memory: Mapping[str, int] | None = None,
+        offload: Offload | OffloadName | None = None,
         timeout: float | None = None,
     ) -> LoadPlan:
         """Says what a load of a model in the cache would take, and whether it would fit now.
@@ -201,7 +224,14 @@ class Client:
         Raises:
             SnapshotNotFoundError: The cache does not have the model.
         """
-        request = plan_request(name, dtype=dtype, device_map=device_map, quantization=quantization)
+        request = plan_request(
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            quantization=quantization,
+            max_memory=max_memory,
+            offload=offload,
+        )
         return responses.load_plan(
             self._transport.call(self.raw.models.PlanModel, request, timeout)
         )

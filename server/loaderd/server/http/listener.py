@@ -10,12 +10,32 @@ from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from loaderd.server.addresses import TcpAddress, is_loopback
 
 _MAX_CONNECTIONS = 1024
 _KEEP_ALIVE_S = 75
+_FIRST_REQUEST_S = 10.0
 _MAX_HEAD_BYTES = 1 << 16
+
+
+class _Protocol(H11Protocol):
+    """A connection that is cut when it does not begin with a request soon."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Waits for the first request."""
+        super().connection_made(transport)
+        self._patience = self.loop.call_later(_FIRST_REQUEST_S, self._cut)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Waits no more."""
+        self._patience.cancel()
+        super().connection_lost(exc)
+
+    def _cut(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -59,7 +79,7 @@ class HttpListener:
         """Serves."""
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+from loaderd.server.models.fitting import place
 from loaderd.server.models.placement import DeviceBook, Needs
+from loaderd.server.models.where import Where
 
 
 def to_evict(
-    book: DeviceBook, needs: Needs, device_map: str, idle: Sequence[str], now: float
+    book: DeviceBook, needs: Needs, where: Where, idle: Sequence[str], now: float
 ) -> list[str]:
     """The models to unload, of those that nobody uses.
 
@@ -18,7 +20,7 @@ def to_evict(
     Args:
         book: What is free and who has the rest.
         needs: What is to fit.
-        device_map: Where.
+        where: Where it may go.
         idle: Ids of models that may go, the least recently used first.
         now: Monotonic time.
 
@@ -30,7 +32,7 @@ def to_evict(
         rest = copy.deepcopy(book)
         for model_id in gone:
             rest.release(model_id, now)
-        return rest.place(needs, device_map).fits
+        return place(rest, needs, where).fits
 
     going: list[str] = []
     for model_id in idle:

@@ -32,8 +32,6 @@ from loaderd.server.store.store import DownloadProgress, ModelStore
 from loaderd.server.store.verifications import Proving
 from loaderd.server.store.verify import VerifyProgress
 from loaderd.server.supervisor.supervisor import Supervisor
-from loaderd.v1 import model_pb2
-from loaderd.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -285,16 +283,9 @@ class Loads:
                 await self._store.prove(files, lambda update: publish(_proving(record, update)))
                 publish(_progress(record, None))
             async with self._planner.claim(record.id, name, files, options) as claim:
-                load = worker_pb2.Load(
-                    path=str(files.path),
-                    model=str(name),
-                    options=model_pb2.LoadOptions(
-                        dtype=options.dtype,
-                        device_map=claim.device_map(options.device_map),
-                        quantization=options.quantization,
-                    ),
-                    allow_pickle=self._store.allows_pickle(name),
-                )
+                load = claim.load(options)
+                load.path, load.model = str(files.path), str(name)
+                load.allow_pickle = self._store.allows_pickle(name)
                 model = await self._supervisor.load(load, claim.begun)
                 claim.settle(model)
             record.loaded_by(model)

@@ -6,12 +6,10 @@ Pure: what is measured comes in as numbers, so that a simulated box can be drive
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from loaderd.server.errors import DeviceMemoryError, UnsupportedOptionError
-
-AUTO = "auto"
-CPU = "cpu"
+from loaderd.server.errors import DeviceMemoryError
+from loaderd.server.models.where import CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +43,18 @@ class MemoryDevice:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a model takes on one device, in bytes.
+    """What a model takes, in bytes.
 
     Attributes:
         weights: The weights in the dtype that they will have.
         kv_cache: The least that keys and values need to be of use.
-        activations: What a step computes with.
-        headroom: What a process needs besides on each device: its context, fragments, margins.
+        activations: What a step computes with, on each device.
+        headroom: What a process needs besides on each device: its context.
         copies: Copies of weights in a form that a CPU multiplies faster. They are made where
             there is room, so a model fits without them.
+        margin: What allocators leave unused beside the weights.
+        largest: The largest part of the weights that is not divided between devices.
+        placed: The weights of each device, where a module map says which are whose.
     """
 
     weights: int
@@ -61,10 +62,19 @@ class Needs:
     activations: int
     headroom: int
     copies: int = 0
+    margin: int = 0
+    largest: int = 0
+    placed: Mapping[str, int] = field(default_factory=dict, hash=False)
 
-    def on(self, count: int) -> int:
-        """Bytes on so many devices together, without copies."""
-        return self.weights + self.kv_cache + count * (self.activations + self.headroom)
+    @property
+    def divisible(self) -> int:
+        """What is spread where there are several devices."""
+        return self.weights + self.kv_cache + self.margin
+
+    @property
+    def each(self) -> int:
+        """What each device that computes takes besides."""
+        return self.activations + self.headroom
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +103,10 @@ class Placement:
         devices: Bytes on each device, if it fits: what is to be reserved.
         holders: Who has memory of the devices that it may be on.
         copies: Whether there is room for copies of the weights.
+        computing: How many of the devices compute.
+        weight_room: Of the reserved bytes of each device, those for weights, where layers are
+            spread; empty where all are on one device, or a module map says where they are.
+        offloaded: The most weights that are in main memory beside accelerators, or on the disk.
     """
 
     fits: bool
@@ -101,6 +115,9 @@ class Placement:
     devices: Mapping[str, int]
     holders: tuple[Holder, ...]
     copies: bool = False
+    computing: int = 1
+    weight_room: Mapping[str, int] = field(default_factory=dict)
+    offloaded: Mapping[str, int] = field(default_factory=dict)
 
     def check(self, model: str) -> None:
         """Refuses what does not fit.
@@ -219,6 +236,11 @@ class DeviceBook:
             return 0
         return min(self._available(found.pool), found.total_bytes)
 
+    def has(self, bytes_of: Mapping[str, int]) -> bool:
+        """Whether so many bytes by device could be had together."""
+        pools = self._by_pool(bytes_of)
+        return all(wanted <= self._available(pool) for pool, wanted in pools.items())
+
     def holders(self, device: str) -> tuple[Holder, ...]:
         """Who has reserved or taken bytes of a device's memory, the most first."""
         found = self._devices.get(device)
@@ -229,55 +251,6 @@ class DeviceBook:
             if (count := self._by_pool(each.bytes).get(pool, 0))
         ]
         return tuple(sorted(held, key=lambda holder: (-holder.bytes, holder.id)))
-
-    def place(self, needs: Needs, device_map: str) -> Placement:
-        """Says whether and where a model fits; reserves nothing.
-
-        "auto" takes the one accelerator with the most room, else all of them together, and the CPU
-        on a box without accelerators: nothing goes to the CPU beside accelerators unasked.
-
-        Raises:
-            UnsupportedOptionError: The box has no such device.
-        """
-        for devices in self._choices(device_map):
-            placement = self._place_on(devices, needs)
-            if placement.fits:
-                break
-        return placement
-
-    def _choices(self, device_map: str) -> list[list[MemoryDevice]]:
-        """Sets of devices to try, in this order; never empty."""
-        if device_map != AUTO:
-            wanted = device_map if ":" in device_map or device_map == CPU else f"{device_map}:0"
-            if wanted not in self._devices:
-                raise UnsupportedOptionError(
-                    "options.device_map", f"this box has no device {device_map!r}"
-                )
-            return [[self._devices[wanted]]]
-        accelerators = [each for each in self._devices.values() if each.is_accelerator]
-        if not accelerators:
-            return [list(self._devices.values())]
-        roomiest = max(accelerators, key=lambda device: self.available(device.id))
-        choices = [[roomiest]]
-        if len(accelerators) > 1:
-            choices.append(accelerators)
-        return choices
-
-    def _place_on(self, devices: list[MemoryDevice], needs: Needs) -> Placement:
-        rooms = {device.id: self.available(device.id) for device in devices}
-        free, needed = sum(rooms.values()), needs.on(len(devices))
-        each = needs.activations + needs.headroom
-        fits = needed <= free and all(room >= each for room in rooms.values())
-        with_copies = fits and len(devices) == 1 and 0 < needs.copies <= free - needed
-        total = needed + needs.copies if with_copies else needed
-        return Placement(
-            fits=fits,
-            needed_bytes=total,
-            free_bytes=free,
-            devices=_spread(total, each, rooms) if fits else {},
-            holders=tuple(holder for device in devices for holder in self.holders(device.id)),
-            copies=with_copies,
-        )
 
     def _available(self, pool: str) -> int:
         """Bytes of a pool that nobody has: what is less, by its size or by what was measured."""
@@ -308,19 +281,3 @@ class DeviceBook:
 def told(holders: Iterable[Holder]) -> str | None:
     """Holders for people, such as "org/a (2.1 GB), org/b (0.3 GB)"; None if there are none."""
     return ", ".join(f"{each.name} ({each.bytes / 1e9:.1f} GB)" for each in holders) or None
-
-
-def _spread(total: int, each: int, rooms: Mapping[str, int]) -> dict[str, int]:
-    """Divides bytes over devices by their room, with `each` on every one of them."""
-    left = total - each * len(rooms)
-    spare = sum(rooms.values()) - each * len(rooms)
-    shares = {
-        device: each + (left * (room - each) // spare if spare else 0)
-        for device, room in rooms.items()
-    }
-    missing = total - sum(shares.values())
-    for device, room in rooms.items():
-        more = min(missing, room - shares[device])
-        shares[device] += more
-        missing -= more
-    return shares

@@ -11,19 +11,24 @@ from typing import Protocol
 
 from loaderd.server.box.cpu import CPU, cpu
 from loaderd.server.box.dtype import DtypeChoice, choose_dtype, cpu_flags
-from loaderd.server.errors import SnapshotNotFoundError, WorkerDiedError
+from loaderd.server.errors import DeviceMemoryError, SnapshotNotFoundError, WorkerDiedError
 from loaderd.server.models.eviction import to_evict
+from loaderd.server.models.fitting import place
 from loaderd.server.models.needs import Estimate, estimate
-from loaderd.server.models.placement import AUTO, DeviceBook, MemoryDevice, Placement
+from loaderd.server.models.placement import DeviceBook, MemoryDevice, Placement, told
 from loaderd.server.models.record import LoadOptions
+from loaderd.server.models.where import DISK, SEQUENTIAL
 from loaderd.server.store.names import HubName, LocalName, parse_name
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder, NotCached
 from loaderd.server.store.shape import read_shape
 from loaderd.server.store.store import ModelStore
+from loaderd.server.supervisor.offload_folders import OffloadFolders
 from loaderd.server.supervisor.supervisor import LoadedWorker
 from loaderd.server.supervisor.worker import Worker
+from loaderd.v1 import model_pb2
 from loaderd.v1.model_pb2 import Dtype, Quantization
 from loaderd.v1.system_pb2 import Device, DeviceType, MemoryHolder
+from loaderd.worker.v1 import worker_pb2
 
 _ITEM_SIZES = {Dtype.DTYPE_FLOAT16: 2, Dtype.DTYPE_BFLOAT16: 2, Dtype.DTYPE_FLOAT32: 4}
 
@@ -90,20 +95,45 @@ class Claim:
         book: Where it is reserved.
         model_id: For which model.
         plan: What it is to take.
+        disk: Where its folder for weights on the disk is, if it gets one.
     """
 
-    def __init__(self, book: DeviceBook, model_id: str, plan: LoadPlan) -> None:
+    def __init__(
+        self, book: DeviceBook, model_id: str, plan: LoadPlan, disk: OffloadFolders
+    ) -> None:
         self._book = book
         self._id = model_id
         self._plan = plan
+        self._disk = disk
         self._worker: Worker | None = None
         self._held_before = 0
 
-    def device_map(self, asked: str) -> str:
-        """What the worker is to be asked for: "auto" is one accelerator where one has room."""
-        devices = tuple(self._plan.placement.devices)
-        is_one = len(devices) == 1 and devices != (CPU,)
-        return devices[0] if asked == AUTO and is_one else asked
+    def load(self, options: LoadOptions) -> worker_pb2.Load:
+        """What the worker is to be asked for, as far as the plan says it.
+
+        Where layers are spread, accelerate fills one device after the other with them, up to the
+        room that the plan gives each.
+
+        Args:
+            options: What the client asked for.
+        """
+        placement, where = self._plan.placement, options.where
+        asked = model_pb2.LoadOptions(
+            dtype=options.dtype,
+            quantization=options.quantization,
+            module_map=where.modules,
+            max_memory=where.bounds,
+            offload=where.offload,
+        )
+        if not where.module_map:
+            is_spread = bool(placement.weight_room)
+            asked.device_map = SEQUENTIAL if is_spread else next(iter(placement.devices))
+        uses_disk = DISK in placement.offloaded
+        return worker_pb2.Load(
+            options=asked,
+            weight_room=placement.weight_room,
+            offload_folder=str(self._disk.make(self._id)) if uses_disk else "",
+        )
 
     def begun(self, worker: Worker) -> None:
         """Notes which worker takes the memory."""
@@ -119,18 +149,32 @@ class Claim:
     def settle(self, model: LoadedWorker) -> None:
         """Keeps what the loaded model holds until its worker ends, and tells it beside the plan."""
         loaded, needs = model.loaded, self._plan.estimate.needs
+        devices = self._plan.placement.devices
         more = {
-            device: needs.headroom + (needs.kv_cache if device == CPU else 0)
-            for device in self._plan.placement.devices
+            device: needs.headroom
+            + needs.margin // len(devices)
+            + (needs.kv_cache if device == CPU else 0)
+            for device in devices
         }
         self._book.settle(self._id, dict(loaded.held_bytes), more, time.monotonic())
         loaded.details.planned_bytes = self._plan.placement.needed_bytes
         loaded.details.memory_bytes = sum(loaded.held_bytes.values())
         model.worker.on_end(self.release)
 
+    def told(self, error: DeviceMemoryError) -> DeviceMemoryError:
+        """What a worker says of its memory, with what only the plan knows."""
+        placement = self._plan.placement
+        return DeviceMemoryError(
+            error.model,
+            placement.needed_bytes if error.needed_bytes is None else error.needed_bytes,
+            placement.free_bytes if error.free_bytes is None else error.free_bytes,
+            told(placement.holders),
+        )
+
     def release(self) -> None:
         """Gives it back."""
         self._book.release(self._id, time.monotonic())
+        self._disk.remove(self._id)
 
 
 class Planner:
@@ -140,12 +184,16 @@ class Planner:
         store: Where the models' files are.
         inventory: Tells the devices.
         idle: May go where a load does not fit beside them.
+        disk: Where weights go that neither accelerators nor main memory hold.
     """
 
-    def __init__(self, store: ModelStore, inventory: Inventory, idle: Evictable) -> None:
+    def __init__(
+        self, store: ModelStore, inventory: Inventory, idle: Evictable, disk: OffloadFolders
+    ) -> None:
         self._store = store
         self._inventory = inventory
         self._idle = idle
+        self._disk = disk
         self._book = DeviceBook()
         self._loading: set[Claim] = set()
 
@@ -189,12 +237,14 @@ class Planner:
             plan = await self._plan(name, files, options)
         plan.placement.check(str(name))
         self._book.reserve(model_id, str(name), plan.placement.devices)
-        claim = Claim(self._book, model_id, plan)
+        claim = Claim(self._book, model_id, plan, self._disk)
         self._loading.add(claim)
         try:
             yield claim
-        except BaseException:
+        except BaseException as error:
             claim.release()
+            if isinstance(error, DeviceMemoryError):
+                raise claim.told(error) from error
             raise
         finally:
             self._loading.discard(claim)
@@ -217,7 +267,7 @@ class Planner:
 
     def _to_evict(self, plan: LoadPlan, options: LoadOptions) -> list[str]:
         idle, needs = self._idle.evictable(), plan.estimate.needs
-        return to_evict(self._book, needs, options.device_map, idle, time.monotonic())
+        return to_evict(self._book, needs, options.where, idle, time.monotonic())
 
     async def _plan(
         self, name: HubName | LocalName, files: LocalFolder | CachedSnapshot, options: LoadOptions
@@ -229,17 +279,17 @@ class Planner:
             await self._measure()
         except WorkerDiedError as error:
             raise WorkerDiedError(model=str(name)) from error
-        accelerated = options.device_map != CPU and any(
-            device.is_accelerator for device in self._book.devices
-        )
+        where = options.where
+        accelerated = where.uses_accelerator([device.id for device in self._book.devices])
         dtype = choose_dtype(options.dtype, on_accelerator=accelerated, flags=cpu_flags())
         found = estimate(
             shape,
             _ITEM_SIZES[dtype.dtype],
             on_accelerator=accelerated,
             bits=_BITS.get(options.quantization),
+            modules=where.modules,
         )
-        return LoadPlan(self._book.place(found.needs, options.device_map), found, dtype)
+        return LoadPlan(place(self._book, found.needs, where), found, dtype)
 
     async def _measure(self) -> list[Device]:
         """Brings the book up to date: the CPU is looked at now, the others when a worker did."""

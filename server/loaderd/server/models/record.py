@@ -6,13 +6,14 @@ import asyncio
 import re
 import secrets
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum
 
-from loaderd.server.errors import InvalidArgumentError, LoaderdError
+from loaderd.server.errors import InvalidArgumentError, LoaderdError, UnsupportedOptionError
 from loaderd.server.models.keep_alive import KeepAlive
 from loaderd.server.models.lifecycle import ChangeReason, Lifecycle, ModelState
+from loaderd.server.models.where import Where
 from loaderd.server.store.names import HubName, LocalName
 from loaderd.server.store.pins import Pin
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder
@@ -21,7 +22,6 @@ from loaderd.server.supervisor.worker import Worker
 from loaderd.v1 import model_pb2
 
 _ID = re.compile(r"m:[0-9a-f]{12}")
-_DEVICE_MAP = re.compile(r"auto|cpu|mps|(cuda|xpu):(0|[1-9]\d{0,2})")
 
 
 class ModelSource(Enum):
@@ -38,26 +38,27 @@ class LoadOptions:
 
     Attributes:
         dtype: DTYPE_UNSPECIFIED is the policy's choice.
-        device_map: "auto", "cpu" or one accelerator.
         quantization: QUANTIZATION_UNSPECIFIED is none.
+        where: Where the layers may go.
 
     Raises:
         InvalidArgumentError: A value is out of bounds.
+        UnsupportedOptionError: What is offloaded cannot be quantized.
     """
 
     dtype: model_pb2.Dtype.ValueType = model_pb2.DTYPE_UNSPECIFIED
-    device_map: str = "auto"
     quantization: model_pb2.Quantization.ValueType = model_pb2.QUANTIZATION_UNSPECIFIED
+    where: Where = field(default_factory=Where)
 
     def __post_init__(self) -> None:
         if self.dtype not in model_pb2.Dtype.values():
             raise InvalidArgumentError("options.dtype", f"there is no dtype number {self.dtype}")
-        if not _DEVICE_MAP.fullmatch(self.device_map):
-            problem = 'must be "auto", "cpu", "mps", "cuda:N" or "xpu:N"'
-            raise InvalidArgumentError("options.device_map", problem)
         if self.quantization not in model_pb2.Quantization.values():
             problem = f"there is no quantization number {self.quantization}"
             raise InvalidArgumentError("options.quantization", problem)
+        if self.quantization and self.where.may_offload:
+            problem = "quantized weights cannot be offloaded"
+            raise UnsupportedOptionError("options.quantization", problem)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Gate:
 
     async def status(self, path: str, role: Role | None) -> int:
         headers = {} if role is None else {"authorization": f"Bearer {self.tokens[role]}"}
-        return (await fetch(self.box.url, path, **headers)).status
+        return (await fetch(self.box.url, path, None, **headers)).status
 
 
 @pytest.fixture

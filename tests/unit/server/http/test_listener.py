@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import socket
 import subprocess
@@ -7,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from starlette.responses import PlainTextResponse
 
 from loaderd.server import cli
 from loaderd.server.addresses import TcpAddress
 from loaderd.server.http.listener import HttpListener
+from tests.unit.server.http.browser import connect, fetch
 
 
 def test_without_its_packages_it_says_which_extra_brings_them(
@@ -65,3 +68,18 @@ async def test_an_exposed_listener_has_names_of_its_own() -> None:
     finally:
         await inside.stop(0)
         await outside.stop(0)
+
+
+async def test_a_connection_that_says_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loaderd.server.http.listener._FIRST_REQUEST_S", 0.05)
+    listener = HttpListener(TcpAddress("127.0.0.1", 0))
+    listener.start(PlainTextResponse("hello"))
+    try:
+        assert (await fetch(listener.url, "/")).text == "hello"
+        reader, writer = await connect(listener.url)
+        writer.write(b"GET / HTTP/1.1\r\nhost: local")
+        async with asyncio.timeout(10):
+            assert await reader.read() == b""
+        writer.close()
+    finally:
+        await listener.stop(0)
