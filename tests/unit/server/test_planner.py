@@ -1,6 +1,8 @@
 """Loads and the memory that they reserve, on a box with two small accelerators."""
 
 import asyncio
+import json
+import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -29,13 +31,13 @@ from loaderd.server.models.where import Where
 from loaderd.server.store.store import ModelStore, StoreSettings
 from loaderd.server.supervisor.offload_folders import OffloadFolders
 from loaderd.server.supervisor.supervisor import Supervisor
-from loaderd.server.supervisor.worker import WorkerLimits
+from loaderd.server.supervisor.worker import Worker, WorkerLimits
 from loaderd.v1 import model_pb2, system_pb2
 from tests.fake_worker import FakeLauncher
 from tests.waiting import until_in_loop as until
 
 MIB = 1 << 20
-ROOM = 700 * MIB
+ROOM = 1000 * MIB
 """What an accelerator holds: one of the models below, beside the context of a driver."""
 
 
@@ -75,7 +77,11 @@ def make_model(folder: Path, numbers: int = 4 * MIB) -> Path:
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text('{"model_type": "llama"}' if name == "config.json" else "{}")
-    save_file({"q_proj.weight": np.zeros((numbers,), np.float16)}, folder / "model.safetensors")
+    layout = {"dtype": "F16", "shape": [numbers], "data_offsets": [0, 2 * numbers]}
+    header = json.dumps({"q_proj.weight": layout}).encode()
+    with (folder / "model.safetensors").open("wb") as weights:
+        weights.write(struct.pack("<Q", len(header)) + header)
+        weights.truncate(weights.tell() + 2 * numbers)  # zeros that take no room
     return folder
 
 
@@ -219,6 +225,31 @@ async def test_a_load_that_fails_or_is_given_up_gives_its_memory_back(box: Box) 
     load.cancel()
     await until(lambda: not box.registry.held(str(box.folder / "a"), LoadOptions()))
     assert await box.held() == {"cuda:0": [], "cuda:1": [], "cpu": []}
+
+
+async def test_a_failed_load_keeps_its_memory_while_its_worker_lives(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose driver does not let go of it: whoever ends it does not wait for ever."""
+
+    async def kill_in_vain(_worker: Worker) -> None:
+        pass
+
+    monkeypatch.setattr(Worker, "kill", kill_in_vain)
+    box.launcher.load_error = ModelUnsupportedError(model="a", problem="x")
+    with pytest.raises(ModelUnsupportedError):
+        await box.load("a")
+    assert await box.held() == {"cuda:0": ["a"], "cuda:1": [], "cpu": []}
+    box.launcher.load_error = None
+    assert (await box.load("a")).state is ModelState.READY
+    assert await box.held() == {"cuda:0": ["a"], "cuda:1": ["a"], "cpu": []}
+    box.launcher.workers[0].kill()
+    await until(lambda: box.launcher.workers[0].exited)
+    for _ in range(100):
+        if (await box.held())["cuda:0"] == []:
+            break
+        await asyncio.sleep(0.01)
+    assert await box.held() == {"cuda:0": [], "cuda:1": ["a"], "cpu": []}
 
 
 async def test_a_device_that_the_box_lacks_is_refused_before_a_worker_is_taken(box: Box) -> None:
@@ -395,3 +426,19 @@ async def test_bounds_of_devices_hold(box: Box) -> None:
     assert list(plan.devices) == ["cuda:1"]
     with pytest.raises(UnsupportedOptionError, match="'cuda:5'"):
         await box.load("a", LoadOptions(where=Where(max_memory=(("cuda:5", 1),))))
+
+
+async def test_a_load_does_not_wait_for_a_model_whose_memory_would_not_help(box: Box) -> None:
+    first, second = await box.load("a"), await box.load("b")
+    with box.registry.use(first.id):
+        unload = asyncio.create_task(box.registry.unload(first.id, force=True, grace_s=3600))
+        await until(lambda: first.state is ModelState.UNLOADING)
+        device_map = "cuda:1" if (await box.held())["cuda:1"] == ["b"] else "cuda:0"
+        async with asyncio.timeout(20):
+            third = await box.load("c", LoadOptions(where=Where(device_map)))
+        assert (second.state, third.state) == (ModelState.UNLOADED, ModelState.READY)
+        box.registry.keep(third, PINNED)
+        with pytest.raises(DeviceMemoryError):
+            await box.load("b", LoadOptions(where=Where(device_map)))
+        assert first.state is ModelState.UNLOADING
+    await unload

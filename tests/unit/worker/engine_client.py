@@ -142,7 +142,7 @@ def build(architecture: str, **sizes: Any) -> Any:
 
 def reference(model: Any, prompt: Sequence[int] = PROMPT, **options: Any) -> list[int]:
     """What transformers generates by itself."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     # An engine may have taken the model's own options away.
     options = {"eos_token_id": EOS, "pad_token_id": EOS} | options
     with torch.no_grad():
