@@ -171,9 +171,35 @@ async def test_what_a_chat_cannot_have(box: Box, fields: dict[str, object], para
     assert (reply.status, reply.error["param"]) == (400, param)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("depth", [33, 60, 300])
+async def test_an_object_that_is_nested_too_deep(box: Box, stream: bool, depth: int) -> None:
+    await box.load()
+    nested: object = 1
+    for _ in range(depth):
+        nested = {"a": nested}
+    body = {
+        "model": str(box.folder),
+        "messages": [{"role": "user", "content": "hi"}],
+        "chat_template_kwargs": nested,
+        "stream": stream,
+    }
+    reply = await fetch(box.url, "/v1/chat/completions", body)
+    assert (reply.status, reply.error["code"]) == (400, "invalid_argument")
+    assert "nested too deep" in reply.error["message"]
+
+
+ODD = (
+    b'{"prompt": "\xed\xa0\x80"}',
+    b'{"prompt": "\\ud800"}',
+    b'{"seed": ' + b"9" * 400 + b"}",
+    b'{"prompt": "\xff"}',
+)
+
+
 async def test_bodies_that_are_none(box: Box) -> None:
     path = "/v1/completions"
-    for body in (b"", b"{", b"[1]", b'{"temperature": NaN}', b"[" * 100_000):
+    for body in (b"", b"{", b"[1]", b'{"temperature": NaN}', b"[" * 100_000, *ODD):
         reply = await fetch(box.url, path, body, content_type="application/json")
         assert (reply.status, reply.error["param"]) == (400, "body"), body[:20]
     # What a page in a browser may send anywhere without asking first.

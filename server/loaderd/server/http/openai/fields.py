@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import ParseDict, ParseError
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from loaderd.server.errors import InvalidArgumentError, UnsupportedOptionError
 
@@ -32,7 +32,7 @@ _BOUNDS = {
     FieldDescriptor.CPPTYPE_UINT32: (0, 2**32 - 1),
     FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
 }
-_MOST_DIGITS = 400
+_MOST_DIGITS = 300  # a float has no more
 
 
 class Fields:
@@ -58,11 +58,13 @@ class Fields:
             InvalidArgumentError: It is none.
         """
         try:
-            values = json.loads(body, parse_constant=_no_number, parse_int=_integer)
+            values = json.loads(body.decode(), parse_constant=_no_number, parse_int=_integer)
         except (ValueError, RecursionError):
             raise InvalidArgumentError("body", "is not JSON") from None
         if not isinstance(values, dict):
             raise InvalidArgumentError("body", "must be an object")
+        if b"\\u" in body and _has_half_characters(values):
+            raise InvalidArgumentError("body", "has halves of surrogate pairs")
         return cls(values)
 
     def take(self, name: str, kind: type[T]) -> T | None:
@@ -109,8 +111,10 @@ class Fields:
         elif kind == FieldDescriptor.CPPTYPE_MESSAGE:
             try:
                 ParseDict(checked(name, value, dict), getattr(message, field))
-            except (ParseError, RecursionError):
-                raise InvalidArgumentError(name, "cannot be read; is it nested deep?") from None
+                # As deep in a message as it will travel; what nobody could read is refused here.
+                type(message).FromString(message.SerializeToString())
+            except (ParseError, DecodeError, RecursionError):
+                raise InvalidArgumentError(name, "is nested too deep") from None
         else:
             setattr(message, field, checked(name, value, _TYPES[kind]))
 
@@ -158,6 +162,15 @@ def token_id(name: str, value: Any) -> int:
         InvalidArgumentError: It can be none.
     """
     return bounded(name, value, *_BOUNDS[FieldDescriptor.CPPTYPE_UINT32])
+
+
+def _has_half_characters(values: dict[str, Any]) -> bool:
+    r"""Whether a text has what UTF-8 does not, such as "\ud800"."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _no_number(text: str) -> float:
