@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,8 +219,18 @@ def test_curl_reads_events(shared_daemon: SpawnedDaemon, model: Model) -> None:
 def test_curl_reads_metrics_and_probes(shared_daemon: SpawnedDaemon, model: Model) -> None:
     url = shared_daemon.http_url
     model.generate("The sky", max_new_tokens=3)
+    generated = re.compile(
+        rf'^loaderd_generated_tokens_total{{model="{re.escape(model.name)}"}} ([\d.]+)$',
+        re.MULTILINE,
+    )
+
+    def tokens(metrics: str) -> float:
+        found = generated.search(metrics)
+        return float(found[1]) if found else 0.0
+
+    until(lambda: tokens(curl(f"{url}/metrics")) >= 3)  # engines report once a second
     metrics = curl(f"{url}/metrics")
-    assert f'loaderd_generated_tokens_total{{model="{model.name}"}}' in metrics
+    assert f'loaderd_kv_capacity_tokens{{model="{model.name}"}}' in metrics
     assert 'loaderd_load_seconds_count{phase="weights"}' in metrics
     assert curl(f"{url}/healthz") == "ok\n"
     assert curl(f"{url}/readyz") == "ok\n"

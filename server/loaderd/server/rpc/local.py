@@ -6,14 +6,15 @@ way through a socket. An error comes as the domain error that it is.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import AbstractContextManager, aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import Message
 
 from loaderd.server.rpc.access import Access
+from loaderd.server.rpc.clients import Clients
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,13 @@ class LocalCalls:
     Args:
         servicers: By the full names of their services.
         access: Admits calls.
+        clients: Counts who calls.
     """
 
-    def __init__(self, servicers: Mapping[str, object], access: Access) -> None:
+    def __init__(self, servicers: Mapping[str, object], access: Access, clients: Clients) -> None:
         self._servicers = servicers
         self._access = access
+        self._clients = clients
 
     async def unary(self, method: str, request: Message, call: LocalCall) -> Any:
         """Calls a method that answers once.
@@ -85,11 +88,14 @@ class LocalCalls:
                 async for response in responses:
                     yield response
 
-    def _admitted(
-        self, method: str, call: LocalCall, *, streams: bool
-    ) -> AbstractContextManager[None]:
+    @contextmanager
+    def _admitted(self, method: str, call: LocalCall, *, streams: bool) -> Iterator[None]:
         context: Any = call  # what is asked of a context, it has
-        return self._access.admit(f"/{method}", context, streams=streams)
+        with (
+            self._clients.calling(call.peer()),
+            self._access.admit(f"/{method}", context, streams=streams),
+        ):
+            yield
 
     def _handler(self, method: str) -> Any:
         service, _, name = method.rpartition("/")

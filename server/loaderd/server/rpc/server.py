@@ -11,6 +11,7 @@ from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.cache_service import CacheService
 from loaderd.server.rpc.call_counter import CallCounter
+from loaderd.server.rpc.clients import Clients
 from loaderd.server.rpc.generation_service import GenerationService
 from loaderd.server.rpc.health import Health
 from loaderd.server.rpc.interceptor import CallInterceptor
@@ -65,9 +66,10 @@ class RpcServer:
         access: Access,
         observer: Observer | None = None,
     ) -> None:
+        clients = Clients()
         counters = [] if observer is None else [CallCounter(observer)]
         self._server = grpc.aio.server(
-            options=_OPTIONS, interceptors=[*counters, CallInterceptor(access)]
+            options=_OPTIONS, interceptors=[*counters, CallInterceptor(access, clients)]
         )
         models = ModelService(registry, loads, planner)
         model_pb2_grpc.add_ModelServiceServicer_to_server(models, self._server)
@@ -75,7 +77,7 @@ class RpcServer:
         cache_pb2_grpc.add_CacheServiceServicer_to_server(cache, self._server)
         generation = GenerationService(registry, loads, access.quotas, observer)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
-        system = SystemService(registry, supervisor, planner, store.settings)
+        system = SystemService(registry, supervisor, planner, store.settings, clients)
         system_pb2_grpc.add_SystemServiceServicer_to_server(system, self._server)
         servicers = {
             file.DESCRIPTOR.services_by_name[name].full_name: servicer
@@ -86,7 +88,7 @@ class RpcServer:
                 (system_pb2, "SystemService", system),
             )
         }
-        self.local = LocalCalls(servicers, access)
+        self.local = LocalCalls(servicers, access, clients)
         services = list(servicers)
         self.health = Health(registry, services)
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)

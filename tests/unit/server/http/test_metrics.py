@@ -13,6 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from loaderd.server import errors
 from loaderd.server.http.metrics import catalog
 from loaderd.server.http.metrics.catalog import Metric
+from loaderd.v1.model_pb2 import ModelStatistics
+from loaderd.worker.v1.worker_pb2 import EngineReport
 from tests.unit.server.box import Box, open_box
 from tests.unit.server.http.browser import fetch
 from tests.waiting import until_in_loop
@@ -36,7 +38,7 @@ async def scrape(box: Box) -> Samples:
     }
 
 
-async def test_tokens_and_times_of_requests(box: Box, openai: AsyncOpenAI) -> None:
+async def test_times_of_requests(box: Box, openai: AsyncOpenAI) -> None:
     await box.load()
     name = str(box.folder)
     async for _ in box.stream("count 5"):
@@ -47,7 +49,34 @@ async def test_tokens_and_times_of_requests(box: Box, openai: AsyncOpenAI) -> No
     assert samples["loaderd_time_to_first_token_seconds_count", (name,)] == 2
     # Between the texts of a request; some of them may have come together.
     assert 1 <= samples["loaderd_inter_token_seconds_count", (name,)] <= 6
-    assert ("loaderd_generated_tokens_total", (name,)) in samples
+
+
+async def test_what_engines_report(box: Box) -> None:
+    await box.load()
+    worker, name = box.launcher.workers[0], (str(box.folder),)
+    assert ("loaderd_kv_capacity_tokens", name) not in await scrape(box)  # no bound is known
+    worker.report(
+        EngineReport(
+            prompt_tokens=30,
+            cached_prompt_tokens=20,
+            generated_tokens=10,
+            kv_tokens=300,
+            kv_capacity_tokens=1000,
+        )
+    )
+    await until_in_loop(lambda: _statistics(box).kv_tokens == 300)
+    samples = await scrape(box)
+    assert samples["loaderd_prompt_tokens_total", name] == 30
+    assert samples["loaderd_cached_prompt_tokens_total", name] == 20
+    assert samples["loaderd_generated_tokens_total", name] == 10
+    assert samples["loaderd_kv_tokens", name] == 300
+    assert samples["loaderd_kv_capacity_tokens", name] == 1000
+
+
+def _statistics(box: Box) -> ModelStatistics:
+    (view,) = box.registry.views()
+    assert view.statistics is not None
+    return view.statistics
 
 
 async def test_requests_that_wait_and_run(box: Box) -> None:

@@ -59,6 +59,7 @@ async def test_the_script_fits_the_page_and_what_it_asks_for(box: Box) -> None:
     assert views == ["server", "models", "devices", "cache"]
     told = {view: json.loads((await fetch(box.url, f"/status/{view}")).body) for view in views}
     assert told["server"]["version"]
+    assert told["server"]["clients"] >= 2  # the test over gRPC, and its connections over HTTP
     assert told["models"]["models"][0]["name"] == str(box.folder)
     assert told["devices"]["devices"][0]["id"] == "cpu"
     assert int(told["cache"]["free_bytes"]) > 0

@@ -69,16 +69,26 @@ INTER_TOKEN_SECONDS = Metric(
     _STEPS_S,
 )
 PROMPT_TOKENS = Metric(
-    "loaderd_prompt_tokens_total", "Tokens of prompts whose computation began.", ("model",)
+    "loaderd_prompt_tokens_total",
+    "Tokens of prompts that were taken, those of the prefix cache included.",
+    ("model",),
 )
 CACHED_PROMPT_TOKENS = Metric(
     "loaderd_cached_prompt_tokens_total",
-    "Tokens of prompts that the prefix cache had, of requests that ended whole.",
+    "Tokens of prompts that the prefix cache had.",
     ("model",),
 )
 GENERATED_TOKENS = Metric(
-    "loaderd_generated_tokens_total",
-    "Tokens generated, of requests that ended whole.",
+    "loaderd_generated_tokens_total", "Tokens generated, of all completions.", ("model",)
+)
+KV_TOKENS = Metric(
+    "loaderd_kv_tokens",
+    "Tokens that running requests have memory for, for their keys and values.",
+    ("model",),
+)
+KV_CAPACITY = Metric(
+    "loaderd_kv_capacity_tokens",
+    "Tokens that there is such memory for; absent where the engine knows no bound.",
     ("model",),
 )
 
@@ -130,5 +140,10 @@ DEVICE_FREE = Metric(
 DEVICE_RESERVED = Metric(
     "loaderd_device_memory_reserved_bytes",
     "Memory of a device that models have reserved or hold.",
+    ("device",),
+)
+DEVICE_TAKEN = Metric(
+    "loaderd_device_memory_taken_bytes",
+    "Of what is reserved of a device, what loads have really taken.",
     ("device",),
 )

@@ -1,4 +1,4 @@
-"""Times and tokens of requests for text."""
+"""Times of requests for text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection, Iterator
 from contextlib import contextmanager
 
-import prometheus_client
 from prometheus_client import CollectorRegistry, Histogram
 
 from loaderd.server.http.metrics import catalog
@@ -39,11 +38,6 @@ class GenerationMetrics:
                 registry=registry,
             )
 
-        def counter(metric: Metric) -> prometheus_client.Counter:
-            return prometheus_client.Counter(
-                metric.name, metric.help, metric.labels, registry=registry
-            )
-
         self._clock = clock
         self.queued: Counter[str] = Counter()
         self.running: Counter[str] = Counter()
@@ -51,9 +45,6 @@ class GenerationMetrics:
         self._queue = histogram(catalog.QUEUE_SECONDS)
         self._first_token = histogram(catalog.FIRST_TOKEN_SECONDS)
         self._inter_token = histogram(catalog.INTER_TOKEN_SECONDS)
-        self._prompt = counter(catalog.PROMPT_TOKENS)
-        self._cached = counter(catalog.CACHED_PROMPT_TOKENS)
-        self._generated = counter(catalog.GENERATED_TOKENS)
 
     async def follow(
         self, model: str, messages: AsyncIterable[StreamGenerateResponse]
@@ -68,7 +59,6 @@ class GenerationMetrics:
                     case "started":
                         begin()
                         self._queue.labels(model).observe(self._clock() - arrived)
-                        self._prompt.labels(model).inc(message.started.prompt_tokens)
                     case "delta":
                         now = self._clock()
                         if not latest:
@@ -77,24 +67,13 @@ class GenerationMetrics:
                         if index in latest:
                             self._inter_token.labels(model).observe(now - latest[index])
                         latest[index] = now
-                    case "finished":
-                        usage = message.finished.usage
-                        self._cached.labels(model).inc(usage.cached_prompt_tokens)
-                        self._generated.labels(model).inc(usage.generated_tokens)
                 yield message
 
     def keep(self, models: Collection[str]) -> None:
         """Lets go of the series of all other models, but for those that requests still use."""
         for model in self._models.difference(models, self.queued, self.running):
             self._models.discard(model)
-            for metric in (
-                self._queue,
-                self._first_token,
-                self._inter_token,
-                self._prompt,
-                self._cached,
-                self._generated,
-            ):
+            for metric in (self._queue, self._first_token, self._inter_token):
                 metric.remove(model)
 
     @contextmanager

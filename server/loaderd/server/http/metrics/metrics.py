@@ -91,6 +91,7 @@ class Metrics:
                 active_requests=record.active_requests,
                 leases=len(self._registry.leases.of(record.id)),
                 memory_bytes=record.worker.link.memory_bytes,
+                engine=record.worker.link.engine.read(),
             )
             for record in records
             if record.worker is not None

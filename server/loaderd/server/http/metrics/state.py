@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
@@ -14,6 +14,7 @@ from loaderd.server.http.metrics import catalog
 from loaderd.server.http.metrics.catalog import Metric
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.store.listing import CacheListing
+from loaderd.v1.model_pb2 import ModelStatistics
 from loaderd.v1.system_pb2 import Device
 
 
@@ -26,12 +27,14 @@ class LoadedModel:
         active_requests: Requests that use it.
         leases: Leases that hold it.
         memory_bytes: What its process holds.
+        engine: What its engine does.
     """
 
     name: str
     active_requests: int
     leases: int
     memory_bytes: int
+    engine: ModelStatistics
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class StateCollector(Collector):
         self.state = state
 
     def collect(self) -> Iterator[Family]:
-        """The state as gauges."""
+        """The state as gauges, and what engines have counted."""
         state = self.state
         yield _gauge(catalog.BUILD_INFO, {(state.version,): 1})
         states = Counter(each.value for each in state.states)
@@ -78,27 +81,40 @@ class StateCollector(Collector):
         yield from self._cache()
 
     def _models(self) -> Iterator[Family]:
-        active: Counter[str] = Counter()
-        leases: Counter[str] = Counter()
-        memory: Counter[str] = Counter()
-        for model in self.state.models:
-            active[model.name] += model.active_requests
-            leases[model.name] += model.leases
-            memory[model.name] += model.memory_bytes
-        for metric, values in (
-            (catalog.ACTIVE_REQUESTS, active),
-            (catalog.LEASES, leases),
-            (catalog.WORKER_MEMORY, memory),
-            (catalog.QUEUED_REQUESTS, self.state.queued),
-            (catalog.RUNNING_REQUESTS, self.state.running),
+        state = self.state
+
+        def by_name(value: Callable[[LoadedModel], int]) -> dict[tuple[str, ...], float]:
+            sums: Counter[tuple[str, ...]] = Counter()
+            for model in state.models:
+                sums[(model.name,)] += value(model)
+            return dict(sums)
+
+        yield _gauge(catalog.ACTIVE_REQUESTS, by_name(lambda model: model.active_requests))
+        yield _gauge(catalog.LEASES, by_name(lambda model: model.leases))
+        yield _gauge(catalog.WORKER_MEMORY, by_name(lambda model: model.memory_bytes))
+        names = {model.name for model in state.models}
+        for metric, counts in (
+            (catalog.QUEUED_REQUESTS, state.queued),
+            (catalog.RUNNING_REQUESTS, state.running),
         ):
-            yield _gauge(metric, {(name,): values.get(name, 0) for name in active})
+            yield _gauge(metric, {(name,): counts.get(name, 0) for name in names})
+        yield _counter(catalog.PROMPT_TOKENS, by_name(lambda model: model.engine.prompt_tokens))
+        yield _counter(
+            catalog.CACHED_PROMPT_TOKENS, by_name(lambda model: model.engine.cached_prompt_tokens)
+        )
+        yield _counter(
+            catalog.GENERATED_TOKENS, by_name(lambda model: model.engine.generated_tokens)
+        )
+        yield _gauge(catalog.KV_TOKENS, by_name(lambda model: model.engine.kv_tokens))
+        capacity = by_name(lambda model: model.engine.kv_capacity_tokens)
+        yield _gauge(catalog.KV_CAPACITY, {name: most for name, most in capacity.items() if most})
 
     def _devices(self) -> Iterator[Family]:
         devices = list(self.state.devices)
         yield _gauge(catalog.DEVICE_MEMORY, {(each.id,): each.total_bytes for each in devices})
         yield _gauge(catalog.DEVICE_FREE, {(each.id,): each.free_bytes for each in devices})
         yield _gauge(catalog.DEVICE_RESERVED, {(each.id,): each.reserved_bytes for each in devices})
+        yield _gauge(catalog.DEVICE_TAKEN, {(each.id,): each.taken_bytes for each in devices})
 
     def _cache(self) -> Iterator[Family]:
         cache = self.state.cache
@@ -115,8 +131,17 @@ class StateCollector(Collector):
 _STATES = [state for state in ModelState if state is not ModelState.UNLOADED]
 
 
-def _gauge(metric: Metric, values: Mapping[tuple[str, ...], float]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
+def _gauge(metric: Metric, values: Mapping[tuple[str, ...], float]) -> Family:
+    return _family(GaugeMetricFamily(metric.name, metric.help, labels=metric.labels), values)
+
+
+def _counter(metric: Metric, values: Mapping[tuple[str, ...], float]) -> Family:
+    return _family(CounterMetricFamily(metric.name, metric.help, labels=metric.labels), values)
+
+
+def _family(
+    family: CounterMetricFamily | GaugeMetricFamily, values: Mapping[tuple[str, ...], float]
+) -> Family:
     for labels, value in values.items():
         family.add_metric(labels, value)
     return family

@@ -64,7 +64,8 @@ const VIEWS = [
     const seconds = parseFloat(told.uptime ?? "0");
     const up = seconds < 3600 ? `${Math.floor(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
     const draining = told.draining ? ", draining" : "";
-    $("server").textContent = `${told.version}, up ${up}, ${number(told.standby_workers)} standby${draining}`;
+    $("server").textContent = `${told.version}, up ${up}, ${number(told.active_requests)} requests, ` +
+      `${number(told.clients)} clients, ${number(told.standby_workers)} standby${draining}`;
   }],
   ["models", 1000, (told) => table("models", MODELS, told.models ?? [])],
   ["devices", 2000, (told) => table("devices", DEVICES, told.devices ?? [])],
