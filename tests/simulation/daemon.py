@@ -131,6 +131,7 @@ class WatchedBook(DeviceBook):
         super().__init__()
         self.hardware = hardware
         self.problems: list[str] = []
+        self._untold: list[tuple[float, str, int]] = []
 
     def reserve(self, *args: object, **kwargs: object) -> None:
         super().reserve(*args, **kwargs)  # type: ignore[arg-type]  # as they came
@@ -140,9 +141,19 @@ class WatchedBook(DeviceBook):
         super().settle(*args, **kwargs)  # type: ignore[arg-type]  # as they came
         self.check("settle")
 
-    def release(self, *args: object, **kwargs: object) -> None:
-        super().release(*args, **kwargs)  # type: ignore[arg-type]  # as they came
+    def release(self, holder: str, now: float) -> None:
+        known = self._reservations.get(holder)
+        super().release(holder, now)
+        if known is not None:
+            held, told = self._by_pool(known.bytes), self._by_pool(known.taken)
+            self._untold += [(now, pool, held[pool] - told.get(pool, 0)) for pool in held]
         self.check("release")
+
+    def untold(self, pool: str) -> int:
+        """Bytes that models may have had when a memory was measured, beside what they told."""
+        measured_at = self._measured_at(pool)
+        self._untold = [each for each in self._untold if each[0] > self._measured_at(each[1])]
+        return sum(count for when, where, count in self._untold if (where, when > measured_at) == (pool, True))
 
     def check(self, after: str) -> None:
         """Compares it with the box."""

@@ -60,6 +60,7 @@ class Simulation:
         self._clients.load(NAMES[0])  # so that the daemon has all that it ever has
         self.step(LOAD_TIMEOUT_S)
         self._before = self._rest_without_models()
+        assert self._before.workers == self._daemon.standby, "workers after a load"
         self.ended.clear()
         return self
 
@@ -189,11 +190,14 @@ class Simulation:
     def _start(self) -> None:
         daemon, loop = self._daemon, self._loop
         self._wait(daemon.start())
+        looking = loop.create_task(daemon.planner.devices())  # by the first client, at once
         self._watcher = Watcher(daemon, self._clock, loop)
         self._clients = Clients(daemon, self._watcher, loop, self._clock)
         self._clients.ended = self.ended
         self._following = loop.create_task(self._watcher.follow())
         self.step(_STARTS_S)
+        looking.result()
+        assert len(daemon.launcher.alive) == max(daemon.standby, 1), "workers before any load"
 
     def _stop(self, patience_s: float = 0.0) -> None:
         """Ends the daemon.

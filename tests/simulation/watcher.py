@@ -11,6 +11,7 @@ from loaderd.server.models.events import ModelEvent, Subscription
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.lifecycle import TRANSITIONS, ChangeReason, ModelState
 from loaderd.server.models.placement import Holder
+from loaderd.server.models.record import is_model_id
 from tests.simulation.daemon import SimulatedDaemon
 from tests.simulation.hardware import Card
 from tests.simulation.loop import Clock
@@ -43,6 +44,8 @@ class Rest:
         pins: On snapshots.
         leases: On models.
         flights: Loads under way.
+        expected: Workers that were to attach and never did.
+        health: Ids of models that the health service knows.
     """
 
     missing: Mapping[str, int]
@@ -52,6 +55,8 @@ class Rest:
     pins: Mapping[tuple[str, str], tuple[str, ...]]
     leases: int
     flights: int
+    expected: int
+    health: int
 
 
 class Watcher:
@@ -122,6 +127,9 @@ class Watcher:
         ):
             self.forced.add(model.id)
             return
+        workers = {worker.pid for worker in self._daemon.launcher.alive}
+        if model.details is not None and model.details.worker_pid not in workers:
+            self.problems.append(f"{model.id}: {reason} though its worker has died")
         if event.previous is not ModelState.READY:
             self.problems.append(f"{model.id}: {reason} of a model that is {event.previous}")
         if model.active_requests or model.active_leases:
@@ -178,8 +186,11 @@ class Watcher:
             pins=dict(daemon.store.pins.all()),
             leases=len(daemon.registry.leases._leases),
             flights=len(daemon.loads._flights.flights),
+            expected=len(daemon.launcher.expected),
+            health=sum(map(is_model_id, daemon.health.servicer._server_status)),
         )
 
     def _missing(self, card: Card) -> int:
-        free = min(self._daemon.hardware.free(card.id), card.total_bytes)
-        return free - self._daemon.book.available(card.id)
+        book, hardware = self._daemon.book, self._daemon.hardware
+        missing = min(hardware.free(card.id), card.total_bytes) - book.available(card.id)
+        return max(missing - book.untold(hardware.pool(card.id)), 0)

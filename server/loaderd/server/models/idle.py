@@ -35,27 +35,27 @@ class IdleModels:
         """Unloads models for another one and waits until their processes have ended.
 
         Args:
-            model_ids: Of `evictable`, asked for just now.
+            model_ids: Of `evictable` and `leaving`, asked for just now.
             newcomer: For which, for the log.
         """
-        logger.info("%s: unloaded for %s", ", ".join(model_ids), newcomer)
-        endings = [
-            self._registry.end(self._registry.find(model_id), ChangeReason.EVICTED)
-            for model_id in model_ids
-        ]
-        await asyncio.gather(*map(asyncio.shield, endings))
+        going = [self._registry.find(model_id) for model_id in model_ids]
+        unused = [record for record in going if record.state is ModelState.READY]
+        if unused:
+            ids = ", ".join(record.id for record in unused)
+            logger.info("%s: unloaded for %s", ids, newcomer)
+        for record in unused:
+            self._registry.end(record, ChangeReason.EVICTED)
+        await asyncio.gather(*(record.gone.wait() for record in going))
 
-    async def leaving(self) -> bool:
-        """Waits for the end of models that are being unloaded; whether there were any."""
+    def leaving(self) -> list[str]:
+        """Ids of models that are being unloaded."""
         records = self._registry.records()
-        leaving = [record for record in records if record.state is ModelState.UNLOADING]
-        await asyncio.gather(*(record.gone.wait() for record in leaving))
-        return bool(leaving)
+        return [record.id for record in records if record.state is ModelState.UNLOADING]
 
     def _is_unused(self, record: ModelRecord) -> bool:
         keep_alive = record.keep_alive
         return (
-            record.state is ModelState.READY
+            record.is_alive
             and not (record.active_requests or keep_alive.is_pinned or keep_alive.is_new)
             and not self._registry.leases.of(record.id)
         )
@@ -83,9 +83,9 @@ class IdleUnloader:
         coming = []
         for record in self._registry.records():
             expiry = self._registry.expiry(record)
-            if expiry <= now:
+            if expiry <= now and record.is_alive:
                 self._registry.end(record, ChangeReason.IDLE)
-            elif expiry < math.inf:
+            elif now < expiry < math.inf:
                 coming.append(expiry)
         return min(coming, default=None)
 

@@ -5,6 +5,7 @@ Pure: what is measured comes in as numbers, so that a simulated box can be drive
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -136,14 +137,41 @@ class _Reservation:
     Attributes:
         name: The model's name.
         bytes: Reserved on each device.
+        begun: By memory, when it was last measured before this load began.
         taken: Of that, really taken on each device.
-        taken_since: Monotonic time from which on `taken` is.
+        taken_since: Monotonic time from which on `taken` is; infinity while nobody has said.
     """
 
     name: str
     bytes: Mapping[str, int]
-    taken: Mapping[str, int]
+    begun: Mapping[str, float]
+    taken: Mapping[str, int] = field(default_factory=dict)
+    taken_since: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class _Stay:
+    """How long one model had some memory, in monotonic times.
+
+    Attributes:
+        begun: Its load began after that.
+        taken_since: From then on it had `bytes`; infinity if it never was known what it had.
+        left: Until then.
+        bytes: How many it had.
+    """
+
+    begun: float
     taken_since: float
+    left: float
+    bytes: int
+
+    def returns(self, measured_at: float) -> int:
+        """What of its bytes is free now, and was not when the memory was measured."""
+        return self.bytes if self.taken_since <= measured_at < self.left else 0
+
+    def was_loading(self, measured_at: float) -> bool:
+        """Whether it had nobody knows how much when the memory was measured."""
+        return self.begun < measured_at < min(self.taken_since, self.left)
 
 
 class DeviceBook:
@@ -151,13 +179,14 @@ class DeviceBook:
 
     Two loads at once never count the same bytes: what is reserved and not taken yet is free only
     for whom it was reserved. A device measured before a model took its bytes, or before a model
-    left, still shows the memory as it was; the book corrects that until it is measured again.
+    left, still shows the memory as it was; the book corrects that until it is measured again. What
+    is measured while a load takes its bytes tells nothing, and is not taken over.
     """
 
     def __init__(self) -> None:
         self._devices: dict[str, MemoryDevice] = {}
         self._reservations: dict[str, _Reservation] = {}
-        self._returned: dict[str, list[tuple[float, int]]] = {}
+        self._left: dict[str, list[_Stay]] = {}
 
     @property
     def devices(self) -> tuple[MemoryDevice, ...]:
@@ -166,10 +195,15 @@ class DeviceBook:
 
     def measure(self, devices: Iterable[MemoryDevice]) -> None:
         """Takes over what was measured: all devices of the box, accelerators first."""
-        self._devices = {device.id: device for device in devices}
-        for pool, returned in self._returned.items():
-            later = [each for each in returned if each[0] > self._measured_at(pool)]
-            self._returned[pool] = later
+        self._devices = {
+            device.id: self._devices[device.id]
+            if device.id in self._devices and self._was_loading(device)
+            else device
+            for device in devices
+        }
+        for pool, stays in self._left.items():
+            later = [stay for stay in stays if stay.left > self._measured_at(pool)]
+            self._left[pool] = later
 
     def reserve(self, holder: str, name: str, bytes_of: Mapping[str, int]) -> None:
         """Reserves bytes by device for a load, which has taken none of them yet.
@@ -187,7 +221,8 @@ class DeviceBook:
             if wanted > available:
                 holders = self.holders(pool)
                 raise DeviceMemoryError(name, wanted, available, told(holders))
-        self._reservations[holder] = _Reservation(name, dict(bytes_of), {}, 0.0)
+        begun = {pool: self._measured_at(pool) for pool in self._by_pool(bytes_of)}
+        self._reservations[holder] = _Reservation(name, dict(bytes_of), begun)
 
     def note(self, holder: str, taken: Mapping[str, int], now: float) -> None:
         """Notes what a load has taken of its reservation by now.
@@ -219,15 +254,20 @@ class DeviceBook:
             self._reservations[holder] = replace(self._reservations[holder], bytes=held)
             self.note(holder, taken, now)
 
+    def hand_over(self, holder: str, heir: str) -> None:
+        """What one holder has is another one's from now on; nothing happens when it has nothing."""
+        if holder in self._reservations:
+            self._reservations[heir] = self._reservations.pop(holder)
+
     def release(self, holder: str, now: float) -> None:
         """Gives all back that a model had; nothing happens when it had nothing."""
         reservation = self._reservations.pop(holder, None)
         if reservation is None:
             return
-        for pool, count in self._by_pool(reservation.taken).items():
-            measured_at = self._measured_at(pool)
-            if reservation.taken_since <= measured_at:
-                self._returned.setdefault(pool, []).append((now, count))
+        taken = self._by_pool(reservation.taken)
+        for pool, begun in reservation.begun.items():
+            stay = _Stay(begun, reservation.taken_since, now, taken.get(pool, 0))
+            self._left.setdefault(pool, []).append(stay)
 
     def available(self, device: str) -> int:
         """Bytes of a device that nobody has and nobody has reserved."""
@@ -263,8 +303,19 @@ class DeviceBook:
             taken = self._by_pool(each.taken).get(pool, 0)
             reserved += max(count, taken)
             unbacked += count if each.taken_since > device.measured_at else max(count - taken, 0)
-        free = device.free_bytes + sum(count for _, count in self._returned.get(pool, []))
+        left = self._left.get(pool, [])
+        free = device.free_bytes + sum(stay.returns(device.measured_at) for stay in left)
         return max(min(device.total_bytes - reserved, free - unbacked), 0)
+
+    def _was_loading(self, device: MemoryDevice) -> bool:
+        """Whether a model was taking bytes when a device was measured."""
+        pool, measured_at = device.pool, device.measured_at
+        there = [
+            _Stay(each.begun[pool], each.taken_since, math.inf, 0)
+            for each in self._reservations.values()
+            if pool in each.begun
+        ]
+        return any(stay.was_loading(measured_at) for stay in (*there, *self._left.get(pool, [])))
 
     def _by_pool(self, bytes_of: Mapping[str, int]) -> dict[str, int]:
         pools: dict[str, int] = {}

@@ -61,16 +61,16 @@ class Evictable(Protocol):
     def evictable(self) -> Sequence[str]:
         """Ids of those that nobody uses, holds or has pinned; the least recently used first."""
 
+    def leaving(self) -> Sequence[str]:
+        """Ids of those that are being unloaded."""
+
     async def evict(self, model_ids: Sequence[str], newcomer: str) -> None:
         """Unloads models for another one and waits until their memory is free.
 
         Args:
-            model_ids: Which.
+            model_ids: Which, of those two.
             newcomer: For which, for the log.
         """
-
-    async def leaving(self) -> bool:
-        """Waits for the end of those that are being unloaded; whether there were any."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,9 @@ class Claim:
 
     def note(self) -> None:
         """Notes what a load to the CPU has taken by its worker's last heartbeat."""
-        if self._worker is not None and tuple(self._plan.placement.devices) == (CPU,):
-            taken = self._worker.link.own_bytes - self._held_before
+        if tuple(self._plan.placement.devices) == (CPU,):
+            held = 0 if self._worker is None else self._worker.link.own_bytes
+            taken = held - self._held_before
             most = self._plan.placement.devices[CPU]
             self._book.note(self._id, {CPU: min(max(taken, 0), most)}, time.monotonic())
 
@@ -170,6 +171,16 @@ class Claim:
             placement.free_bytes if error.free_bytes is None else error.free_bytes,
             told(placement.holders),
         )
+
+    def give_up(self) -> None:
+        """Gives it back when the worker has ended, which the kernel may hold for long."""
+        if self._worker is None or self._worker.ended:
+            self.release()
+            return
+        heir = f"{self._id}:{self._worker.pid}"  # the model may be loaded again meanwhile
+        self._book.hand_over(self._id, heir)
+        self._id = heir
+        self._worker.on_end(self.release)
 
     def release(self) -> None:
         """Gives it back."""
@@ -221,8 +232,8 @@ class Planner:
     ) -> AsyncIterator[Claim]:
         """Reserves the memory of a load while it runs; `Claim.settle` keeps it when it is done.
 
-        Where it does not fit, it waits for models that are being unloaded, then unloads some that
-        nobody uses.
+        Where it does not fit, it waits for models that are being unloaded, if that helps, and
+        unloads some that nobody uses.
 
         Raises:
             DeviceMemoryError: It does not fit beside the models that are in use.
@@ -230,10 +241,9 @@ class Planner:
         """
         plan = await self._plan(name, files, options)
         while not plan.placement.fits:
-            if not await self._idle.leaving():
-                if not (going := self._to_evict(plan, options)):
-                    break
-                await self._idle.evict(going, str(name))
+            if not (going := self._to_evict(plan, options)):
+                break
+            await self._idle.evict(going, str(name))
             plan = await self._plan(name, files, options)
         plan.placement.check(str(name))
         self._book.reserve(model_id, str(name), plan.placement.devices)
@@ -242,7 +252,7 @@ class Planner:
         try:
             yield claim
         except BaseException as error:
-            claim.release()
+            claim.give_up()
             if isinstance(error, DeviceMemoryError):
                 raise claim.told(error) from error
             raise
@@ -266,8 +276,8 @@ class Planner:
         return devices
 
     def _to_evict(self, plan: LoadPlan, options: LoadOptions) -> list[str]:
-        idle, needs = self._idle.evictable(), plan.estimate.needs
-        return to_evict(self._book, needs, options.where, idle, time.monotonic())
+        going, needs = [*self._idle.leaving(), *self._idle.evictable()], plan.estimate.needs
+        return to_evict(self._book, needs, options.where, going, time.monotonic())
 
     async def _plan(
         self, name: HubName | LocalName, files: LocalFolder | CachedSnapshot, options: LoadOptions

@@ -160,6 +160,12 @@ class ModelRecord:
         return self.lifecycle.state
 
     @property
+    def is_alive(self) -> bool:
+        """Whether it is READY, and its worker has not died in this moment."""
+        worker = self.worker
+        return self.state is ModelState.READY and worker is not None and not worker.link.failed
+
+    @property
     def change_reason(self) -> ChangeReason:
         """Why it has the state that it has."""
         if self.state is ModelState.FAILED:

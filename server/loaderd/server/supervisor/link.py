@@ -47,6 +47,11 @@ class WorkerLink:
         self._calls: dict[int, asyncio.Future[worker_pb2.Reply]] = {}
         self._failure: LoaderdError | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether the worker has ended, or is being ended, and serves nobody any more."""
+        return self._failure is not None
+
     def load(self, load: worker_pb2.Load) -> asyncio.Future[worker_pb2.Loaded]:
         """Sends the load; the future ends with it."""
         self._commands.put_nowait(worker_pb2.AttachResponse(load=load))
