@@ -153,7 +153,11 @@ class WatchedBook(DeviceBook):
         """Bytes that models may have had when a memory was measured, beside what they told."""
         measured_at = self._measured_at(pool)
         self._untold = [each for each in self._untold if each[0] > self._measured_at(each[1])]
-        return sum(count for when, where, count in self._untold if (where, when > measured_at) == (pool, True))
+        return sum(
+            count
+            for when, where, count in self._untold
+            if (where, when > measured_at) == (pool, True)
+        )
 
     def check(self, after: str) -> None:
         """Compares it with the box."""

@@ -218,6 +218,7 @@ class Simulation:
 
     def _wait(self, work: Coroutine[Any, Any, object]) -> None:
         task = self._loop.create_task(work)
+        self._loop.advance()
         while not task.done():
             self._loop.advance(_STARTS_S)
         task.result()

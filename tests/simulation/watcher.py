@@ -182,7 +182,9 @@ class Watcher:
             missing={card.id: self._missing(card) for card in cards},
             reserved=[holder for card in cards for holder in book.holders(card.id)],
             workers=len(daemon.launcher.alive),
-            tasks=Counter(str(task.get_coro().__qualname__) for task in asyncio.all_tasks(self._loop)),
+            tasks=Counter(
+                str(task.get_coro().__qualname__) for task in asyncio.all_tasks(self._loop)
+            ),
             pins=dict(daemon.store.pins.all()),
             leases=len(daemon.registry.leases._leases),
             flights=len(daemon.loads._flights.flights),

@@ -227,7 +227,7 @@ class SimulatedLauncher:
         self.expected: dict[str, WorkerLink] = {}
 
     async def launch(self, worker_id: str, token: str, link: str) -> WorkerProcess:
-        await asyncio.sleep(self.random.uniform(0, 0.1))
+        await asyncio.sleep(self.random.uniform(0, 0.5))
         if self.fate is Fate.NO_START:
             raise OSError("cannot start")
         worker = SimulatedWorker(self, next(self._pids), self.expected.pop(worker_id))

@@ -63,6 +63,43 @@ def test_a_stale_measurement_is_corrected_by_who_came_and_left() -> None:
     assert box.available("cuda:0") == 78 * GB
 
 
+def test_what_was_measured_before_a_model_left_does_not_count_as_taken_by_others() -> None:
+    box = book(GPUS[0], BIG_CPU)
+    box.reserve("m:1", "org/a", {"cuda:0": 50 * GB})
+    box.settle("m:1", {"cuda:0": 40 * GB}, {}, now=10.0)
+    box.release("m:1", now=30.0)
+    box.measure([replace(GPUS[0], free_bytes=40 * GB, measured_at=20.0), BIG_CPU])
+    assert box.available("cuda:0") == 80 * GB
+
+
+@pytest.mark.parametrize("is_seen_midway", [True, False])
+def test_what_was_measured_while_a_load_took_its_bytes_is_not_taken_over(
+    is_seen_midway: bool,
+) -> None:
+    box = book(GPUS[0], BIG_CPU)
+    midway = [replace(GPUS[0], free_bytes=60 * GB, measured_at=20.0), BIG_CPU]
+    box.reserve("m:1", "org/a", {"cuda:0": 50 * GB})
+    if is_seen_midway:
+        box.measure(midway)
+    assert box.available("cuda:0") == 30 * GB
+    box.settle("m:1", {"cuda:0": 40 * GB}, {}, now=30.0)
+    box.measure(midway)
+    assert box.available("cuda:0") == 40 * GB
+    box.release("m:1", now=40.0)
+    box.measure(midway)
+    assert box.available("cuda:0") == 80 * GB
+    box.measure([replace(GPUS[0], free_bytes=79 * GB, measured_at=50.0), BIG_CPU])
+    assert box.available("cuda:0") == 79 * GB
+
+
+def test_a_load_that_failed_midway_leaves_nothing_taken() -> None:
+    box = book(GPUS[0], BIG_CPU)
+    box.reserve("m:1", "org/a", {"cuda:0": 50 * GB})
+    box.release("m:1", now=30.0)
+    box.measure([replace(GPUS[0], free_bytes=60 * GB, measured_at=20.0), BIG_CPU])
+    assert box.available("cuda:0") == 80 * GB
+
+
 @dataclass
 class Simulated:
     """A box whose models really take memory, and whose free memory is measured at times."""

@@ -29,7 +29,7 @@ from loaderd.server.models.where import Where
 from loaderd.server.store.store import ModelStore, StoreSettings
 from loaderd.server.supervisor.offload_folders import OffloadFolders
 from loaderd.server.supervisor.supervisor import Supervisor
-from loaderd.server.supervisor.worker import WorkerLimits
+from loaderd.server.supervisor.worker import Worker, WorkerLimits
 from loaderd.v1 import model_pb2, system_pb2
 from tests.fake_worker import FakeLauncher
 from tests.waiting import until_in_loop as until
@@ -221,6 +221,31 @@ async def test_a_load_that_fails_or_is_given_up_gives_its_memory_back(box: Box) 
     assert await box.held() == {"cuda:0": [], "cuda:1": [], "cpu": []}
 
 
+async def test_a_failed_load_keeps_its_memory_while_its_worker_lives(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose driver does not let go of it: whoever ends it does not wait for ever."""
+
+    async def kill_in_vain(_worker: Worker) -> None:
+        pass
+
+    monkeypatch.setattr(Worker, "kill", kill_in_vain)
+    box.launcher.load_error = ModelUnsupportedError(model="a", problem="x")
+    with pytest.raises(ModelUnsupportedError):
+        await box.load("a")
+    assert await box.held() == {"cuda:0": ["a"], "cuda:1": [], "cpu": []}
+    box.launcher.load_error = None
+    assert (await box.load("a")).state is ModelState.READY
+    assert await box.held() == {"cuda:0": ["a"], "cuda:1": ["a"], "cpu": []}
+    box.launcher.workers[0].kill()
+    await until(lambda: box.launcher.workers[0].exited)
+    for _ in range(100):
+        if (await box.held())["cuda:0"] == []:
+            break
+        await asyncio.sleep(0.01)
+    assert await box.held() == {"cuda:0": [], "cuda:1": ["a"], "cpu": []}
+
+
 async def test_a_device_that_the_box_lacks_is_refused_before_a_worker_is_taken(box: Box) -> None:
     with pytest.raises(UnsupportedOptionError):
         await box.load("a", LoadOptions(where=Where("cuda:2")))
@@ -395,3 +420,18 @@ async def test_bounds_of_devices_hold(box: Box) -> None:
     assert list(plan.devices) == ["cuda:1"]
     with pytest.raises(UnsupportedOptionError, match="'cuda:5'"):
         await box.load("a", LoadOptions(where=Where(max_memory=(("cuda:5", 1),))))
+
+
+async def test_a_load_does_not_wait_for_a_model_whose_memory_would_not_help(box: Box) -> None:
+    first, second = await box.load("a"), await box.load("b")
+    with box.registry.use(first.id):
+        unload = asyncio.create_task(box.registry.unload(first.id, force=True, grace_s=3600))
+        await until(lambda: first.state is ModelState.UNLOADING)
+        device_map = "cuda:1" if (await box.held())["cuda:1"] == ["b"] else "cuda:0"
+        third = await box.load("c", LoadOptions(device_map=device_map))
+        assert (second.state, third.state) == (ModelState.UNLOADED, ModelState.READY)
+        box.registry.keep(third, PINNED)
+        with pytest.raises(DeviceMemoryError):
+            await box.load("b", LoadOptions(device_map=device_map))
+        assert first.state is ModelState.UNLOADING
+    await unload

@@ -135,7 +135,8 @@ class Loads:
             caller: Who asks.
 
         Raises:
-            LoaderdError: As `load`, and ModelNotLoadedError: it may not be loaded.
+            LoaderdError: As `load`, and ModelNotLoadedError: it may not be loaded. A load that has
+                just failed is not tried again for a while: its error tells the others too.
         """
         while True:
             known = self._registry.known(text)
@@ -147,6 +148,8 @@ class Loads:
                 await self._check_may_load(text, parse_name(text))
                 await outcome(self.load(text, LoadOptions(), caller))
                 continue
+            if known.failure is not None and time.monotonic() < known.rests_until:
+                raise known.failure.with_traceback(None)
             if not known.state.is_loading:
                 await self._check_may_load(text, known.exact_name)
                 await self._check_user(caller, known.exact_name, known.options)

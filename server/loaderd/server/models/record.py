@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import secrets
 import time
@@ -10,7 +11,12 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum
 
-from loaderd.server.errors import InvalidArgumentError, LoaderdError, UnsupportedOptionError
+from loaderd.server.errors import (
+    DeviceMemoryError,
+    InvalidArgumentError,
+    LoaderdError,
+    UnsupportedOptionError,
+)
 from loaderd.server.models.keep_alive import KeepAlive
 from loaderd.server.models.lifecycle import ChangeReason, Lifecycle, ModelState
 from loaderd.server.models.where import Where
@@ -22,6 +28,8 @@ from loaderd.server.supervisor.worker import Worker
 from loaderd.v1 import model_pb2
 
 _ID = re.compile(r"m:[0-9a-f]{12}")
+_SHORTEST_REST_S = 5.0
+_LONGEST_REST_S = 60.0
 
 
 class ModelSource(Enum):
@@ -182,6 +190,20 @@ class ModelRecord:
         if isinstance(self.name, HubName) and self.commit:
             return replace(self.name, revision=self.commit)
         return self.name
+
+    @property
+    def rests_until(self) -> float:
+        """Monotonic time before which no request loads it again, since its load has just failed.
+
+        At least half of the time it does not load. What a device lacks may be there in a moment.
+        """
+        entered = self.lifecycle.entered
+        is_new = self.failure is not self.earlier_failure
+        has_failed = self.state is ModelState.FAILED and ModelState.READY not in entered
+        if not (has_failed and is_new) or isinstance(self.failure, DeviceMemoryError):
+            return -math.inf
+        took = entered[ModelState.FAILED] - entered[ModelState.RESOLVING]
+        return entered[ModelState.FAILED] + min(max(took, _SHORTEST_REST_S), _LONGEST_REST_S)
 
     def found(self, files: LocalFolder | CachedSnapshot) -> None:
         """Notes which files it is."""
