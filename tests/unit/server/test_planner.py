@@ -428,7 +428,8 @@ async def test_a_load_does_not_wait_for_a_model_whose_memory_would_not_help(box:
         unload = asyncio.create_task(box.registry.unload(first.id, force=True, grace_s=3600))
         await until(lambda: first.state is ModelState.UNLOADING)
         device_map = "cuda:1" if (await box.held())["cuda:1"] == ["b"] else "cuda:0"
-        third = await box.load("c", LoadOptions(device_map=device_map))
+        async with asyncio.timeout(20):
+            third = await box.load("c", LoadOptions(device_map=device_map))
         assert (second.state, third.state) == (ModelState.UNLOADED, ModelState.READY)
         box.registry.keep(third, PINNED)
         with pytest.raises(DeviceMemoryError):
