@@ -56,15 +56,22 @@ async def test_devices_wait_for_the_first_worker(
 
 
 async def test_who_asks_for_devices_at_once_does_not_make_one_spare_too_many(
-    launcher: FakeLauncher, tmp_path: Path
+    launcher: FakeLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    launch = launcher.launch
+
+    async def launch_slowly(*arguments: str) -> WorkerProcess:
+        await asyncio.sleep(0.05)
+        return await launch(*arguments)
+
+    monkeypatch.setattr(launcher, "launch", launch_slowly)
     supervisor = Supervisor(tmp_path, launcher, LIMITS)
-    looking = asyncio.create_task(supervisor.devices())
     await supervisor.start()
-    await looking
-    await until(lambda: supervisor.standby_workers >= 1)
-    assert len(launcher.workers) == 1
+    await asyncio.sleep(0.01)  # the first spare is on its way
+    await supervisor.devices()
+    workers = len(launcher.workers)
     await supervisor.close()
+    assert workers == 1
 
 
 async def test_a_launch_that_is_given_up_is_not_waited_for(
@@ -85,8 +92,9 @@ async def test_a_launch_that_is_given_up_is_not_waited_for(
     await begun.wait()
     load.cancel()
     await asyncio.wait([load])
-    assert supervisor._server._expected == {}
+    expected = dict(supervisor._server._expected)
     await supervisor.close()
+    assert expected == {}
 
 
 async def test_without_spares_a_load_starts_its_own_worker(
