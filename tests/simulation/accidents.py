@@ -12,6 +12,9 @@ from tests.simulation.workers import Fate
 _DEVICE_MAPS = (None, None, None, None, "cpu", "cuda:0", "cuda:1", "mps")
 _KEEP_ALIVES = (None, None, None, 0, 0, 0.001, 1, 30, 300, -1)
 _TTLS = (None, None, None, 1, 10, 100)
+_MOSTLY = 12 * (Fate.WELL,)
+_THERE = 0.7
+"""How often clients name a model that is there."""
 _COUNTS = (0, 1, 1, 5, 50, 1000)
 
 
@@ -26,7 +29,7 @@ class Accidents:
     def __init__(self, simulation: Simulation, seed: int) -> None:
         self._box = simulation
         self._random = Random(seed)
-        self._actions: dict[Callable[[], None], int] = {
+        self._actions: dict[Callable[[], None], float] = {
             self._load: 20,
             self._generate: 30,
             self._cancel: 10,
@@ -42,6 +45,7 @@ class Accidents:
             self._hub: 1,
             self._kernel: 1,
             self._delete: 1,
+            self._restart: 0.5,
         }
 
     def happen(self) -> None:
@@ -55,7 +59,9 @@ class Accidents:
         self._box.step(self._random.choice((0, 0, 0, 0.05, 0.5, 2, 10)))
 
     def _model(self) -> str:
-        return self._random.choice(self._box.models)
+        """Of those that are there, or of all."""
+        models = self._box.models if self._random.random() < _THERE else []
+        return self._random.choice(models or NAMES)
 
     def _load(self) -> None:
         choose = self._random.choice
@@ -104,7 +110,7 @@ class Accidents:
         self._box.hang(self._random.randrange(100))
 
     def _fate(self) -> None:
-        self._box.fate(self._random.choice([Fate.WELL, Fate.WELL, Fate.WELL, *Fate]))
+        self._box.fate(self._random.choice([*_MOSTLY, *Fate]))
 
     def _hub(self) -> None:
         self._box.hub(self._random.random() < 0.3)
@@ -114,3 +120,6 @@ class Accidents:
 
     def _delete(self) -> None:
         self._box.delete()
+
+    def _restart(self) -> None:
+        self._box.restart(patience_s=self._random.choice((0, 5, 60)))

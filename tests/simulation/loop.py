@@ -52,7 +52,9 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         self._rounds = 0
         self.run_forever()
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+    def run_in_executor(  # type: ignore[override]  # asyncio's own is generic in all arguments
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> Any:
         """Calls `func` after a while; its future."""
         future = self.create_future()
 

@@ -22,6 +22,7 @@ from tests.simulation.workers import Fate, SimulatedWorker
 
 LONGEST_GRACE_S = 600.0
 _STARTS_S = 30.0
+_ENDS_S = 60.0
 _SETTLES_S = LONGEST_GRACE_S + 20 * LOAD_TIMEOUT_S
 """Loads may wait for each other, for restarts and for a grace."""
 _MOST_UNLOADS = 20
@@ -50,6 +51,7 @@ class Simulation:
         self._hardware = Hardware(INVENTORIES[inventory])
         self._loop = SimulatedLoop(self._clock, random)
         self._daemon = SimulatedDaemon(self._hardware, self._clock, random, standby, on_demand)
+        self._events = 0
         self.ended: Counter[str] = Counter()
 
     def __enter__(self) -> Simulation:
@@ -70,8 +72,16 @@ class Simulation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close(comes_to_rest=error is None)
+
+    def close(self, *, comes_to_rest: bool) -> None:
+        """Ends it, in good order unless something was wrong already.
+
+        Raises:
+            AssertionError: Something is left.
+        """
         try:
-            if error is None:
+            if comes_to_rest:
                 self.come_to_rest()
                 self._stop()
         finally:
@@ -88,8 +98,9 @@ class Simulation:
 
     @property
     def models(self) -> list[str]:
-        """Names and ids that may be asked for: all names, and the ids of models that are there."""
-        return [*NAMES, *(view.id for view in self._daemon.registry.views())]
+        """Names and ids of the models that are there."""
+        views = self._daemon.registry.views()
+        return [text for view in views for text in (view.id, view.name)]
 
     @property
     def leases(self) -> list[str]:
@@ -104,7 +115,7 @@ class Simulation:
     @property
     def events(self) -> int:
         """How many changes of models there were."""
-        return self._watcher.events
+        return self._events + self._watcher.events
 
     def step(self, seconds: float = 0.0) -> None:
         """Lets time pass.
@@ -205,16 +216,17 @@ class Simulation:
         Raises:
             AssertionError: Something of it is left.
         """
-        self._following.cancel()
         self._heal()
+        self._events += self._watcher.events
         self._wait(self._daemon.stop(patience_s))
-        self._loop.advance(_STARTS_S)
+        self._loop.advance(_ENDS_S)
         waiting = Counter(call.kind for call in self._clients.running)
         assert not waiting, f"calls that outlive the daemon: {waiting}"
         assert not self._clients.problems, self._clients.problems
         tasks = [str(task.get_coro()) for task in asyncio.all_tasks(self._loop)]
         assert not tasks, f"tasks that outlive the daemon: {tasks}"
         assert not self._daemon.launcher.alive, "workers outlive the daemon"
+        assert not self._daemon.store.pins.all(), "snapshots are in use without a daemon"
 
     def _wait(self, work: Coroutine[Any, Any, object]) -> None:
         task = self._loop.create_task(work)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
+from loaderd.server.errors import DrainingError
 from loaderd.server.models.events import ModelEvent, Subscription
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.lifecycle import TRANSITIONS, ChangeReason, ModelState
@@ -90,8 +92,8 @@ class Watcher:
         self._failed: set[str] = set()
 
     async def follow(self) -> None:
-        """Reads all events until the daemon drains or it is cancelled."""
-        with self._daemon.registry.events.subscribe() as events:
+        """Reads all events until the daemon drains."""
+        with self._daemon.registry.events.subscribe() as events, suppress(DrainingError):
             await self._read(events)
 
     async def _read(self, events: Subscription) -> None:
@@ -182,17 +184,20 @@ class Watcher:
             missing={card.id: self._missing(card) for card in cards},
             reserved=[holder for card in cards for holder in book.holders(card.id)],
             workers=len(daemon.launcher.alive),
-            tasks=Counter(
-                str(task.get_coro().__qualname__) for task in asyncio.all_tasks(self._loop)
-            ),
+            tasks=Counter(_work_of(task) for task in asyncio.all_tasks(self._loop)),
             pins=dict(daemon.store.pins.all()),
             leases=len(daemon.registry.leases._leases),
             flights=len(daemon.loads._flights.flights),
             expected=len(daemon.launcher.expected),
-            health=sum(map(is_model_id, daemon.health.servicer._server_status)),
+            health=sum(map(is_model_id, daemon.health.servicer._server_status)),  # type: ignore[attr-defined]
         )
 
     def _missing(self, card: Card) -> int:
         book, hardware = self._daemon.book, self._daemon.hardware
         missing = min(hardware.free(card.id), card.total_bytes) - book.available(card.id)
         return max(missing - book.untold(hardware.pool(card.id)), 0)
+
+
+def _work_of(task: asyncio.Task[object]) -> str:
+    """The name of what a task does."""
+    return str(getattr(task.get_coro(), "__qualname__", task))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
@@ -14,7 +15,7 @@ from tests.unit.server.box import Box
 
 
 @pytest.fixture
-async def stub(box: Box) -> AsyncIterator[health_pb2_grpc.HealthStub]:
+async def stub(box: Box) -> AsyncIterator[Any]:
     health = Health(box.registry, ())
     server = grpc.aio.server()
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
@@ -27,9 +28,7 @@ async def stub(box: Box) -> AsyncIterator[health_pb2_grpc.HealthStub]:
     await server.stop(0)
 
 
-async def test_an_id_is_forgotten_with_its_model_and_a_name_is_not(
-    box: Box, stub: health_pb2_grpc.HealthStub
-) -> None:
+async def test_an_id_is_forgotten_with_its_model_and_a_name_is_not(box: Box, stub: Any) -> None:
     model = await box.load()
     watch = stub.Watch(health_pb2.HealthCheckRequest(service=model.id), timeout=30)
     async for response in watch:
@@ -46,9 +45,7 @@ async def test_an_id_is_forgotten_with_its_model_and_a_name_is_not(
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_the_id_of_a_model_that_may_come_back_is_kept(
-    box: Box, stub: health_pb2_grpc.HealthStub
-) -> None:
+async def test_the_id_of_a_model_that_may_come_back_is_kept(box: Box, stub: Any) -> None:
     model = await box.load()
     watch = stub.Watch(health_pb2.HealthCheckRequest(service=model.id), timeout=30)
     async for response in watch:
@@ -60,7 +57,7 @@ async def test_the_id_of_a_model_that_may_come_back_is_kept(
     assert await status(stub, model.id) == NOT_SERVING
 
 
-async def status(stub: health_pb2_grpc.HealthStub, service: str) -> int:
+async def status(stub: Any, service: str) -> int:
     request = health_pb2.HealthCheckRequest(service=service)
     response: health_pb2.HealthCheckResponse = await stub.Check(request, timeout=30)
     return response.status

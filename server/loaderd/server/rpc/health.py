@@ -63,4 +63,4 @@ class _Servicer(aio.HealthServicer):
     async def forget(self, service: str) -> None:
         """Knows a service no more; who watches it is told so."""
         await self.set(service, SERVICE_UNKNOWN)
-        self._server_status.pop(service, None)
+        self._server_status.pop(service, None)  # type: ignore[attr-defined]  # no other way
