@@ -59,8 +59,7 @@ class Simulation:
         self._stack.callback(logging.disable, logging.NOTSET)
         self._stack.enter_context(self._daemon.disguised(self._clock))
         self._start()
-        self._clients.load(NAMES[0])  # so that the daemon has all that it ever has
-        self.step(LOAD_TIMEOUT_S)
+        self._load_one()  # so that the daemon has all that it ever has
         self._before = self._rest_without_models()
         assert self._before.workers == self._daemon.standby, "workers after a load"
         self.ended.clear()
@@ -177,8 +176,11 @@ class Simulation:
         rest = self._rest_without_models()
         assert rest == self._before, f"{rest} and not {self._before}"
 
-    def _rest_without_models(self) -> Rest:
-        """Unloads everything; what there is then."""
+    def _load_one(self) -> None:
+        self._clients.load(NAMES[0])
+        self.step(LOAD_TIMEOUT_S)
+
+    def _unload_all(self) -> None:
         for _ in range(_MOST_UNLOADS):
             views = self._daemon.registry.views()
             if not views:
@@ -186,7 +188,14 @@ class Simulation:
             for view in views:
                 self._clients.unload(view.id, force=True)
             self.step(_STARTS_S)
+
+    def _rest_without_models(self) -> Rest:
+        """Unloads everything; what there is then."""
+        self._unload_all()
         self._wait(self._daemon.planner.devices())
+        if self._daemon.standby == 0 and self.workers:
+            self._load_one()  # the worker that has looked at the devices is that of the next load
+            self._unload_all()
         self.step(_STARTS_S)
         return self._watcher.rest()
 
