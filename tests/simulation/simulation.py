@@ -25,8 +25,8 @@ _STARTS_S = 30.0
 _ENDS_S = 60.0
 _SETTLES_S = LONGEST_GRACE_S + 20 * LOAD_TIMEOUT_S
 """Loads may wait for each other, for restarts and for a grace."""
-_MOST_UNLOADS = 20
-"""Rounds of unloading everything, after which nothing may have come back."""
+_MOST_ROUNDS = 20
+"""Of unloading or ending everything, after which nothing may have come back."""
 
 
 class Simulation:
@@ -58,10 +58,14 @@ class Simulation:
         logging.disable(logging.CRITICAL)
         self._stack.callback(logging.disable, logging.NOTSET)
         self._stack.enter_context(self._daemon.disguised(self._clock))
-        self._start()
-        self._load_one()  # so that the daemon has all that it ever has
-        self._before = self._rest_without_models()
-        assert self._before.workers == self._daemon.standby, "workers after a load"
+        try:
+            self._start()
+            self._load_one()  # so that the daemon has all that it ever has
+            self._before = self._rest_without_models()
+            assert self._before.workers == self._daemon.standby, "workers after a load"
+        except BaseException:
+            self.close(comes_to_rest=False)
+            raise
         self.ended.clear()
         return self
 
@@ -84,9 +88,7 @@ class Simulation:
                 self.come_to_rest()
                 self._stop()
         finally:
-            for task in asyncio.all_tasks(self._loop):
-                task.cancel()
-            self._loop.advance()
+            self._abandon()
             self._loop.close()
             self._stack.close()
 
@@ -181,7 +183,7 @@ class Simulation:
         self.step(LOAD_TIMEOUT_S)
 
     def _unload_all(self) -> None:
-        for _ in range(_MOST_UNLOADS):
+        for _ in range(_MOST_ROUNDS):
             views = self._daemon.registry.views()
             if not views:
                 break
@@ -201,6 +203,13 @@ class Simulation:
 
     def _trouble(self) -> None:
         self._clients.trouble()
+
+    def _abandon(self) -> None:
+        """Ends whatever is left, which may start something else when it ends."""
+        for _ in range(_MOST_ROUNDS):
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
+            self._loop.advance(_ENDS_S)
 
     def _heal(self) -> None:
         self._daemon.launcher.fate = Fate.WELL
