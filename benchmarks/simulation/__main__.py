@@ -59,10 +59,9 @@ def simulate(events: int, seed: int, each: int = _EACH) -> Report:
     """
     report, began = Report(), time.perf_counter()
     kinds = itertools.cycle(itertools.product(OnDemand, (1, 0, 2), INVENTORIES))
-    for number, (on_demand, standby, inventory) in enumerate(kinds, seed):
-        count = min(each, events - report.happened)
-        if count <= 0:
-            break
+    for begun in range(0, events, each):
+        on_demand, standby, inventory = next(kinds)
+        number, count = seed + report.boxes, min(each, events - begun)
         report.boxes += 1
         try:
             with Simulation(inventory, number, standby, on_demand) as box:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.simulation.__main__ import simulate
 from loaderd.server.models.idle import IdleModels
 from loaderd.server.models.leases import Lease, Leases
 from loaderd.server.models.lifecycle import ModelState
@@ -61,3 +62,17 @@ def test_a_defect_is_found(
                 accidents = Accidents(box, seed)
                 for _ in range(200):
                     accidents.happen()
+
+
+def test_a_long_run_tells_of_each_box_in_which_something_was_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sound = simulate(events=50, seed=1, each=20)
+    assert (sound.boxes, sound.happened, sound.problems) == (3, 50, [])
+    assert sound.ended
+    monkeypatch.setattr(Claim, "release", nothing)
+    broken = simulate(events=40, seed=1, each=20)
+    assert [problem.partition(",")[0] for problem in broken.problems] == [
+        "seed 1 (8 x 80 GB",
+        "seed 2 (mixed cards",
+    ]
