@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Coroutine
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
+from loaderd.server.access.caller import OWNER
 from loaderd.server.errors import LoaderdError
+from loaderd.server.rpc.access import _caller
 from loaderd.v1 import generation_pb2, model_pb2
 from tests.simulation.daemon import SimulatedDaemon
 from tests.simulation.loop import Clock
@@ -153,7 +156,10 @@ class Clients:
             call.in_trouble = True
 
     def _begin(self, kind: str, work: Coroutine[Any, Any, None]) -> None:
-        call = Call(kind, self._loop.create_task(work), in_trouble=self.in_trouble)
+        context = copy_context()
+        context.run(_caller.set, OWNER)
+        task = self._loop.create_task(work, context=context)
+        call = Call(kind, task, in_trouble=self.in_trouble)
         self.running.append(call)
         call.task.add_done_callback(lambda _: self._ended(call))
 

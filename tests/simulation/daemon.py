@@ -12,6 +12,7 @@ from random import Random
 from typing import cast
 from unittest.mock import patch
 
+from loaderd.server.access.quotas import Quotas
 from loaderd.server.models import planner
 from loaderd.server.models.idle import IdleModels, IdleUnloader
 from loaderd.server.models.loads import Loads, OnDemand
@@ -75,7 +76,7 @@ class SimulatedDaemon:
         self.restarts = Restarts(self.loads)
         self.registry.on_death = self.restarts.begin
         self.models = ModelService(self.registry, self.loads, self.planner)
-        self.generation = GenerationService(self.registry, self.loads)
+        self.generation = GenerationService(self.registry, self.loads, Quotas(time.monotonic))
         self.health = Health(self.registry, ())
         await self.supervisor.start()
         self._background = [
