@@ -25,6 +25,7 @@ from loaderd.server.rpc.health import Health
 from loaderd.server.rpc.model_service import ModelService
 from loaderd.server.store.store import ModelStore
 from loaderd.server.supervisor import supervisor, worker
+from loaderd.server.supervisor.offload_folders import OffloadFolders
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import Worker, WorkerLimits
 from tests.simulation.hardware import Card, Hardware
@@ -71,7 +72,8 @@ class SimulatedDaemon:
         with patch.object(supervisor, "LinkServer", partial(SimulatedLinks, self.launcher)):
             self.supervisor = Supervisor(Path("/run/loaderd"), self.launcher, limits)
         self.registry = ModelRegistry(MAX_REQUESTS, KEEP_ALIVE_S)
-        self.planner = Planner(store, self.supervisor, IdleModels(self.registry))
+        disk = OffloadFolders(Path("/run/loaderd/disk"))  # no load asks for it
+        self.planner = Planner(store, self.supervisor, IdleModels(self.registry), disk)
         self.loads = Loads(self.registry, store, self.supervisor, self.planner, self._on_demand)
         self.restarts = Restarts(self.loads)
         self.registry.on_death = self.restarts.begin

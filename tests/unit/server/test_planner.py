@@ -429,10 +429,10 @@ async def test_a_load_does_not_wait_for_a_model_whose_memory_would_not_help(box:
         await until(lambda: first.state is ModelState.UNLOADING)
         device_map = "cuda:1" if (await box.held())["cuda:1"] == ["b"] else "cuda:0"
         async with asyncio.timeout(20):
-            third = await box.load("c", LoadOptions(device_map=device_map))
+            third = await box.load("c", LoadOptions(where=Where(device_map)))
         assert (second.state, third.state) == (ModelState.UNLOADED, ModelState.READY)
         box.registry.keep(third, PINNED)
         with pytest.raises(DeviceMemoryError):
-            await box.load("b", LoadOptions(device_map=device_map))
+            await box.load("b", LoadOptions(where=Where(device_map)))
         assert first.state is ModelState.UNLOADING
     await unload
