@@ -40,6 +40,55 @@ async def test_load_gives_a_ready_model(client: AsyncClient, backend: Backend) -
     assert model.details.has_chat_template
 
 
+async def test_options_that_are_left_out_stay_unset(model: AsyncModel) -> None:
+    assert model.info.options.dtype is None
+    assert model.info.options.device_map is None
+    assert model.info.options.quantization is None
+    assert model.details is not None
+    assert model.details.quantization is None
+
+
+async def test_models_are_found_by_name_and_id(client: AsyncClient, model: AsyncModel) -> None:
+    assert (await client.model(model.name)).id == model.id
+    assert (await client.model(model.id)).name == model.name
+    assert [listed.id for listed in await client.models()] == [model.id]
+
+
+async def test_the_same_load_again_gives_the_same_model(
+    client: AsyncClient, backend: Backend, model: AsyncModel
+) -> None:
+    again = await client.load(backend.model)
+
+    assert again.id == model.id
+    assert len(await client.models()) == 1
+
+
+async def test_other_options_are_another_model(
+    client: AsyncClient, backend: Backend, model: AsyncModel
+) -> None:
+    second = await client.load(backend.model, dtype="float32", device_map="cpu")
+
+    assert second.id != model.id
+    with pytest.raises(errors.InvalidArgumentError) as caught:  # which of the two?
+        await client.unload(backend.model)
+    assert caught.value.field == "model"
+
+
+async def test_unload_gives_memory_back_and_forgets_the_model(
+    client: AsyncClient, model: AsyncModel
+) -> None:
+    result = await model.unload()
+
+    assert result.freed_bytes > 0
+    assert result.model.state is ModelState.UNLOADED
+    assert model.state is ModelState.UNLOADED
+    assert await client.models() == []
+    with pytest.raises(errors.ModelNotLoadedError) as caught:
+        await model.unload()
+    assert caught.value.code is StatusCode.FAILED_PRECONDITION
+    assert caught.value.model
+
+
 async def test_load_reports_progress_in_order(client: AsyncClient, backend: Backend) -> None:
     seen: list[LoadProgress] = []
 
@@ -79,16 +128,6 @@ async def test_a_load_of_what_must_be_fetched_downloads_it(
     assert downloads
     assert [d.downloaded_bytes for d in downloads] == sorted(d.downloaded_bytes for d in downloads)
     assert any(snapshot.repo_id == backend.uncached for snapshot in await client.cache.snapshots())
-
-
-async def test_the_same_load_again_gives_the_same_model(
-    client: AsyncClient, backend: Backend
-) -> None:
-    first = await client.load(backend.model)
-    second = await client.load(backend.model)
-
-    assert first.id == second.id
-    assert len(await client.models()) == 1
 
 
 async def test_concurrent_loads_share_one_and_survive_each_other(
@@ -142,24 +181,6 @@ async def test_an_explicit_dtype_is_obeyed(
     assert model.details.dtype is Dtype.FLOAT32
     assert model.info.options.dtype is Dtype.FLOAT32
     assert model.info.options.device_map == "cpu"
-
-
-async def test_options_that_are_left_out_stay_unset(model: AsyncModel) -> None:
-    assert model.info.options.dtype is None
-    assert model.info.options.device_map is None
-    assert model.info.options.quantization is None
-    assert model.details is not None
-    assert model.details.quantization is None
-
-
-async def test_other_options_are_another_model(client: AsyncClient, backend: Backend) -> None:
-    first = await client.load(backend.model)
-    second = await client.load(backend.model, dtype="float32", device_map="cpu")
-
-    assert first.id != second.id
-    with pytest.raises(errors.InvalidArgumentError) as caught:  # which of the two?
-        await client.unload(backend.model)
-    assert caught.value.field == "model"
 
 
 async def test_a_missing_model_is_not_found(client: AsyncClient, backend: Backend) -> None:
@@ -236,27 +257,6 @@ async def test_what_is_allowed_and_not_needed_changes_nothing(
     assert model.details is not None
     assert model.details.offloaded_bytes == 0
     assert len(model.details.device_map) == 1
-
-
-async def test_models_are_found_by_name_and_id(client: AsyncClient, model: AsyncModel) -> None:
-    assert (await client.model(model.name)).id == model.id
-    assert (await client.model(model.id)).name == model.name
-    assert [listed.id for listed in await client.models()] == [model.id]
-
-
-async def test_unload_gives_memory_back_and_forgets_the_model(
-    client: AsyncClient, model: AsyncModel
-) -> None:
-    result = await model.unload()
-
-    assert result.freed_bytes > 0
-    assert result.model.state is ModelState.UNLOADED
-    assert model.state is ModelState.UNLOADED
-    assert await client.models() == []
-    with pytest.raises(errors.ModelNotLoadedError) as caught:
-        await model.unload()
-    assert caught.value.code is StatusCode.FAILED_PRECONDITION
-    assert caught.value.model
 
 
 async def test_unload_by_name(client: AsyncClient, model: AsyncModel) -> None:

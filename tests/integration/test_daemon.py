@@ -90,7 +90,7 @@ def test_a_unix_socket_serves_and_survives_a_daemon_that_was_killed(
 
 
 def test_sigterm_lets_a_running_stream_finish(spawn: Spawn, real_model: Path) -> None:
-    daemon = spawn("--allow-local", str(real_model.parent))
+    daemon = spawn("--allow-local", str(real_model.parent), "--standby", "0")
     with Client(daemon.address) as client:
         model = client.load(str(real_model))
         with model.stream("One, two,", max_new_tokens=60, ignore_eos=True) as stream:
@@ -105,7 +105,8 @@ def test_sigterm_lets_a_running_stream_finish(spawn: Spawn, real_model: Path) ->
 
 
 def test_a_stream_that_outlasts_the_drain_time_is_cut(spawn: Spawn, real_model: Path) -> None:
-    daemon = spawn("--allow-local", str(real_model.parent), "--drain-timeout", "0.5")
+    roots = ("--allow-local", str(real_model.parent))
+    daemon = spawn(*roots, "--standby", "0", "--drain-timeout", "0.5")
     with Client(daemon.address) as client:
         model = client.load(str(real_model))
         workers = daemon.workers()
@@ -141,7 +142,7 @@ def test_a_watch_does_not_hold_the_daemon(spawn: Spawn) -> None:
 
 
 def test_a_second_signal_ends_it_at_once(spawn: Spawn, real_model: Path) -> None:
-    daemon = spawn("--allow-local", str(real_model.parent))
+    daemon = spawn("--allow-local", str(real_model.parent), "--standby", "0")
     with Client(daemon.address) as client:
         model = client.load(str(real_model))
         workers = daemon.workers()

@@ -98,6 +98,7 @@ EXPORTS = {
     "HealthStatus",
     "ModelSource",
     "ModelState",
+    "ModelStatistics",
     "Offload",
     "OffloadName",
     "ProblemKind",

@@ -56,6 +56,7 @@ from loaderd.client.types.model import (
     ModelFailure,
     ModelInfo,
     ModelList,
+    ModelStatistics,
     UnloadResult,
     WatchUpdate,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "ModelList",
     "ModelSource",
     "ModelState",
+    "ModelStatistics",
     "Offload",
     "OffloadName",
     "PlannedDevice",

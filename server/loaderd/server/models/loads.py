@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -283,9 +283,14 @@ class Loads:
                 record.pin = await self._store.hold(files, record.id)
             publish(_progress(record, None))
             if isinstance(files, CachedSnapshot):
-                await self._store.prove(files, lambda update: publish(_proving(record, update)))
+                with record.timing("verify"):
+                    await self._store.prove(files, lambda update: publish(_proving(record, update)))
                 publish(_progress(record, None))
-            async with self._planner.claim(record.id, name, files, options) as claim:
+            async with AsyncExitStack() as stack:
+                with record.timing("placement"):
+                    claim = await stack.enter_async_context(
+                        self._planner.claim(record.id, name, files, options)
+                    )
                 load = claim.load(options)
                 load.path, load.model = str(files.path), str(name)
                 load.allow_pickle = self._store.allows_pickle(name)

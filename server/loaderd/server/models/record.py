@@ -7,6 +7,8 @@ import math
 import re
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum
@@ -75,8 +77,11 @@ class LoadTimings:
 
     resolve: float | None
     download: float | None
+    verify: float | None
+    placement: float | None
     worker: float | None
     weights: float | None
+    engine: float | None
     total: float | None
 
 
@@ -103,6 +108,7 @@ class ModelView:
     active_leases: int
     expires: float | None
     last_used: float | None
+    statistics: model_pb2.ModelStatistics | None
 
 
 class ModelRecord:
@@ -147,8 +153,7 @@ class ModelRecord:
         self.active_requests = 0
         self.quiet = asyncio.Event()
         self.quiet.set()
-        self.worker_wait_s: float | None = None
-        self.weights_s: float | None = None
+        self._steps: dict[str, float] = {}
         self.created_at = datetime.now(UTC)
         self.ready_at: datetime | None = None
         self.gone = asyncio.Event()
@@ -206,7 +211,8 @@ class ModelRecord:
         return entered[ModelState.FAILED] + min(max(took, _SHORTEST_REST_S), _LONGEST_REST_S)
 
     def found(self, files: LocalFolder | CachedSnapshot) -> None:
-        """Notes which files it is."""
+        """Notes which files it is, as the first thing of its load."""
+        self._steps.clear()
         self.identity = identity_of(files)
         if isinstance(files, CachedSnapshot):
             self.commit = files.commit
@@ -218,8 +224,19 @@ class ModelRecord:
         """Notes what the worker found, and how long it took."""
         self.details = model.loaded.details
         self.details.worker_pid = model.worker.pid
-        self.worker_wait_s = model.wait_s
-        self.weights_s = model.loaded.weights.ToTimedelta().total_seconds()
+        weights_s = model.loaded.weights.ToTimedelta().total_seconds()
+        self._steps["worker"] = model.wait_s
+        self._steps["weights"] = weights_s
+        self._steps["engine"] = max(model.load_s - weights_s, 0.0)
+
+    @contextmanager
+    def timing(self, step: str) -> Iterator[None]:
+        """Notes how long a step of its load takes, by the name that it has in `LoadTimings`."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._steps[step] = time.monotonic() - begun
 
     def count(self, change: int) -> None:
         """Notes that a request begins, 1, or ends, -1."""
@@ -274,8 +291,11 @@ class ModelRecord:
             timings=LoadTimings(
                 resolve=ran(ModelState.RESOLVING, ModelState.DOWNLOADING, ModelState.LOADING),
                 download=ran(ModelState.DOWNLOADING, ModelState.LOADING),
-                worker=self.worker_wait_s,
-                weights=self.weights_s,
+                verify=self._steps.get("verify"),
+                placement=self._steps.get("placement"),
+                worker=self._steps.get("worker"),
+                weights=self._steps.get("weights"),
+                engine=self._steps.get("engine"),
                 total=ran(ModelState.RESOLVING, ModelState.READY),
             ),
             failure=self.failure,
@@ -284,6 +304,7 @@ class ModelRecord:
             active_leases=active_leases,
             expires=expires,
             last_used=self.keep_alive.last_used,
+            statistics=None if self.worker is None else self.worker.link.engine.read(),
         )
 
 

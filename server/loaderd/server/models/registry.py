@@ -303,6 +303,11 @@ class ModelRegistry:
         return self.view(record), record.freed_bytes
 
     @property
+    def active_requests(self) -> int:
+        """Requests on models that run or wait."""
+        return self._active_requests
+
+    @property
     def draining(self) -> bool:
         """Whether new work is refused because the daemon is shutting down."""
         return self._draining
@@ -426,7 +431,13 @@ class ModelRegistry:
             self._idle.set()
 
     def _publish(self, record: ModelRecord, previous: ModelState | None) -> None:
-        self.events.publish(datetime.now(UTC), previous, self.view(record), record.change_reason)
+        self.events.publish(
+            datetime.now(UTC),
+            previous,
+            self.view(record),
+            record.change_reason,
+            record.lifecycle.previous_s,
+        )
         self.changed.set()
 
     def _spawn(self, work: Coroutine[None, None, R]) -> asyncio.Task[R]:

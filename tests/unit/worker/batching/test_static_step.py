@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loaderd.server.worker.engine.batching import build as building
 from loaderd.server.worker.engine.batching import static_step
-from loaderd.server.worker.engine.batching.attention import seen_mask
+from loaderd.server.worker.engine.batching.attention_kernels import seen_mask
 from loaderd.server.worker.engine.batching.build import EngineSettings
 from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import FlatForward, Forward, ModuleForward
@@ -135,7 +135,7 @@ def test_flat_models_have_them_too(architecture: str) -> None:
     findings.check_static(model, flat, Recording())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.dictionaries(st.integers(0, SLOTS - 1), st.integers(1, TOKENS - 8), min_size=1), st.data()
 )
