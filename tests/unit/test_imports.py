@@ -65,6 +65,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "loaderd.server.addresses",
         "loaderd.server.models",
     },
+    "loaderd.server.http": _BASE
+    | _LOWER
+    | {"loaderd.server.addresses", "loaderd.server.models", "loaderd.server.rpc"},
     "loaderd.server.systemd": set(),
     "loaderd.server.from_config": _BASE
     | _LOWER
@@ -82,6 +85,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {
         "loaderd.server.access",
         "loaderd.server.from_config",
+        "loaderd.server.http",
         "loaderd.server.models",
         "loaderd.server.reload",
         "loaderd.server.rpc",
@@ -274,6 +278,9 @@ def test_the_client_side_needs_little(source: Source, part: str) -> None:
     ("module", "absent"),
     [
         ("loaderd.server.daemon", {"torch", "transformers", "accelerate", "loaderd.server.worker"}),
+        # An extra: only --http brings it.
+        ("loaderd.server.daemon", {"starlette", "uvicorn", "prometheus_client"}),
+        ("loaderd.server.http.service", {"torch", "transformers", "accelerate"}),
         ("loaderd.client", {"torch", "transformers", "typer", "rich", "loaderd.server"}),
         ("loaderd.cli.main", {"torch", "transformers", "loaderd.server"}),
     ],

@@ -31,6 +31,8 @@ _SERVER_PACKAGES = (
     "transformers",
 )
 
+_HTTP_PACKAGES = ("prometheus_client", "starlette", "uvicorn")
+
 # By setting, what each of its values is.
 _REPEATABLE = {
     "allow_local": "DIR",
@@ -40,6 +42,7 @@ _REPEATABLE = {
     "listen": "ADDRESS",
     "preload": "MODEL",
 }
+_VALUES = {"http": "HOST:PORT"}
 _FILE_ONLY = {"models"}
 
 _EPILOG = """\
@@ -58,13 +61,8 @@ address is taken or cannot be bound; 128 + n ended at once by a second signal n.
 
 def main() -> None:
     """Entry point of the command `loaderd`."""
-    missing = [name for name in _SERVER_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        _fail(
-            EXIT_USAGE,
-            f"the daemon needs packages that are not installed ({', '.join(missing)}): "
-            "pip install 'loaderd[server]'",
-        )
+    if problem := _missing(_SERVER_PACKAGES, "the daemon", "server"):
+        _fail(EXIT_USAGE, problem)
     # gRPC's core would write to standard error what the daemon tells in its own words.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from loaderd.server.config import ConfigError, load_config
@@ -76,9 +74,12 @@ def main() -> None:
         if arguments[:1] == ["config"]:
             from loaderd.server.config_command import run
 
-            sys.exit(run(arguments[1:], _add_settings))
+            sys.exit(run(arguments[1:], _add_settings, _http_problem))
         flags = vars(_parser().parse_args(arguments))
-        sys.exit(_run(load_config(flags), lambda: load_config(flags)))
+        config = load_config(flags)
+        if problem := _http_problem(config):
+            _fail(EXIT_USAGE, problem)
+        sys.exit(_run(config, lambda: load_config(flags)))
     except ConfigError as error:
         _fail(EXIT_USAGE, str(error))
 
@@ -106,7 +107,7 @@ def _run(config: ServerConfig, reread: Callable[[], ServerConfig]) -> int:
         level=config.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    for library in ("asyncio", "grpc", "httpx2", "filelock"):
+    for library in ("asyncio", "grpc", "httpx2", "filelock", "uvicorn"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         asyncio.run(Daemon(config, reread, Systemd(os.environ)).run())
@@ -147,7 +148,24 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         elif name in _REPEATABLE:
             parser.add_argument(flag, action="append", metavar=_REPEATABLE[name], help=text)
         else:
-            parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=text)
+            metavar = _VALUES.get(name, name.rpartition("_")[2].upper())
+            parser.add_argument(flag, metavar=metavar, help=text)
+
+
+def _http_problem(config: ServerConfig) -> str:
+    """What is missing for the settings of HTTP, or nothing."""
+    return "" if config.http is None else _missing(_HTTP_PACKAGES, "--http", "http")
+
+
+def _missing(packages: Sequence[str], whose: str, extra: str) -> str:
+    """That packages are not there, or nothing."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if not missing:
+        return ""
+    return (
+        f"{whose} needs packages that are not installed ({', '.join(missing)}): "
+        f"pip install 'loaderd[{extra}]'"
+    )
 
 
 def _fail(code: int, message: str) -> None:

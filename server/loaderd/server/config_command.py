@@ -22,12 +22,17 @@ _MASK = "********"
 Row = tuple[str, Any, Origin]
 
 
-def run(arguments: Sequence[str], add_settings: Callable[[argparse.ArgumentParser], None]) -> int:
+def run(
+    arguments: Sequence[str],
+    add_settings: Callable[[argparse.ArgumentParser], None],
+    missing: Callable[[ServerConfig], str],
+) -> int:
     """Runs the command.
 
     Args:
         arguments: What follows `loaderd config`.
         add_settings: Adds the options of the daemon to a parser.
+        missing: Says which packages settings need that are not installed; empty: none.
 
     Returns:
         The exit code.
@@ -38,6 +43,8 @@ def run(arguments: Sequence[str], add_settings: Callable[[argparse.ArgumentParse
     try:
         config = config_from(sources)
         problems = from_config.problems(config) if command == "check" else []
+        if command == "check" and (problem := missing(config)):
+            problems.append(problem)
         rows = _rows(config, sources) if command == "show" else []
     except ConfigError as error:
         problems = list(error.problems)
@@ -58,6 +65,7 @@ def _rows(config: ServerConfig, sources: Sources) -> list[Row]:
     """The settings in effect: what is left open stands as what it comes to."""
     values = config.model_dump(mode="json")
     values["listen"] = [str(address) for address in config.listen]
+    values["http"] = None if config.http is None else str(config.http)
     values["socket_mode"] = f"{config.socket_mode:04o}"
     values["cache_dir"] = str(config.cache_dir or default_cache_dir())
     values["offload_dir"] = str(config.offload_dir or default_offload_dir())

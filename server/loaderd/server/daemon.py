@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from loaderd.server import from_config
 from loaderd.server.config import ServerConfig
@@ -29,6 +30,9 @@ from loaderd.server.supervisor.runtime_folder import RuntimeFolder
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
 from loaderd.server.systemd import Systemd
+
+if TYPE_CHECKING:
+    from loaderd.server.http.service import HttpService
 
 __all__ = ["AddressError", "Daemon"]
 
@@ -88,7 +92,16 @@ class Daemon:
             registry.on_death = restarts.begin
             manifest = Manifest(models, registry, loads)
             access = from_config.access(config)
-            server = RpcServer(registry, loads, planner, store, supervisor, access=access)
+            http = self._http(registry, planner, store, supervisor)
+            server = RpcServer(
+                registry,
+                loads,
+                planner,
+                store,
+                supervisor,
+                access=access,
+                observer=None if http is None else http.metrics,
+            )
             addresses = stack.enter_context(
                 listening(
                     server,
@@ -97,6 +110,8 @@ class Daemon:
                     SocketAccess(config.socket_mode, config.socket_group),
                 )
             )
+            if http is not None:
+                addresses = [http.url, *addresses]
             parts = Parts(access, loads, manifest, registry, store)
             reloader = Reloader(config, self._reread, parts, self._systemd)
             self._catch_signals(supervisor, reloader)
@@ -104,6 +119,8 @@ class Daemon:
             await store.start()
             await supervisor.start()
             await server.start()
+            if http is not None:
+                http.start(server.local)
             background = [
                 asyncio.create_task(work)
                 for work in (
@@ -120,8 +137,7 @@ class Daemon:
                 await self._stop.wait()
                 logger.info("draining")
                 self._systemd.stopping()
-                patience_s = reloader.config.drain_timeout
-                await asyncio.gather(registry.drain(patience_s), store.close())
+                await asyncio.gather(registry.drain(reloader.config.drain_timeout), store.close())
                 await asyncio.wait([health], timeout=_LAST_MESSAGES_S)
             finally:
                 for task in (health, *background):
@@ -129,8 +145,30 @@ class Daemon:
                 await restarts.close()
                 await store.close()
                 await registry.close()
+                if http is not None:
+                    await http.stop(_LAST_MESSAGES_S)
                 await server.stop(_LAST_MESSAGES_S)
                 await supervisor.close()
+
+    def _http(
+        self, registry: ModelRegistry, planner: Planner, store: ModelStore, supervisor: Supervisor
+    ) -> HttpService | None:
+        address = self._config.http
+        if address is None:
+            return None
+        from loaderd.server.http.listener import HttpListener
+        from loaderd.server.http.service import HttpService
+        from loaderd.server.http.tls import server_context
+
+        tls = from_config.tls(self._config)
+        try:
+            listener = HttpListener(address, None if tls is None else server_context(tls))
+        except OSError as error:
+            raise AddressError(
+                f"cannot listen on {address} for HTTP: {error.strerror}; choose another --http "
+                "(port 0: a free one)"
+            ) from error
+        return HttpService(listener, registry, planner, store, supervisor)
 
     def _catch_signals(self, supervisor: Supervisor, reloader: Reloader) -> None:
         loop = asyncio.get_running_loop()

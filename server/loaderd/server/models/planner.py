@@ -177,10 +177,11 @@ class Claim:
         if self._worker is None or self._worker.ended:
             self.release()
             return
-        heir = f"{self._id}:{self._worker.pid}"  # the model may be loaded again meanwhile
+        # The model may be loaded again meanwhile.
+        heir = f"{self._id}:{self._worker.pid}"
         self._book.hand_over(self._id, heir)
-        self._id = heir
-        self._worker.on_end(self.release)
+        self._worker.on_end(lambda: self._book.release(heir, time.monotonic()))
+        self._disk.remove(self._id)
 
     def release(self) -> None:
         """Gives it back."""
