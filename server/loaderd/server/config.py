@@ -397,7 +397,9 @@ def config_from(sources: Sources) -> ServerConfig:
             _describe(sources, item["loc"], item["type"], item["msg"]) for item in error.errors()
         )
         raise ConfigError(*problems) from error
-    except (SettingsError, OSError) as error:
+    except SettingsError as error:
+        raise ConfigError(*problems, f"{error}: as a variable it must be JSON") from error
+    except OSError as error:
         raise ConfigError(*problems, f"config: {error}") from error
     if problems:
         raise ConfigError(*problems)

@@ -93,6 +93,16 @@ def test_all_problems_are_told_with_where_they_are_from(
         assert all(each in line for each in says)
 
 
+def test_models_in_a_variable(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOADERD_MODELS", '[{"name": "org/name"}]')
+    assert config("check").code == 0
+    monkeypatch.setenv("LOADERD_MODELS", "org/name")
+    done = config("check")
+    assert done.code == 2
+    assert '"models"' in done.stderr
+    assert "must be JSON" in done.stderr
+
+
 def test_files_that_settings_name_are_read(config: Config, tmp_path: Path) -> None:
     (tmp_path / "clients.toml").write_text("[[clients]]\nname = 3\n")
     (tmp_path / "no.pem").write_text("no")
