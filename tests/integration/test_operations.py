@@ -107,6 +107,8 @@ def test_a_daemon_tells_its_manager_and_reads_its_settings_again(
 
         done = reload(quiet + 'hub_token_file = "/no/such/file"\n')
         assert "hub_token_file: cannot read /no/such/file" in done
+        done = reload(quiet + 'tls_cert = "/no/such/cert"\ntls_key = "/no/such/key"\n')
+        assert "tls_cert, tls_key: " in done
         with pytest.raises(errors.UnauthenticatedError):
             client.info()
 

@@ -116,6 +116,8 @@ class Reloader:
         """Says what came of it, in a line."""
         try:
             found = self._read()
+            if problems := from_config.problems(found):
+                raise ConfigError(*problems)
             config = self.config.changed_in(found, LIVE)
             self._parts.apply(config)
         except ConfigError as error:
