@@ -8,7 +8,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -91,7 +91,10 @@ class Daemon:
             restarts = Restarts(loads)
             registry.on_death = restarts.begin
             manifest = Manifest(models, registry, loads)
-            access = from_config.access(config)
+            audit = from_config.audit_log(config)
+            if audit is not None:
+                stack.enter_context(closing(audit))
+            access = from_config.access(config, audit)
             http = self._http(registry, planner, store, supervisor)
             server = RpcServer(
                 registry,
@@ -101,6 +104,7 @@ class Daemon:
                 supervisor,
                 access=access,
                 observer=None if http is None else http.metrics,
+                audit=audit,
             )
             addresses = stack.enter_context(
                 listening(
@@ -112,7 +116,7 @@ class Daemon:
             )
             if http is not None:
                 addresses = [http.url, *addresses]
-            parts = Parts(access, loads, manifest, registry, store)
+            parts = Parts(access, loads, manifest, registry, store, audit)
             reloader = Reloader(config, self._reread, parts, self._systemd)
             self._catch_signals(supervisor, reloader)
             health = asyncio.create_task(server.health.follow())

@@ -230,7 +230,7 @@ def test_failures_that_no_daemon_explained(
         def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:  # type: ignore[override] # grpc's stubs hide the pairs
             return () if details is None else (("grpc-status-details-bin", details),)
 
-    error = error_from_rpc(Bare(), CallContext("box:1", 3.0, None))
+    error = error_from_rpc(Bare(), CallContext("box:1", 3.0, "mine"))
 
     assert type(error) is kind
     assert error.code is code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from loaderd.server.logs.audit import AuditLog
 from loaderd.server.models.loads import Loads
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
@@ -65,11 +66,12 @@ class RpcServer:
         *,
         access: Access,
         observer: Observer | None = None,
+        audit: AuditLog | None = None,
     ) -> None:
         clients = Clients()
         counters = [] if observer is None else [CallCounter(observer)]
         self._server = grpc.aio.server(
-            options=_OPTIONS, interceptors=[*counters, CallInterceptor(access, clients)]
+            options=_OPTIONS, interceptors=[*counters, CallInterceptor(access, clients, audit)]
         )
         models = ModelService(registry, loads, planner)
         model_pb2_grpc.add_ModelServiceServicer_to_server(models, self._server)
