@@ -207,8 +207,10 @@ class StreamGenerateRequest(_message.Message):
     model: _builtins.str
     """The model, see GenerationService. Required."""
     request_id: _builtins.str
-    """The caller's name for this request, echoed in the answer and in logs; at
-    most 128 printable ASCII characters. Default: the daemon makes one.
+    """The caller's name for this call, echoed in the answer and in logs; 1 to 128
+    printable ASCII characters. It is the metadata x-request-id of other calls,
+    and may be given there instead, or as well if it is the same. Default: the
+    daemon makes one.
     """
     text: _builtins.str
     """A text, encoded by the model's tokenizer."""

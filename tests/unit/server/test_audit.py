@@ -18,6 +18,8 @@ import pytest
 from loaderd.server.access.clients import ClientsFile
 from loaderd.server.access.command import create_token
 from loaderd.server.access.quotas import Quotas
+from loaderd.server.config import ConfigError, load_config
+from loaderd.server.daemon import Daemon
 from loaderd.server.logs.audit import AuditLog
 from loaderd.server.rpc.access import Access
 from loaderd.v1 import model_pb2
@@ -99,6 +101,18 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, Path("/dev/null")):
         with pytest.raises(OSError, match=r"directory|not a regular file"):
             AuditLog(path)
+
+
+async def test_a_daemon_whose_audit_log_cannot_be_opened_does_not_start(tmp_path: Path) -> None:
+    config = load_config(
+        {
+            "port": 0,
+            "cache_dir": str(tmp_path / "cache"),
+            "audit_log": str(tmp_path / "none" / "audit.log"),
+        }
+    )
+    with pytest.raises(ConfigError, match=r"audit_log: .*audit\.log: No such file"):
+        await Daemon(config).run()
 
 
 async def test_actions_have_a_line_each_and_looking_has_none(tmp_path: Path) -> None:

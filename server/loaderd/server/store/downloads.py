@@ -22,6 +22,7 @@ from loaderd.server.errors import (
     InternalError,
     LoaderdError,
 )
+from loaderd.server.logs.call import bound
 from loaderd.server.logs.children import ChildLog
 from loaderd.server.store.hub_access import HubAccess
 from loaderd.server.store.hub_messages import (
@@ -183,7 +184,7 @@ class Downloads:
         async with self._turns[request.operation]:
             if self._closed:
                 raise DrainingError
-            log = ChildLog(model=request.repo_id)
+            log = ChildLog(model=request.repo_id, request_id=bound().get("request_id"))
             try:
                 child = await asyncio.create_subprocess_exec(
                     *_COMMAND,
