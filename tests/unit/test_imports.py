@@ -71,7 +71,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "loaderd.server.http": _BASE
     | _LOWER
-    | {"loaderd.server.addresses", "loaderd.server.models", "loaderd.server.rpc"},
+    | {
+        "loaderd.server.addresses",
+        "loaderd.server.logs",
+        "loaderd.server.models",
+        "loaderd.server.rpc",
+    },
     "loaderd.server.systemd": set(),
     "loaderd.server.from_config": _BASE
     | _LOWER

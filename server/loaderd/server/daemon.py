@@ -8,7 +8,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -91,9 +91,7 @@ class Daemon:
             restarts = Restarts(loads)
             registry.on_death = restarts.begin
             manifest = Manifest(models, registry, loads)
-            audit = from_config.audit_log(config)
-            if audit is not None:
-                stack.enter_context(closing(audit))
+            audit = stack.enter_context(from_config.audit_log(config))
             access = from_config.access(config, audit)
             http = self._http(registry, planner, store, supervisor)
             server = RpcServer(
@@ -116,8 +114,12 @@ class Daemon:
             )
             if http is not None:
                 addresses = [http.url, *addresses]
-            parts = Parts(access, loads, manifest, registry, store, audit)
-            reloader = Reloader(config, self._reread, parts, self._systemd)
+            reloader = Reloader(
+                config,
+                self._reread,
+                Parts(access, loads, manifest, registry, store, audit),
+                self._systemd,
+            )
             self._catch_signals(supervisor, reloader)
             health = asyncio.create_task(server.health.follow())
             await store.start()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from loaderd.server.access.clients import ClientsFile, ClientsFileError
@@ -48,18 +49,22 @@ def keep_alive_s(config: ServerConfig) -> float:
     return config.keep_alive if config.keep_alive >= 0 else PINNED
 
 
-def audit_log(config: ServerConfig) -> AuditLog | None:
-    """Where actions of administrators are told; None: nowhere.
+@contextmanager
+def audit_log(config: ServerConfig) -> Iterator[AuditLog | None]:
+    """Where actions of administrators are told; None: nowhere. Closed on leaving.
 
     Raises:
         ConfigError: The file cannot be opened.
     """
     if config.audit_log is None:
-        return None
+        yield None
+        return
     try:
-        return AuditLog(None if config.audit_log == Path("-") else config.audit_log)
+        audit = AuditLog(None if config.audit_log == Path("-") else config.audit_log)
     except OSError as error:
         raise ConfigError(f"audit_log: {config.audit_log}: {error.strerror}") from error
+    with closing(audit):
+        yield audit
 
 
 def access(config: ServerConfig, audit: AuditLog | None = None) -> Access:

@@ -12,10 +12,11 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2
 
 from loaderd.server.access.roles import Role, may_call
-from loaderd.server.errors import InvalidArgumentError
+from loaderd.server.errors import InvalidArgumentError, LoaderdError
 from loaderd.server.logs.audit import AuditLog
-from loaderd.server.logs.call import bind, new_request_id, request_id_problem
+from loaderd.server.logs.call import bind, current_request_id, request_id_problem
 from loaderd.server.rpc.access import caller_if_known
+from loaderd.server.rpc.status import status_of
 from loaderd.v1.generation_pb2 import GenerateRequest, StreamGenerateRequest
 
 logger = logging.getLogger(__name__)
@@ -50,20 +51,17 @@ class Call:
         self._context = context
         self._audit = audit if is_audited(method) else None
         self._started = time.monotonic()
-        self.request_id = new_request_id()
+        self.request_id = current_request_id()
         bind(request_id=self.request_id, method=method.removeprefix("/").replace("/", "."))
 
     def identify(self) -> None:
-        """Takes the id that the caller gave, and has the answer name it.
+        """Takes the id that the caller gave.
 
         Raises:
             InvalidArgumentError: It is no id, or there are two.
         """
-        try:
-            self.request_id = self._given_id() or self.request_id
-            bind(request_id=self.request_id)
-        finally:
-            self._context.set_trailing_metadata(((REQUEST_ID_HEADER, self.request_id),))
+        self.request_id = self._given_id() or self.request_id
+        bind(request_id=self.request_id)
 
     def tell(self, code: str, reason: str = "") -> None:
         """Tells the logs how it has ended.
@@ -121,6 +119,11 @@ class Call:
 def is_audited(method: str) -> bool:
     """Whether a call goes to the audit log: what users may not call, and what loads a model."""
     return method == _LOAD or not may_call(Role.USER, method)
+
+
+def code_of(error: LoaderdError) -> str:
+    """The name of the gRPC code with which an error ends a call."""
+    return code_name(status_of(error, "").code)
 
 
 def code_name(number: int) -> str:

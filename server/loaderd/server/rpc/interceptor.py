@@ -107,6 +107,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         try:
             with self._clients.calling(context.peer()):
                 call.identify()
+                context.set_trailing_metadata(((REQUEST_ID_HEADER, call.request_id),))
                 with self._access.admit(method, context, streams=streams):
                     yield
         except grpc.aio.AbortError:

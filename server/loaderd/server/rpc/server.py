@@ -90,7 +90,7 @@ class RpcServer:
                 (system_pb2, "SystemService", system),
             )
         }
-        self.local = LocalCalls(servicers, access, clients)
+        self.local = LocalCalls(servicers, access, clients, audit)
         services = list(servicers)
         self.health = Health(registry, services)
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
