@@ -48,7 +48,9 @@ class Call:
     ) -> None:
         self._method = method
         self._request = request
-        self._context = context
+        # Asked for now: of a call that has ended, gRPC's core crashes when it is asked.
+        self._peer = str(context.peer())
+        self._metadata: Any = context.invocation_metadata() or ()
         self._audit = audit if is_audited(method) else None
         self._started = time.monotonic()
         self.request_id = current_request_id()
@@ -72,7 +74,7 @@ class Call:
         """
         caller = caller_if_known()
         outcome: dict[str, object] = {
-            "peer": str(self._context.peer()),
+            "peer": self._peer,
             "code": code,
             "duration": round(time.monotonic() - self._started, 4),
         }
@@ -103,8 +105,7 @@ class Call:
 
     def _given_id(self) -> str | None:
         given = [("request_id", each) for each in _own_id(self._request)]
-        metadata: Any = self._context.invocation_metadata() or ()
-        for key, value in metadata:
+        for key, value in self._metadata:
             if key == REQUEST_ID_HEADER:
                 given.append((REQUEST_ID_HEADER, value))
         for field, request_id in given:
