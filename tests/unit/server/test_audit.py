@@ -22,6 +22,7 @@ from loaderd.server.config import ConfigError, load_config
 from loaderd.server.daemon import Daemon
 from loaderd.server.logs.audit import AuditLog
 from loaderd.server.rpc.access import Access
+from loaderd.server.systemd import Systemd
 from loaderd.v1 import model_pb2
 from tests.unit.server.box import open_box
 
@@ -112,7 +113,7 @@ async def test_a_daemon_whose_audit_log_cannot_be_opened_does_not_start(tmp_path
         }
     )
     with pytest.raises(ConfigError, match=r"audit_log: .*audit\.log: No such file"):
-        await Daemon(config).run()
+        await Daemon(config, lambda: config, Systemd({})).run()
 
 
 async def test_actions_have_a_line_each_and_looking_has_none(tmp_path: Path) -> None:
