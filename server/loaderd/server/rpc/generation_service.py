@@ -24,8 +24,6 @@ from loaderd.worker.v1 import worker_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_MAX_REQUEST_ID = 128
-
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Text from loaded models. The model's worker reads and checks the parameters."""
@@ -124,9 +122,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         if not request.HasField("request_id"):
             request.request_id = secrets.token_hex(8)
         name = request.request_id
-        if not (0 < len(name) <= _MAX_REQUEST_ID and name.isascii() and name.isprintable()):
-            problem = f"must be 1 to {_MAX_REQUEST_ID} printable ASCII characters"
-            raise InvalidArgumentError("request_id", problem)
+        if not (name.isascii() and name.isprintable()):
+            raise InvalidArgumentError("request_id", "must be printable ASCII characters")
         keep_alive = keep_alive_of(request)
         lease_id = request.lease_id if request.HasField("lease_id") else None
         if lease_id is not None:
