@@ -7,6 +7,7 @@ import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import Struct, Value
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
@@ -100,6 +101,10 @@ def long(count: int = 257) -> str:
     return "x" * count
 
 
+VARIABLES = Struct(fields={"x": Value(string_value=long(2**16))})
+MODULES = {str(number): "cpu" for number in range(10_001)}
+
+
 @pytest.mark.parametrize(
     ("request_", "problem"),
     [
@@ -158,7 +163,7 @@ def long(count: int = 257) -> str:
             "messages[1].role: must have at most 64 characters, not 65",
         ),
         (
-            StreamGenerateRequest(chat_template_kwargs={"x": long(2**16)}),
+            StreamGenerateRequest(chat_template_kwargs=VARIABLES),
             "chat_template_kwargs: at most 65536 bytes when encoded",
         ),
         (
@@ -166,7 +171,7 @@ def long(count: int = 257) -> str:
             "max_time: must be at most 24 hours",
         ),
         (
-            StreamGenerateRequest(max_time=Duration(seconds=1, nanos=-1)),
+            StreamGenerateRequest(max_time=Duration(seconds=2**62)),
             "max_time: is no valid time span",
         ),
         (
@@ -174,9 +179,7 @@ def long(count: int = 257) -> str:
             "token_ids: must have at most 1048576 entries, not 1048577",
         ),
         (
-            LoadModelRequest(
-                options=LoadOptions(module_map={str(n): "cpu" for n in range(10_001)})
-            ),
+            LoadModelRequest(options=LoadOptions(module_map=MODULES)),
             "options.module_map: must have at most 10000 entries, not 10001",
         ),
         (
