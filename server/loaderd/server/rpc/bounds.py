@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
@@ -27,8 +27,16 @@ MESSAGE_BYTES = 4 * 1024 * 1024
 class Bound(Protocol):
     """What one field may hold."""
 
-    def problem(self, value: Any) -> str | None:
-        """What is wrong with the field's value; None if nothing is."""
+    def check(self, path: str, value: Any) -> None:
+        """Refuses a value.
+
+        Args:
+            path: What the error calls the field.
+            value: What it holds.
+
+        Raises:
+            InvalidArgumentError: The value is out of bounds.
+        """
 
 
 @dataclass(frozen=True)
@@ -43,15 +51,23 @@ class Text:
     most: int
     least: int = 0
 
-    def problem(self, value: str) -> str | None:
-        """See `Bound`."""
-        if self.least <= len(value) <= self.most:
-            return None
-        return f"must have {_span(self.least, self.most)} characters, not {len(value)}"
+    def check(self, path: str, value: str, of: str = "") -> None:
+        """See `Bound`; `of` says of what in the field the value is."""
+        if not self.least <= len(value) <= self.most:
+            span = f"from {self.least} to {self.most}" if self.least else f"at most {self.most}"
+            self.refuse(path, f"{of}must have {span} characters, not {len(value)}")
+
+    def refuse(self, path: str, problem: str) -> None:
+        """Raises InvalidArgumentError."""
+        raise InvalidArgumentError(path, problem)
 
 
 class Name(Text):
     """A model's name, or a path."""
+
+    def refuse(self, path: str, problem: str) -> None:
+        """Raises InvalidNameError."""
+        raise InvalidNameError(path, problem)
 
 
 @dataclass(frozen=True)
@@ -66,11 +82,12 @@ class Entries:
     most: int
     each: Text | None = None
 
-    def problem(self, value: Sequence[Any]) -> str | None:
+    def check(self, path: str, value: Sequence[Any]) -> None:
         """See `Bound`."""
-        if len(value) > self.most:
-            return _too_many(value, self.most)
-        return None if self.each is None else _first_problem("each", self.each, value)
+        _check_number(path, value, self.most)
+        if self.each is not None:
+            for entry in value:
+                self.each.check(path, entry, "each ")
 
 
 @dataclass(frozen=True)
@@ -87,15 +104,14 @@ class Map:
     key: Text | None = None
     value: Text | None = None
 
-    def problem(self, value: Mapping[Any, Any]) -> str | None:
+    def check(self, path: str, value: Mapping[Any, Any]) -> None:
         """See `Bound`."""
-        if len(value) > self.most:
-            return _too_many(value, self.most)
-        if self.key is not None and (problem := _first_problem("each key", self.key, list(value))):
-            return problem
-        if self.value is not None:
-            return _first_problem("each value", self.value, list(value.values()))
-        return None
+        _check_number(path, value, self.most)
+        for key, held in value.items():
+            if self.key is not None:
+                self.key.check(path, key, "each key ")
+            if self.value is not None:
+                self.value.check(path, held, "each value ")
 
 
 @dataclass(frozen=True)
@@ -108,9 +124,10 @@ class Encoded:
 
     most: int
 
-    def problem(self, value: Message) -> str | None:
+    def check(self, path: str, value: Message) -> None:
         """See `Bound`."""
-        return None if value.ByteSize() <= self.most else f"at most {self.most} bytes when encoded"
+        if value.ByteSize() > self.most:
+            raise InvalidArgumentError(path, f"at most {self.most} bytes when encoded")
 
 
 @dataclass(frozen=True)
@@ -125,13 +142,14 @@ class Span:
     most: float
     words: str
 
-    def problem(self, value: Duration) -> str | None:
+    def check(self, path: str, value: Duration) -> None:
         """See `Bound`."""
         try:
             seconds = value.ToTimedelta().total_seconds()
         except (ValueError, OverflowError):
-            return "is no valid time span"
-        return None if seconds <= self.most else f"must be at most {self.words}"
+            raise InvalidArgumentError(path, "is no valid time span") from None
+        if seconds > self.most:
+            raise InvalidArgumentError(path, f"must be at most {self.words}")
 
 
 _DAY_S = 24 * 3600.0
@@ -211,8 +229,6 @@ BOUNDS: dict[str, dict[str, Bound]] = {
 }
 """The bounds of each message's fields. A message that others hold has its own entry."""
 
-_Problem: TypeAlias = tuple[str, str, Bound]
-
 
 def check(request: Message) -> None:
     """Refuses a request a part of which is too large, before anything is done with it.
@@ -221,40 +237,27 @@ def check(request: Message) -> None:
         InvalidArgumentError: A field is out of bounds.
         InvalidNameError: So is a model's name.
     """
-    if found := _first(request, ""):
-        path, problem, bound = found
-        entry = bound.each if isinstance(bound, Entries) else bound
-        error = InvalidNameError if isinstance(entry, Name) else InvalidArgumentError
-        raise error(path, problem)
+    _check_fields(request, "")
 
 
-def _first(message: Message, path: str) -> _Problem | None:
-    """The first problem of a message, and the path of the field that has it."""
+def _check_fields(message: Message, path: str) -> None:
     bounds = BOUNDS.get(message.DESCRIPTOR.full_name, {})
-    is_wrapper = path and len(message.DESCRIPTOR.fields) == 1
+    # Such as `token_ids`: what holds nothing but a list is called as the list.
+    is_wrapper = bool(path) and len(message.DESCRIPTOR.fields) == 1
     for field, value in message.ListFields():
-        # Such as `token_ids`: what holds nothing but a list is called as the list.
         inner = path if is_wrapper else f"{path}.{field.name}".lstrip(".")
         bound = bounds.get(field.name)
-        if bound is not None and (problem := bound.problem(value)):
-            return inner, problem, bound
-        if isinstance(bound, Encoded | Span | Map) or field.type != FieldDescriptor.TYPE_MESSAGE:
+        if bound is not None:
+            bound.check(inner, value)
+        if field.type != FieldDescriptor.TYPE_MESSAGE or isinstance(bound, Encoded | Span | Map):
             continue
-        parts = ((None, value),) if isinstance(value, Message) else enumerate(value)
-        for index, part in parts:
-            if found := _first(part, inner if index is None else f"{inner}[{index}]"):
-                return found
-    return None
+        if isinstance(value, Message):
+            _check_fields(value, inner)
+        else:
+            for index, part in enumerate(value):
+                _check_fields(part, f"{inner}[{index}]")
 
 
-def _first_problem(what: str, bound: Text, values: Sequence[str]) -> str | None:
-    problem = next(filter(None, map(bound.problem, values)), None)
-    return None if problem is None else f"{what} {problem}"
-
-
-def _too_many(value: Sized, most: int) -> str:
-    return f"must have at most {most} entries, not {len(value)}"
-
-
-def _span(least: int, most: int) -> str:
-    return f"from {least} to {most}" if least else f"at most {most}"
+def _check_number(path: str, value: Sized, most: int) -> None:
+    if len(value) > most:
+        raise InvalidArgumentError(path, f"must have at most {most} entries, not {len(value)}")
