@@ -33,7 +33,8 @@ _STRINGS = [
     "\N{GRINNING FACE}" * 300,
     "x" * 65,
     "a b" * 2000,
-    "\N{LATIN SMALL LETTER E WITH ACUTE}" * (2**21 + 1),
+    "x" * (2**20 + 1),
+    "\N{LATIN SMALL LETTER E WITH ACUTE}" * 2**21,
 ]
 _SPANS = [
     *(

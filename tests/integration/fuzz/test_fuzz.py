@@ -27,13 +27,15 @@ from tests.hub.tiny_models import build_tiny_model
 from tests.integration.fuzz.messages import Known, messages
 
 FILES = (system_pb2, cache_pb2, model_pb2, generation_pb2, health_pb2, reflection_pb2)
-METHODS: list[MethodDescriptor] = [
-    method
+METHODS: dict[str, MethodDescriptor] = {
+    f"/{service.full_name}/{method.name}": method
     for file in FILES
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
-]
-ENDLESS = {"loaderd.v1.ModelService.WatchModels", "grpc.health.v1.Health.Watch"}
+}
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+METHODS[REFLECTION.replace("v1alpha", "v1")] = METHODS[REFLECTION]
+ENDLESS = {"/loaderd.v1.ModelService/WatchModels", "/grpc.health.v1.Health/Watch"}
 REASONS = {name.removeprefix("ERROR_REASON_") for name, _ in ErrorReason.items()} - {"INTERNAL"}
 LARGEST_REQUEST = 4 * 1024 * 1024
 GROWTH_MIB = 48
@@ -106,11 +108,11 @@ def test_whatever_clients_send_ends_in_a_status_of_ours(
     worker_pid = pid_of(target.model)
     memory = []
     for round_ in range(3):
-        for method in METHODS:
-            send(target, method, round_, examples)
+        for path in METHODS:
+            send(target, path, round_, examples)
             model = target.client.model(target.model.id)
-            assert model.state is ModelState.READY, method.full_name
-            assert pid_of(model) == worker_pid, method.full_name
+            assert model.state is ModelState.READY, path
+            assert pid_of(model) == worker_pid, path
             for left in target.client.models():
                 if left.id != model.id:
                     left.unload(force=True)
@@ -126,9 +128,10 @@ def pid_of(model: Model) -> int:
     return model.details.worker_pid
 
 
-def send(target: Target, method: MethodDescriptor, number: int, examples: int) -> None:
+def send(target: Target, path: str, number: int, examples: int) -> None:
     """Sends requests that hypothesis makes up to one method."""
-    call = caller(target.channel, method)
+    method = METHODS[path]
+    call = caller(target.channel, path)
 
     @seed(number)
     @settings(
@@ -143,21 +146,21 @@ def send(target: Target, method: MethodDescriptor, number: int, examples: int) -
         try:
             call(request)
         except grpc.RpcError as error:
-            check_status(error, method, request)
+            check_status(error, path, request)
 
     once()
 
 
-def caller(channel: grpc.Channel, method: MethodDescriptor) -> Callable[[Message], None]:
+def caller(channel: grpc.Channel, path: str) -> Callable[[Message], None]:
     """A function that makes one call and reads it to its end, or, where it has none, begins to."""
-    service = method.containing_service.full_name
+    method = METHODS[path]
     kind: Any = {
         (False, False): channel.unary_unary,
         (False, True): channel.unary_stream,
         (True, True): channel.stream_stream,
     }[method.client_streaming, method.server_streaming]
     make = kind(
-        f"/{service}/{method.name}",
+        path,
         request_serializer=lambda request: request.SerializeToString(),
         response_deserializer=GetMessageClass(method.output_type).FromString,
     )
@@ -167,7 +170,7 @@ def caller(channel: grpc.Channel, method: MethodDescriptor) -> Callable[[Message
             make(request, timeout=CALL_S)
             return
         answers = make(iter([request]) if method.client_streaming else request, timeout=CALL_S)
-        if method.full_name in ENDLESS:
+        if path in ENDLESS:
             next(answers)
             answers.cancel()
         else:
@@ -176,15 +179,15 @@ def caller(channel: grpc.Channel, method: MethodDescriptor) -> Callable[[Message
     return call
 
 
-def check_status(error: Any, method: MethodDescriptor, request: Message) -> None:
+def check_status(error: Any, path: str, request: Message) -> None:
     """Fails unless a call ended in a documented status, with its details."""
     code = error.code()
-    shown = f"{method.full_name}: {code}: {error.details()}"
+    shown = f"{path}: {code}: {error.details()}"
     if request.ByteSize() > LARGEST_REQUEST and code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return  # gRPC itself does not read it
     status = rpc_status.from_call(error)
     if status is None:
-        assert method.full_name == "grpc.health.v1.Health.Check", shown
+        assert path == "/grpc.health.v1.Health/Check", shown
         assert code is grpc.StatusCode.NOT_FOUND, shown
         return
     info = ErrorInfo()

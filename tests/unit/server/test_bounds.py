@@ -117,8 +117,8 @@ MODULES = {str(number): "cpu" for number in range(10_001)}
             "request_id: must have from 1 to 128 characters, not 0",
         ),
         (
-            StreamGenerateRequest(text=long(2**21 + 1)),
-            "text: must have at most 2097152 characters, not 2097153",
+            StreamGenerateRequest(text=long(2**20 + 1)),
+            "text: must have at most 1048576 characters, not 1048577",
         ),
         (
             StreamGenerateRequest(stop=["x"] * 17),
@@ -161,6 +161,12 @@ MODULES = {str(number): "cpu" for number in range(10_001)}
                 messages=ChatMessages(messages=[ChatMessage(), ChatMessage(role=long(65))])
             ),
             "messages[1].role: must have at most 64 characters, not 65",
+        ),
+        (
+            StreamGenerateRequest(
+                messages=ChatMessages(messages=[ChatMessage(content=long(2**16))] * 17)
+            ),
+            "messages: must have at most 1048576 characters in all, not 1114112",
         ),
         (
             StreamGenerateRequest(chat_template_kwargs=VARIABLES),
@@ -248,5 +254,5 @@ def test_bounds_belong_to_the_range() -> None:
             keep_alive=Duration(seconds=-1),
         )
     )
-    check(StreamGenerateRequest(text=long(2**21)))
+    check(StreamGenerateRequest(text=long(2**20)))
     check(StreamGenerateRequest(token_ids=TokenIds(ids=[1] * 2**20)))

@@ -19,6 +19,7 @@ from loaderd.server.errors import InvalidArgumentError, InvalidNameError
 from loaderd.server.models.keep_alive import LONGEST_S
 from loaderd.server.models.leases import LONGEST_TTL_S
 from loaderd.server.store.names import MAX_PATH_LENGTH
+from loaderd.v1.generation_pb2 import ChatMessage
 
 MESSAGE_BYTES = 4 * 1024 * 1024
 """Of one request. gRPC itself refuses a larger one, with RESOURCE_EXHAUSTED, before it is read."""
@@ -91,6 +92,27 @@ class Entries:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """Messages that make one prompt.
+
+    Attributes:
+        most: Messages.
+        characters: Of what all of them say.
+    """
+
+    most: int
+    characters: int
+
+    def check(self, path: str, value: Sequence[ChatMessage]) -> None:
+        """See `Bound`."""
+        _check_number(path, value, self.most)
+        said = sum(len(message.content) for message in value)
+        if said > self.characters:
+            problem = f"must have at most {self.characters} characters in all, not {said}"
+            raise InvalidArgumentError(path, problem)
+
+
+@dataclass(frozen=True)
 class Map:
     """A map.
 
@@ -155,9 +177,11 @@ class Span:
 _DAY_S = 24 * 3600.0
 _NAME = Name(MAX_PATH_LENGTH)
 _SHORT = Text(64)
-_PROMPT = Text(2 * 1024 * 1024)
+# Tokenizers take seconds and some hundred bytes of memory for each character of a long text, and
+# a model's other requests wait meanwhile.
+_PROMPT = Text(1024 * 1024)
 _TOKENS = Entries(1024 * 1024)
-_CHAT = Entries(1024)
+_CHAT = Chat(1024, characters=_PROMPT.most)
 _TEMPLATE_VARIABLES = Encoded(64 * 1024)
 _KEEP_ALIVE = Span(LONGEST_S, "a year; negative is for ever")
 _LEASE = Span(LONGEST_TTL_S, "24 hours")

@@ -123,19 +123,20 @@ async def _ends_in_status(method: str, context: Context) -> AsyncIterator[None]:
         if isinstance(error, GeneratorExit) or (task is not None and task.cancelling()):
             raise  # the client left, or the server stops: gRPC knows
         # Raised by the handler itself: without a status the client would wait for its deadline.
-        outcome = await _abort_as_defect(context)
+        outcome = InternalError.reason
+        await _abort_as_defect(context)
     except Exception:
-        outcome = await _abort_as_defect(context)
+        outcome = InternalError.reason
+        await _abort_as_defect(context)
     finally:
         elapsed_ms = (time.monotonic() - started) * 1000
         logger.debug("%s %s %.1f ms", method, outcome, elapsed_ms)
 
 
-async def _abort_as_defect(context: Context) -> str:
+async def _abort_as_defect(context: Context) -> None:
     error = InternalError(incident=secrets.token_hex(4))
     logger.exception("incident %s", error.incident)
     await context.abort_with_status(rpc_status.to_status(status_of(error)))
-    return error.reason
 
 
 def _tolerant(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
