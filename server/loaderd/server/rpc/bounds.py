@@ -177,8 +177,8 @@ class Span:
 _DAY_S = 24 * 3600.0
 _NAME = Name(MAX_PATH_LENGTH)
 _SHORT = Text(64)
-# Tokenizers take seconds and some hundred bytes of memory for each character of a long text, and
-# a model's other requests wait meanwhile.
+# A tokenizer takes seconds for a million characters, and hundreds of bytes for each of them, and the
+# model's other requests wait meanwhile.
 _PROMPT = Text(1024 * 1024)
 _TOKENS = Entries(1024 * 1024)
 _CHAT = Chat(1024, characters=_PROMPT.most)
