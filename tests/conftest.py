@@ -49,5 +49,5 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds what a longer run of the fuzz test is asked for with."""
     parser.addoption(
-        "--fuzz-examples", type=int, default=20, help="requests to each method, in each round (20)"
+        "--fuzz-examples", type=int, default=15, help="requests to each method, in each round (15)"
     )

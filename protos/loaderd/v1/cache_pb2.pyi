@@ -971,7 +971,7 @@ class PruneCacheRequest(_message.Message):
     """Say what would be deleted, and delete nothing."""
     @_builtins.property
     def unused_for(self) -> _duration_pb2.Duration:
-        """Delete snapshots that were not used for so long. Not negative, at most 100
+        """Delete snapshots that were not used for so long. Not negative, at most 1000
         years.
         """
 

@@ -177,7 +177,7 @@ class Span:
 _DAY_S = 24 * 3600.0
 _NAME = Name(MAX_PATH_LENGTH)
 _SHORT = Text(64)
-# A tokenizer takes seconds for a million characters, and hundreds of bytes for each of them, and the
+# A tokenizer takes seconds for a million characters, and hundreds of bytes for each of them; the
 # model's other requests wait meanwhile.
 _PROMPT = Text(1024 * 1024)
 _TOKENS = Entries(1024 * 1024)
@@ -240,7 +240,7 @@ BOUNDS: dict[str, dict[str, Bound]] = {
     "loaderd.v1.CancelDownloadRequest": {"model": _NAME},
     "loaderd.v1.VerifySnapshotRequest": {"model": _NAME},
     "loaderd.v1.DeleteSnapshotsRequest": {"models": Entries(1000, _NAME)},
-    "loaderd.v1.PruneCacheRequest": {"unused_for": Span(36525 * _DAY_S, "100 years")},
+    "loaderd.v1.PruneCacheRequest": {"unused_for": Span(365_250 * _DAY_S, "1000 years")},
     "grpc.health.v1.HealthCheckRequest": {"service": _NAME},
     "grpc.reflection.v1alpha.ServerReflectionRequest": {
         "host": Text(256),
