@@ -63,82 +63,103 @@ _SCALARS: dict[int, SearchStrategy[Any]] = {
     _F.CPPTYPE_BOOL: st.booleans(),
     _F.CPPTYPE_ENUM: st.one_of(st.integers(0, 4), st.integers(-(2**31), 2**31 - 1)),
 }
+_MILD: dict[int, SearchStrategy[Any]] = _SCALARS | {
+    _F.CPPTYPE_STRING: st.text("ab c", min_size=1, max_size=4),
+    _F.CPPTYPE_DOUBLE: st.sampled_from([0.5, 1.0]),
+    _F.CPPTYPE_ENUM: st.integers(0, 2),
+    **dict.fromkeys(
+        (_F.CPPTYPE_INT32, _F.CPPTYPE_INT64, _F.CPPTYPE_UINT32, _F.CPPTYPE_UINT64),
+        st.integers(1, 3),
+    ),
+}
 _LENGTHS = st.one_of(st.integers(0, 3), st.sampled_from([17, 65, 1025, 10_001]))
+_ENTRIES = 10_001
+_LONG = 10_000
+_SMALL = 64
 
 
 @st.composite
 def messages(draw: DrawFn, kind: Descriptor, known: Known) -> Message:
-    """A message, most often with those of its fields that `known` has values for.
+    """A message, every second one mild: made of values that are often valid.
 
     Args:
         draw: Of hypothesis.
         kind: Its type.
-        known: See `Known`.
+        known: See `Known`; most messages have these fields.
     """
     message: Message = GetMessageClass(kind)()
-    _fill(draw, message, known, 0)
+    _Filling(draw, known, mild=draw(st.booleans())).fill(message)
     return message
 
 
-def _fill(draw: DrawFn, message: Message, known: Known, depth: int) -> None:
-    fields: list[Any] = list(message.DESCRIPTOR.fields)
-    if not fields:
-        return
-    chosen = draw(st.lists(st.sampled_from(fields), max_size=_MOST_FIELDS))
-    if draw(st.integers(0, 9)):
-        chosen = [field for field in fields if field.name in known] + chosen
-    for field in chosen:
-        _set(draw, message, field, known, depth)
+class _Filling:
+    """Sets fields of one message."""
 
+    def __init__(self, draw: DrawFn, known: Known, *, mild: bool) -> None:
+        self._draw = draw
+        self._known = known
+        self._mild = mild
 
-def _set(draw: DrawFn, message: Message, field: FieldDescriptor, known: Known, depth: int) -> None:
-    inner = field.message_type
-    if inner is None and not field.is_repeated:
-        setattr(message, field.name, draw(_scalar(field, known)))
-    elif inner is None:
-        entry, length = draw(_scalar(field, known)), draw(_LENGTHS)
-        if isinstance(entry, str) and len(entry) > 10_000:
-            length = min(length, 1)
-        getattr(message, field.name).extend([entry] * length)
-    elif inner.GetOptions().map_entry:
-        _set_map(draw, message, field, known, depth)
-    elif inner.full_name == "google.protobuf.Duration":
-        seconds, nanos = draw(st.sampled_from(known.get(field.name, _SPANS)))
-        getattr(message, field.name).MergeFrom(GetMessageClass(inner)(seconds=seconds, nanos=nanos))
-    elif field.is_repeated:
-        part = getattr(message, field.name).add()
-        if depth < _DEEPEST:
-            _fill(draw, part, known, depth + 1)
-        if part.ByteSize() < 64:
-            getattr(message, field.name).extend([part] * draw(_LENGTHS))
-    else:
-        getattr(message, field.name).SetInParent()
-        if depth < _DEEPEST:
-            _fill(draw, getattr(message, field.name), known, depth + 1)
+    def fill(self, message: Message, depth: int = 0) -> None:
+        """Sets some of its fields, and of those of the messages that it holds."""
+        fields: list[Any] = list(message.DESCRIPTOR.fields)
+        if not fields or depth > _DEEPEST:
+            return
+        chosen = self._draw(st.lists(st.sampled_from(fields), max_size=_MOST_FIELDS))
+        if self._mild or self._draw(st.integers(0, 9)):
+            chosen = [field for field in fields if field.name in self._known] + chosen
+        for field in chosen:
+            group = field.containing_oneof
+            if not (self._mild and group and message.WhichOneof(group.name)):
+                self._set(message, field, depth)
 
-
-def _set_map(
-    draw: DrawFn, message: Message, field: FieldDescriptor, known: Known, depth: int
-) -> None:
-    entry = field.message_type
-    if entry is None:
-        raise TypeError(f"{field.full_name} is no map")
-    key, value = entry.fields_by_name["key"], entry.fields_by_name["value"]
-    held = getattr(message, field.name)
-    for name in draw(st.lists(_scalar(key, {}), max_size=3)):
-        if value.message_type is not None:
-            held[name].SetInParent()
-            _fill(draw, held[name], known, depth + 1) if depth < _DEEPEST else None
+    def _set(self, message: Message, field: FieldDescriptor, depth: int) -> None:
+        inner: Any = field.message_type
+        held = getattr(message, field.name)
+        if inner is None and not field.is_repeated:
+            setattr(message, field.name, self._draw(self._scalar(field)))
+        elif inner is None:
+            entry = self._draw(self._scalar(field))
+            is_long = isinstance(entry, str) and len(entry) > _LONG
+            held.extend([entry] * min(self._length(), 1 if is_long else _ENTRIES))
+        elif inner.GetOptions().map_entry:
+            self._set_map(held, inner, depth)
+        elif inner.full_name == "google.protobuf.Duration":
+            usual = [(1, 0), (60, 0)] if self._mild else _SPANS
+            held.seconds, held.nanos = self._draw(
+                st.sampled_from(self._known.get(field.name, usual))
+            )
+        elif field.is_repeated:
+            part = held.add()
+            self.fill(part, depth + 1)
+            if part.ByteSize() < _SMALL:
+                held.extend([part] * self._length())
         else:
-            held[name] = draw(_scalar(value, {}))
-    if draw(st.integers(0, 19)) == 0 and value.message_type is None:
-        many = range(10_001) if key.cpp_type != _F.CPPTYPE_STRING else map(str, range(10_001))
-        one = draw(_scalar(value, {}))
-        for name in many:
-            held[name] = one[:64] if isinstance(one, str) else one
+            held.SetInParent()
+            self.fill(held, depth + 1)
 
+    def _set_map(self, held: Any, entry: Descriptor, depth: int) -> None:
+        key, value = entry.fields_by_name["key"], entry.fields_by_name["value"]
+        for name in self._draw(st.lists(self._scalar(key), max_size=3)):
+            if value.message_type is not None:
+                held[name].SetInParent()
+                self.fill(held[name], depth + 1)
+            else:
+                held[name] = self._draw(self._scalar(value))
+        is_flat = value.message_type is None
+        if is_flat and not self._mild and self._draw(st.integers(0, 9)) == 0:
+            one = self._draw(self._scalar(value))
+            is_text = key.cpp_type == _F.CPPTYPE_STRING
+            for number in range(_ENTRIES):
+                held[str(number) if is_text else number] = one[:64] if isinstance(one, str) else one
 
-def _scalar(field: FieldDescriptor, known: Known) -> SearchStrategy[Any]:
-    values = known.get(field.name)
-    strategy = _SCALARS[field.cpp_type]
-    return strategy if not values else st.one_of(*[st.sampled_from(values)] * 4, strategy)
+    def _scalar(self, field: FieldDescriptor) -> SearchStrategy[Any]:
+        values = self._known.get(field.name)
+        usual = (_MILD if self._mild else _SCALARS)[field.cpp_type]
+        if not values:
+            return usual
+        known = st.sampled_from(values)
+        return known if self._mild else st.one_of(*[known] * 4, usual)
+
+    def _length(self) -> int:
+        return self._draw(st.integers(1, 2) if self._mild else _LENGTHS)

@@ -120,7 +120,7 @@ def test_whatever_clients_send_ends_in_a_status_of_ours(
         memory.append(target.memory_mib())
     assert target.client.health() is HealthStatus.SERVING
     # They were not all turned away at the door.
-    assert [path for path in METHODS if "Generat" in path and not answered[path]] == []
+    assert [path for path in METHODS if "Generat" in path and not answered[path]] == [], answered
     for name, before in memory[1].items():
         assert memory[2][name] < before + GROWTH_MIB, (name, memory)
 
