@@ -1,7 +1,7 @@
 """Calls from inside the daemon, for what speaks to clients other than by gRPC.
 
-They reach the same servicers that gRPC reaches, and so the same roles, limits and errors, without a
-way through a socket. An error comes as the domain error that it is.
+They reach the same servicers that gRPC reaches, and so the same roles, bounds, limits and errors,
+without a way through a socket. An error comes as the domain error that it is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from loaderd.server.rpc import bounds
 from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.clients import Clients
 
@@ -67,7 +68,7 @@ class LocalCalls:
         Raises:
             LoaderdError: It failed.
         """
-        with self._admitted(method, call, streams=False):
+        with self._admitted(method, request, call, streams=False):
             return await self._handler(method)(request, call)
 
     async def stream(
@@ -83,18 +84,21 @@ class LocalCalls:
         Raises:
             LoaderdError: It failed.
         """
-        with self._admitted(method, call, streams=True):
+        with self._admitted(method, request, call, streams=True):
             async with aclosing(self._handler(method)(request, call)) as responses:
                 async for response in responses:
                     yield response
 
     @contextmanager
-    def _admitted(self, method: str, call: LocalCall, *, streams: bool) -> Iterator[None]:
+    def _admitted(
+        self, method: str, request: Message, call: LocalCall, *, streams: bool
+    ) -> Iterator[None]:
         context: Any = call  # what is asked of a context, it has
         with (
             self._clients.calling(call.peer()),
             self._access.admit(f"/{method}", context, streams=streams),
         ):
+            bounds.check(request)
             yield
 
     def _handler(self, method: str) -> Any:
