@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 
 from loaderd.server.errors import InternalError, InvalidArgumentError, LoaderdError
 from loaderd.server.logs.audit import AuditLog
+from loaderd.server.rpc import bounds
 from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.call import REQUEST_ID_HEADER, Call, code_name
 from loaderd.server.rpc.clients import Clients
@@ -37,7 +38,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     Domain errors become their status. Anything else is a defect: the log gets the cause, the client
     INTERNAL with an incident number. Malformed requests, which gRPC would answer with UNKNOWN and
-    the exception's text, become INVALID_ARGUMENT.
+    the exception's text, become INVALID_ARGUMENT, and so do those that are out of bounds.
 
     Args:
         access: Admits calls.
@@ -159,6 +160,7 @@ def _tolerant(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] |
 def _checked(request: Any) -> Any:
     if isinstance(request, _Malformed):
         raise InvalidArgumentError("request", "its bytes are not a message of this method's type")
+    bounds.check(request)
     return request
 
 

@@ -1,7 +1,7 @@
 """Calls from inside the daemon, for what speaks to clients other than by gRPC.
 
-They reach the same servicers that gRPC reaches, and so the same roles, limits and errors, without a
-way through a socket. An error comes as the domain error that it is.
+They reach the same servicers that gRPC reaches, and so the same roles, bounds, limits and errors,
+without a way through a socket. An error comes as the domain error that it is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 
 from loaderd.server.errors import LoaderdError
 from loaderd.server.logs.audit import AuditLog
+from loaderd.server.rpc import bounds
 from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.call import Call, code_of
 from loaderd.server.rpc.clients import Clients
@@ -111,6 +112,7 @@ class LocalCalls:
             with self._clients.calling(call.peer()):
                 told.identify()
                 with self._access.admit(path, context, streams=streams):
+                    bounds.check(request)
                     yield
         except LoaderdError as error:
             told.tell(code_of(error), error.reason)

@@ -10,6 +10,7 @@ from loaderd.server.models.loads import Loads
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.access import Access
+from loaderd.server.rpc.bounds import MESSAGE_BYTES
 from loaderd.server.rpc.cache_service import CacheService
 from loaderd.server.rpc.call_counter import CallCounter
 from loaderd.server.rpc.clients import Clients
@@ -35,6 +36,7 @@ from loaderd.v1 import (
 )
 
 _OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # a second daemon on the port must fail, not share it
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
