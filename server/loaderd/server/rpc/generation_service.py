@@ -125,6 +125,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         if lease_id is not None:
             self._registry.leases.check(lease_id)
         caller = current_caller()
+        # Asked for now: of a call that has ended, gRPC's core crashes when it is asked.
+        client = caller.name or _connection_of(context.peer())
         # The model is in use until its worker is done, not until a slow client has read it all.
         with ExitStack() as use:
             use.enter_context(self._quotas.request(caller))
@@ -132,7 +134,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             model_id, worker = use.enter_context(
                 self._registry.use(request.model, keep_alive, lease_id)
             )
-            client = caller.name or _connection_of(context.peer())
             with worker.link.generate(request, on_end=use.close, client=client) as stream:
                 metered = _Metered(stream, self._quotas, caller)
                 try:
