@@ -9,7 +9,13 @@ from loaderd.server.models.placement import DeviceBook, Needs
 
 
 def to_evict(
-    book: DeviceBook, needs: Needs, device_map: str, idle: Sequence[str], now: float
+    book: DeviceBook,
+    needs: Needs,
+    device_map: str,
+    idle: Sequence[str],
+    now: float,
+    *,
+    count: int = 1,
 ) -> list[str]:
     """The models to unload, of those that nobody uses.
 
@@ -21,6 +27,7 @@ def to_evict(
         device_map: Where.
         idle: Ids of models that may go, the least recently used first.
         now: Monotonic time.
+        count: How many replicas are to fit.
 
     Returns:
         Their ids; empty if it fits without, or would not fit if all of them went.
@@ -30,7 +37,7 @@ def to_evict(
         rest = copy.deepcopy(book)
         for model_id in gone:
             rest.release(model_id, now)
-        return rest.place(needs, device_map).fits
+        return rest.place_all(needs, device_map, count)[-1].fits
 
     going: list[str] = []
     for model_id in idle:

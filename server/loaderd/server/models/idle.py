@@ -46,10 +46,17 @@ class IdleModels:
         await asyncio.gather(*map(asyncio.shield, endings))
 
     async def leaving(self) -> bool:
-        """Waits for the end of models that are being unloaded; whether there were any."""
+        """Waits for the end of models and replicas that are being ended; whether there were any."""
         records = self._registry.records()
-        leaving = [record for record in records if record.state is ModelState.UNLOADING]
-        await asyncio.gather(*(record.gone.wait() for record in leaving))
+        leaving = [
+            record.gone.wait() for record in records if record.state is ModelState.UNLOADING
+        ] + [
+            replica.worker.wait()
+            for record in records
+            for replica in record.replicas.all
+            if replica.ending
+        ]
+        await asyncio.gather(*leaving)
         return bool(leaving)
 
     def _is_unused(self, record: ModelRecord) -> bool:
@@ -57,6 +64,7 @@ class IdleModels:
         return (
             record.state is ModelState.READY
             and not (record.active_requests or keep_alive.is_pinned or keep_alive.is_new)
+            and not record.replicas.growing.locked()
             and not self._registry.leases.of(record.id)
         )
 

@@ -65,6 +65,7 @@ class ChangeReason(Enum):
     FAILURE = "failure"
     FORGOTTEN = "forgotten"
     SHUTDOWN = "shutdown"
+    REPLICAS = "replicas"
 
 
 @dataclass

@@ -17,6 +17,7 @@ from loaderd.server.models.lifecycle import ChangeReason, ModelState
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions, ModelRecord, identity_of, is_model_id
 from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.models.scaling import Scaling
 from loaderd.server.single_flight import Publish, SingleFlight
 from loaderd.server.store.names import HubName, LocalName, parse_name
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder, NotCached
@@ -24,8 +25,6 @@ from loaderd.server.store.store import DownloadProgress, ModelStore
 from loaderd.server.store.verifications import Proving
 from loaderd.server.store.verify import VerifyProgress
 from loaderd.server.supervisor.supervisor import Supervisor
-from loaderd.v1 import model_pb2
-from loaderd.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +56,15 @@ class OnDemand(Enum):
     ANY = "any"
 
 
+@dataclass(frozen=True)
+class _Wish:
+    """What somebody asks for."""
+
+    name: HubName | LocalName
+    options: LoadOptions
+    replicas: int | None = None
+
+
 class Loads:
     """Loads models; all who ask for one model at the same time share one load.
 
@@ -78,29 +86,37 @@ class Loads:
     ) -> None:
         self._registry = registry
         self._store = store
-        self._supervisor = supervisor
-        self._planner = planner
+        self._scaling = Scaling(registry, supervisor, planner, store)
         self._on_demand = on_demand
         self._flights: SingleFlight[tuple[str, LoadOptions], LoadProgress, ModelRecord] = (
             SingleFlight()
         )
+        self._scalings: SingleFlight[tuple[str, int | None], LoadProgress, ModelRecord] = (
+            SingleFlight()
+        )
 
     async def load(
-        self, text: str, options: LoadOptions
+        self, text: str, options: LoadOptions, replicas: int | None = None
     ) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
         """Joins the model's load, or starts it; a model that is READY is there at once.
 
         Closing the generator early stops the load, unless others wait for it.
 
+        Args:
+            text: The model.
+            options: How to load it.
+            replicas: How many of it there are to be from now on; None: as many as there are, 1
+                of a model that is new.
+
         Yields:
-            Progress, and the model, READY, at the end.
+            Progress, and the model, READY with its replicas, at the end.
 
         Raises:
             LoaderdError: The name is invalid, or its files cannot be used.
         """
         self._registry.check_open()
         name = parse_name(text)
-        async with aclosing(self._updates(name, options)) as updates:
+        async with aclosing(self._scaled(_Wish(name, options, replicas))) as updates:
             async for update in updates:
                 if isinstance(update, ModelRecord):
                     self._registry.name(update, name)
@@ -136,6 +152,8 @@ class Loads:
     async def again(self, record: ModelRecord) -> ModelRecord:
         """Loads a model of which the registry knows, with its options, or joins its load.
 
+        A model that is READY gets the replicas that it is missing.
+
         Returns:
             The model, READY; another one, if that has the same files and options.
 
@@ -143,7 +161,9 @@ class Loads:
             LoaderdError: As `load`.
         """
         self._registry.check_open()
-        return await outcome(self._updates(record.exact_name, record.options))
+        if record.state is ModelState.READY:
+            return await outcome(self._scale(record, None))
+        return await outcome(self._updates(_Wish(record.exact_name, record.options)))
 
     async def _check_may_load(self, text: str, name: HubName | LocalName) -> None:
         if self._on_demand is OnDemand.CACHED:
@@ -151,32 +171,59 @@ class Loads:
             if isinstance(files, NotCached):
                 raise ModelNotLoadedError(model=text)
 
-    async def _updates(
-        self, name: HubName | LocalName, options: LoadOptions
+    async def _scaled(self, wish: _Wish) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
+        """A load, and then what it takes until there are as many replicas as are wished."""
+        async with aclosing(self._updates(wish)) as updates:
+            async for update in updates:
+                if not isinstance(update, ModelRecord) or update.replicas.are(wish.replicas):
+                    yield update
+                    continue
+                async with aclosing(self._scale(update, wish.replicas)) as steps:
+                    async for step in steps:
+                        yield step
+
+    async def _scale(
+        self, record: ModelRecord, replicas: int | None
     ) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
-        files = await self._store.resolve(name)
+        """Gives a READY model so many replicas; None: those that it is missing."""
+
+        async def work(publish: Publish[LoadProgress]) -> ModelRecord:
+            publish(LoadProgress(record.id, ModelState.LOADING, None, 0.0))
+            if replicas is None:
+                await self._scaling.replenish(record)
+            else:
+                await self._scaling.scale(record, replicas)
+            return record
+
+        async with self._scalings.join((record.id, replicas), work) as flight:
+            async for progress in flight.progress():
+                yield progress
+            yield await flight.result()
+
+    async def _updates(self, wish: _Wish) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
+        files = await self._store.resolve(wish.name)
         if isinstance(files, NotCached):
             # The commit is not known yet: one load of this name and revision, until it is.
             key = f"{files.name.repo_id}@{files.name.revision}?"
-            work = partial(self._fetch, files.name, options)
+            work = partial(self._fetch, files.name, wish)
         else:
             key = identity_of(files)
-            work = partial(self._load, name, files, None, options)
-        async with self._flights.join((key, options), work) as flight:
+            work = partial(self._load, wish, files, None)
+        async with self._flights.join((key, wish.options), work) as flight:
             async for progress in flight.progress():
                 yield progress
             yield await flight.result()
 
     async def _fetch(
-        self, name: HubName, options: LoadOptions, publish: Publish[LoadProgress]
+        self, name: HubName, wish: _Wish, publish: Publish[LoadProgress]
     ) -> ModelRecord:
         """Downloads, then joins the load of the commit that came."""
-        record = self._registry.add(name, options)
+        record = self._registry.add(name, wish.options)
         record.load_task = asyncio.current_task()
         with self._settled(record):
             files = await self._download(name, record, publish)
-            work = partial(self._load, name, files, record, options)
-            async with self._flights.join((identity_of(files), options), work) as flight:
+            work = partial(self._load, replace(wish, name=name), files, record)
+            async with self._flights.join((identity_of(files), wish.options), work) as flight:
                 async for progress in flight.progress():
                     publish(progress)
                 loaded = await flight.result()
@@ -198,22 +245,25 @@ class Loads:
 
     async def _load(
         self,
-        name: HubName | LocalName,
+        wish: _Wish,
         files: LocalFolder | CachedSnapshot,
         record: ModelRecord | None,
-        options: LoadOptions,
         publish: Publish[LoadProgress],
     ) -> ModelRecord:
-        """Loads files that are there, in a worker of their own."""
-        held = self._registry.held(identity_of(files), options)
+        """Loads files that are there, in workers of their own.
+
+        A model that had failed has the replicas that can be loaded, unless somebody asks for some.
+        """
+        identity, options = identity_of(files), wish.options
+        held = self._registry.held(identity, options)
         if held is not None and held.state is ModelState.UNLOADING:
             await held.gone.wait()
         elif held is not None and held.state is ModelState.READY:
             return held
         if record is None:
-            record = self._registry.failed(identity_of(files), options)
+            record = self._registry.failed(identity, options)
         if record is None:
-            record = self._registry.add(name, options)
+            record = self._registry.add(wish.name, options)
         record.load_task = asyncio.current_task()
         with self._settled(record):
             record.found(files)
@@ -225,21 +275,8 @@ class Loads:
             if isinstance(files, CachedSnapshot):
                 await self._store.prove(files, lambda update: publish(_proving(record, update)))
                 publish(_progress(record, None))
-            async with self._planner.claim(record.id, name, files, options) as claim:
-                load = worker_pb2.Load(
-                    path=str(files.path),
-                    model=str(name),
-                    options=model_pb2.LoadOptions(
-                        dtype=options.dtype,
-                        device_map=claim.device_map(options.device_map),
-                        quantization=options.quantization,
-                    ),
-                    allow_pickle=self._store.allows_pickle(name),
-                )
-                model = await self._supervisor.load(load, claim.begun)
-                claim.settle(model)
-            record.loaded_by(model)
-            self._registry.ready(record, model.worker)
+            wanted = wish.replicas or record.replicas.wanted
+            await self._scaling.load(record, wanted, least=wish.replicas or 1)
             return record
 
     @contextmanager

@@ -27,11 +27,13 @@ class Declared:
         name: As a client would name it.
         options: How to load it.
         keep_alive_s: How long it stays when nobody uses it.
+        replicas: How many of it there are to be.
     """
 
     name: str
     options: LoadOptions = field(default_factory=LoadOptions)
     keep_alive_s: float = PINNED
+    replicas: int | None = None
 
 
 class Manifest:
@@ -69,7 +71,8 @@ class Manifest:
     async def _load(self, model: Declared) -> bool:
         """Whether it need not be tried again."""
         try:
-            record = await outcome(self._loads.load(model.name, model.options))
+            loading = self._loads.load(model.name, model.options, model.replicas)
+            record = await outcome(loading)
             self._registry.keep(record, model.keep_alive_s)
         except DrainingError:
             return True  # nobody wants it any more

@@ -5,13 +5,16 @@ Pure: what is measured comes in as numbers, so that a simulated box can be drive
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loaderd.server.errors import DeviceMemoryError, UnsupportedOptionError
 
 AUTO = "auto"
 CPU = "cpu"
+_NEWCOMER = ""
+"""Holds, in a copy of a book, what is being placed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +114,33 @@ class Placement:
         if not self.fits:
             raise DeviceMemoryError(model, self.needed_bytes, self.free_bytes, told(self.holders))
 
+    @classmethod
+    def together(cls, placements: Sequence[Placement], count: int) -> Placement:
+        """What replicas take that were placed one after the other.
+
+        Args:
+            placements: Of `DeviceBook.place_all`: all that fit, or those up to the first misfit.
+            count: How many were to be placed.
+        """
+        *earlier, last = placements
+        held = sum(each.needed_bytes for each in earlier)
+        devices: dict[str, int] = {}
+        for each in placements:
+            for device, share in each.devices.items():
+                devices[device] = devices.get(device, 0) + share
+        return cls(
+            fits=last.fits,
+            needed_bytes=held + (count - len(earlier)) * last.needed_bytes,
+            free_bytes=held + last.free_bytes,
+            devices=devices if last.fits else {},
+            holders=last.holders,
+            copies=all(each.copies for each in placements),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class _Reservation:
-    """One model's bytes by device; what of it is really taken, since when.
+    """One replica's bytes by device; what of it is really taken, since when.
 
     Attributes:
         name: The model's name.
@@ -135,11 +161,13 @@ class DeviceBook:
     Two loads at once never count the same bytes: what is reserved and not taken yet is free only
     for whom it was reserved. A device measured before a model took its bytes, or before a model
     left, still shows the memory as it was; the book corrects that until it is measured again.
+
+    Each replica of a model has a share of its own, whose number only tells it from the others.
     """
 
     def __init__(self) -> None:
         self._devices: dict[str, MemoryDevice] = {}
-        self._reservations: dict[str, _Reservation] = {}
+        self._reservations: dict[tuple[str, int], _Reservation] = {}
         self._returned: dict[str, list[tuple[float, int]]] = {}
 
     @property
@@ -154,13 +182,14 @@ class DeviceBook:
             later = [each for each in returned if each[0] > self._measured_at(pool)]
             self._returned[pool] = later
 
-    def reserve(self, holder: str, name: str, bytes_of: Mapping[str, int]) -> None:
+    def reserve(self, holder: str, name: str, bytes_of: Mapping[str, int], share: int = 0) -> None:
         """Reserves bytes by device for a load, which has taken none of them yet.
 
         Args:
             holder: The model's id.
             name: Its name.
             bytes_of: Bytes by device, of a placement that fits.
+            share: Which replica's.
 
         Raises:
             DeviceMemoryError: They are not there any more.
@@ -170,22 +199,29 @@ class DeviceBook:
             if wanted > available:
                 holders = self.holders(pool)
                 raise DeviceMemoryError(name, wanted, available, told(holders))
-        self._reservations[holder] = _Reservation(name, dict(bytes_of), {}, 0.0)
+        self._reservations[holder, share] = _Reservation(name, dict(bytes_of), {}, 0.0)
 
-    def note(self, holder: str, taken: Mapping[str, int], now: float) -> None:
+    def note(self, holder: str, taken: Mapping[str, int], now: float, share: int = 0) -> None:
         """Notes what a load has taken of its reservation by now.
 
         Args:
             holder: The model's id; nothing happens when it has no reservation.
             taken: Bytes by device.
             now: Monotonic time.
+            share: Which replica's.
         """
-        if holder in self._reservations:
-            reservation = self._reservations[holder]
-            self._reservations[holder] = replace(reservation, taken=dict(taken), taken_since=now)
+        key = holder, share
+        if key in self._reservations:
+            reservation = self._reservations[key]
+            self._reservations[key] = replace(reservation, taken=dict(taken), taken_since=now)
 
     def settle(
-        self, holder: str, taken: Mapping[str, int], more: Mapping[str, int], now: float
+        self,
+        holder: str,
+        taken: Mapping[str, int],
+        more: Mapping[str, int],
+        now: float,
+        share: int = 0,
     ) -> None:
         """Turns a load's reservation into what the loaded model really holds.
 
@@ -194,23 +230,31 @@ class DeviceBook:
             taken: Bytes by device that it has taken.
             more: Bytes by device that it may take yet.
             now: Monotonic time.
+            share: Which replica's.
         """
-        if holder in self._reservations:
+        key = holder, share
+        if key in self._reservations:
             held = {
                 device: taken.get(device, 0) + more.get(device, 0) for device in {*taken, *more}
             }
-            self._reservations[holder] = replace(self._reservations[holder], bytes=held)
-            self.note(holder, taken, now)
+            self._reservations[key] = replace(self._reservations[key], bytes=held)
+            self.note(holder, taken, now, share)
 
-    def release(self, holder: str, now: float) -> None:
-        """Gives all back that a model had; nothing happens when it had nothing."""
-        reservation = self._reservations.pop(holder, None)
-        if reservation is None:
-            return
-        for pool, count in self._by_pool(reservation.taken).items():
-            measured_at = self._measured_at(pool)
-            if reservation.taken_since <= measured_at:
-                self._returned.setdefault(pool, []).append((now, count))
+    def release(self, holder: str, now: float, share: int | None = None) -> None:
+        """Gives back what a model had; nothing happens when it had nothing.
+
+        Args:
+            holder: The model's id.
+            now: Monotonic time.
+            share: Which replica's; None for all.
+        """
+        for key in list(self._reservations):
+            if key[0] != holder or share not in {None, key[1]}:
+                continue
+            reservation = self._reservations.pop(key)
+            for pool, count in self._by_pool(reservation.taken).items():
+                if reservation.taken_since <= self._measured_at(pool):
+                    self._returned.setdefault(pool, []).append((now, count))
 
     def available(self, device: str) -> int:
         """Bytes of a device that nobody has and nobody has reserved."""
@@ -223,29 +267,75 @@ class DeviceBook:
         """Who has reserved or taken bytes of a device's memory, the most first."""
         found = self._devices.get(device)
         pool = device if found is None else found.pool
-        held = [
-            Holder(holder, each.name, count)
-            for holder, each in self._reservations.items()
-            if (count := self._by_pool(each.bytes).get(pool, 0))
-        ]
-        return tuple(sorted(held, key=lambda holder: (-holder.bytes, holder.id)))
+        held: dict[tuple[str, str], int] = {}
+        for (holder, _), each in self._reservations.items():
+            if count := self._by_pool(each.bytes).get(pool, 0):
+                held[holder, each.name] = held.get((holder, each.name), 0) + count
+        holders = [Holder(holder, name, count) for (holder, name), count in held.items()]
+        return tuple(sorted(holders, key=lambda holder: (-holder.bytes, holder.id)))
 
-    def place(self, needs: Needs, device_map: str) -> Placement:
+    def devices_of(self, holder: str) -> set[str]:
+        """Devices of which a model has some."""
+        return {
+            device
+            for (other, _), each in self._reservations.items()
+            if other == holder
+            for device in each.bytes
+        }
+
+    def place_all(
+        self, needs: Needs, device_map: str, count: int, holder: str = ""
+    ) -> list[Placement]:
+        """Places replicas of a model beside each other; reserves nothing.
+
+        Under "auto" each goes to an accelerator without one of this model, where it fits there.
+
+        Args:
+            needs: Of each.
+            device_map: Where.
+            count: How many, at least 1.
+            holder: The model's id, if some of its replicas are there.
+
+        Returns:
+            Where each goes; the last one does not fit, or there are `count`.
+
+        Raises:
+            UnsupportedOptionError: The box has no such device.
+        """
+        rest = copy.deepcopy(self)
+        taken = rest.devices_of(holder)
+        placements: list[Placement] = []
+        while len(placements) < count:
+            placement = rest.place(needs, device_map, taken)
+            others = tuple(each for each in placement.holders if each.id != _NEWCOMER)
+            placements.append(replace(placement, holders=others))
+            if not placement.fits:
+                break
+            rest.reserve(_NEWCOMER, "", placement.devices, share=len(placements))
+            taken |= placement.devices.keys()
+        return placements
+
+    def place(self, needs: Needs, device_map: str, rather_not: Collection[str] = ()) -> Placement:
         """Says whether and where a model fits; reserves nothing.
 
         "auto" takes the one accelerator with the most room, else all of them together, and the CPU
         on a box without accelerators: nothing goes to the CPU beside accelerators unasked.
 
+        Args:
+            needs: What is to fit.
+            device_map: Where.
+            rather_not: Accelerators that "auto" takes only where it does not fit on another one.
+
         Raises:
             UnsupportedOptionError: The box has no such device.
         """
-        for devices in self._choices(device_map):
+        for devices in self._choices(device_map, rather_not):
             placement = self._place_on(devices, needs)
             if placement.fits:
                 break
         return placement
 
-    def _choices(self, device_map: str) -> list[list[MemoryDevice]]:
+    def _choices(self, device_map: str, rather_not: Collection[str]) -> list[list[MemoryDevice]]:
         """Sets of devices to try, in this order; never empty."""
         if device_map != AUTO:
             wanted = device_map if ":" in device_map or device_map == CPU else f"{device_map}:0"
@@ -257,8 +347,9 @@ class DeviceBook:
         accelerators = [each for each in self._devices.values() if each.is_accelerator]
         if not accelerators:
             return [list(self._devices.values())]
-        roomiest = max(accelerators, key=lambda device: self.available(device.id))
-        choices = [[roomiest]]
+        by_room = sorted(accelerators, key=lambda device: -self.available(device.id))
+        free_of_it = [device for device in by_room if device.id not in rather_not]
+        choices = [[device] for device in (*free_of_it[:1], by_room[0])]
         if len(accelerators) > 1:
             choices.append(accelerators)
         return choices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -14,8 +15,8 @@ from loaderd.server.box.dtype import DtypeChoice, choose_dtype, cpu_flags
 from loaderd.server.errors import SnapshotNotFoundError, WorkerDiedError
 from loaderd.server.models.eviction import to_evict
 from loaderd.server.models.needs import Estimate, estimate
-from loaderd.server.models.placement import AUTO, DeviceBook, MemoryDevice, Placement
-from loaderd.server.models.record import LoadOptions
+from loaderd.server.models.placement import AUTO, DeviceBook, MemoryDevice, Needs, Placement
+from loaderd.server.models.record import LoadOptions, ModelRecord
 from loaderd.server.store.names import HubName, LocalName, parse_name
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder, NotCached
 from loaderd.server.store.shape import read_shape
@@ -73,35 +74,48 @@ class LoadPlan:
     """What a load would take, and where.
 
     Attributes:
-        placement: Whether it fits, and where.
-        estimate: What it is made of.
+        replicas: Whether each fits, and where, up to the first one that does not.
+        count: How many replicas there are to be.
+        estimate: What each is made of.
         dtype: The dtype that the model would have.
     """
 
-    placement: Placement
+    replicas: Sequence[Placement]
+    count: int
     estimate: Estimate
     dtype: DtypeChoice
 
+    @property
+    def placement(self) -> Placement:
+        """Whether all replicas fit, and what they take together."""
+        return Placement.together(self.replicas, self.count)
+
 
 class Claim:
-    """The memory of one load, from its plan until its worker has ended.
+    """The memory of one replica, from its plan until its worker has ended.
 
     Args:
         book: Where it is reserved.
         model_id: For which model.
-        plan: What it is to take.
+        share: Which of the model's shares it is.
+        placement: Where it goes.
+        needs: What it is to take.
     """
 
-    def __init__(self, book: DeviceBook, model_id: str, plan: LoadPlan) -> None:
+    def __init__(
+        self, book: DeviceBook, model_id: str, share: int, placement: Placement, needs: Needs
+    ) -> None:
         self._book = book
         self._id = model_id
-        self._plan = plan
+        self._share = share
+        self._placement = placement
+        self._needs = needs
         self._worker: Worker | None = None
         self._held_before = 0
 
     def device_map(self, asked: str) -> str:
         """What the worker is to be asked for: "auto" is one accelerator where one has room."""
-        devices = tuple(self._plan.placement.devices)
+        devices = tuple(self._placement.devices)
         is_one = len(devices) == 1 and devices != (CPU,)
         return devices[0] if asked == AUTO and is_one else asked
 
@@ -111,26 +125,27 @@ class Claim:
 
     def note(self) -> None:
         """Notes what a load to the CPU has taken by its worker's last heartbeat."""
-        if self._worker is not None and tuple(self._plan.placement.devices) == (CPU,):
+        if self._worker is not None and tuple(self._placement.devices) == (CPU,):
             taken = self._worker.link.own_bytes - self._held_before
-            most = self._plan.placement.devices[CPU]
-            self._book.note(self._id, {CPU: min(max(taken, 0), most)}, time.monotonic())
+            most = self._placement.devices[CPU]
+            noted = {CPU: min(max(taken, 0), most)}
+            self._book.note(self._id, noted, time.monotonic(), self._share)
 
     def settle(self, model: LoadedWorker) -> None:
         """Keeps what the loaded model holds until its worker ends, and tells it beside the plan."""
-        loaded, needs = model.loaded, self._plan.estimate.needs
+        loaded, needs = model.loaded, self._needs
         more = {
             device: needs.headroom + (needs.kv_cache if device == CPU else 0)
-            for device in self._plan.placement.devices
+            for device in self._placement.devices
         }
-        self._book.settle(self._id, dict(loaded.held_bytes), more, time.monotonic())
-        loaded.details.planned_bytes = self._plan.placement.needed_bytes
+        self._book.settle(self._id, dict(loaded.held_bytes), more, time.monotonic(), self._share)
+        loaded.details.planned_bytes = self._placement.needed_bytes
         loaded.details.memory_bytes = sum(loaded.held_bytes.values())
         model.worker.on_end(self.release)
 
     def release(self) -> None:
         """Gives it back."""
-        self._book.release(self._id, time.monotonic())
+        self._book.release(self._id, time.monotonic(), self._share)
 
 
 class Planner:
@@ -147,10 +162,11 @@ class Planner:
         self._inventory = inventory
         self._idle = idle
         self._book = DeviceBook()
+        self._shares = itertools.count()
         self._loading: set[Claim] = set()
 
-    async def plan(self, text: str, options: LoadOptions) -> LoadPlan:
-        """What a load would take if it began now.
+    async def plan(self, text: str, options: LoadOptions, replicas: int = 1) -> LoadPlan:
+        """What a load of so many replicas would take if it began now.
 
         Raises:
             SnapshotNotFoundError: The cache does not have the model.
@@ -161,43 +177,57 @@ class Planner:
         files = await self._store.resolve(name)
         if isinstance(files, NotCached):
             raise files.problem or SnapshotNotFoundError(model=text)
-        return await self._plan(name, files, options)
+        return await self._plan(name, files, options, replicas)
 
     @asynccontextmanager
     async def claim(
-        self,
-        model_id: str,
-        name: HubName | LocalName,
-        files: LocalFolder | CachedSnapshot,
-        options: LoadOptions,
-    ) -> AsyncIterator[Claim]:
-        """Reserves the memory of a load while it runs; `Claim.settle` keeps it when it is done.
+        self, record: ModelRecord, count: int, least: int
+    ) -> AsyncIterator[Sequence[Claim]]:
+        """Reserves memory for replicas while they load; `Claim.settle` keeps it for those that do.
 
-        Where it does not fit, it waits for models that are being unloaded, then unloads some that
+        Where they do not fit, it waits for models that are being unloaded, then unloads some that
         nobody uses.
 
+        Args:
+            record: The model, whose files are found.
+            count: How many replicas, at least 1.
+            least: How many will do where not all of them fit.
+
+        Yields:
+            A claim for each that fits.
+
         Raises:
-            DeviceMemoryError: It does not fit beside the models that are in use.
+            DeviceMemoryError: They do not fit beside the models that are in use.
             LoaderdError: As `plan`.
         """
-        plan = await self._plan(name, files, options)
+        name, files, options = record.name, record.files, record.options
+        if files is None:
+            raise RuntimeError("the files of a model are found before it is planned")
+        plan = await self._plan(name, files, options, count, record.id)
         while not plan.placement.fits:
             if not await self._idle.leaving():
                 if not (going := self._to_evict(plan, options)):
                     break
                 await self._idle.evict(going, str(name))
-            plan = await self._plan(name, files, options)
-        plan.placement.check(str(name))
-        self._book.reserve(model_id, str(name), plan.placement.devices)
-        claim = Claim(self._book, model_id, plan)
-        self._loading.add(claim)
+            plan = await self._plan(name, files, options, count, record.id)
+        fitting = [placement for placement in plan.replicas if placement.fits]
+        if len(fitting) < least:
+            plan.placement.check(str(name))
+        claims = [self._reserve(record, placement, plan) for placement in fitting]
+        self._loading.update(claims)
         try:
-            yield claim
+            yield claims
         except BaseException:
-            claim.release()
+            for claim in claims:
+                claim.release()
             raise
         finally:
-            self._loading.discard(claim)
+            self._loading.difference_update(claims)
+
+    def _reserve(self, record: ModelRecord, placement: Placement, plan: LoadPlan) -> Claim:
+        share = next(self._shares)
+        self._book.reserve(record.id, str(record.name), placement.devices, share)
+        return Claim(self._book, record.id, share, placement, plan.estimate.needs)
 
     async def devices(self) -> list[Device]:
         """All devices as they are now, with who has reserved what.
@@ -217,10 +247,16 @@ class Planner:
 
     def _to_evict(self, plan: LoadPlan, options: LoadOptions) -> list[str]:
         idle, needs = self._idle.evictable(), plan.estimate.needs
-        return to_evict(self._book, needs, options.device_map, idle, time.monotonic())
+        now = time.monotonic()
+        return to_evict(self._book, needs, options.device_map, idle, now, count=plan.count)
 
     async def _plan(
-        self, name: HubName | LocalName, files: LocalFolder | CachedSnapshot, options: LoadOptions
+        self,
+        name: HubName | LocalName,
+        files: LocalFolder | CachedSnapshot,
+        options: LoadOptions,
+        count: int,
+        model_id: str = "",
     ) -> LoadPlan:
         shape = await asyncio.to_thread(
             read_shape, files.path, str(name), allow_pickle=self._store.allows_pickle(name)
@@ -239,7 +275,8 @@ class Planner:
             on_accelerator=accelerated,
             bits=_BITS.get(options.quantization),
         )
-        return LoadPlan(self._book.place(found.needs, options.device_map), found, dtype)
+        placements = self._book.place_all(found.needs, options.device_map, count, model_id)
+        return LoadPlan(placements, count, found, dtype)
 
     async def _measure(self) -> list[Device]:
         """Brings the book up to date: the CPU is looked at now, the others when a worker did."""

@@ -39,14 +39,15 @@ class ModelRegistry:
     """All models of the daemon.
 
     Args:
-        max_requests: Most generation requests that one model takes, running and waiting.
+        max_requests: Most generation requests that one replica takes, running and waiting.
         keep_alive_s: How long models stay that nobody uses, unless a client says otherwise.
 
     Attributes:
         events: Every change of a model's state.
         changed: Set at every change of state or name, and when draining begins; for one reader,
             who clears it.
-        on_death: Called with a READY model whose worker has died, and which is wanted still.
+        on_death: Called with a model that a worker's death has left with fewer replicas than
+            are wanted, or with none.
         leases: What holds models between calls.
         use_changed: Set when some model's expiry may have changed; for one reader, who clears it.
     """
@@ -82,7 +83,8 @@ class ModelRegistry:
 
     def expiry(self, record: ModelRecord) -> float:
         """Monotonic time at which it is to go; infinity if it is in use, pinned or not READY."""
-        if record.state is not ModelState.READY or record.active_requests:
+        is_used = record.active_requests or record.replicas.growing.locked()
+        if record.state is not ModelState.READY or is_used:
             return math.inf
         leases = self.leases.of(record.id)
         if leases:  # its time begins when the last one ends
@@ -128,17 +130,16 @@ class ModelRegistry:
         except ModelNotLoadedError:
             return None
 
-    def worker_of(self, record: ModelRecord) -> Worker:
-        """The worker that serves a model.
+    def check_serves(self, record: ModelRecord) -> None:
+        """Checks that a model takes requests.
 
         Raises:
             DrainingError: The daemon is shutting down.
             ModelNotLoadedError: The model is not READY.
         """
         self.check_open()
-        if record.state is not ModelState.READY or record.worker is None:
+        if record.state is not ModelState.READY:
             raise ModelNotLoadedError(model=str(record.name))
-        return record.worker
 
     def held(self, identity: str, options: LoadOptions) -> ModelRecord | None:
         """The model of these files and options that is loaded, loading or unloading."""
@@ -193,8 +194,6 @@ class ModelRegistry:
             del self._records[record.id]
             self.leases.drop(record.id)
             record.gone.set()
-        elif state is ModelState.FAILED:
-            record.worker = None
         if state in {ModelState.UNLOADED, ModelState.FAILED}:
             record.unpin()
         if failure is None:
@@ -205,11 +204,32 @@ class ModelRegistry:
         if state is ModelState.FAILED:
             self._forget_old_failures()
 
-    def ready(self, record: ModelRecord, worker: Worker) -> None:
-        """Makes a model READY; from now on the end of its worker is its failure."""
-        record.worker = worker
-        self.to(record, ModelState.READY)
-        self._spawn(self._watch(record, worker))
+    def resized(self, record: ModelRecord) -> None:
+        """Tells all watchers that a READY model has more or fewer replicas now."""
+        record.details = record.replicas.serving[0].details
+        self.events.publish(
+            datetime.now(UTC), record.state, self.view(record), ChangeReason.REPLICAS
+        )
+        self.changed.set()
+
+    def lost(self, record: ModelRecord) -> None:
+        """A worker of a READY model has died, and is none of its replicas any more."""
+        is_wanted = self.expiry(record) > time.monotonic()
+        record.replicas.recall(record.replicas.wanted)
+        if record.replicas.serving:
+            self.resized(record)
+        else:
+            died = WorkerDiedError(model=str(record.name))
+            if record.replicas.growing.locked():
+                record.abort(died)
+            self.to(record, ModelState.FAILED, died)
+        if is_wanted:
+            self.mend(record)
+
+    def mend(self, record: ModelRecord) -> None:
+        """Has a model's replicas loaded again if it has lost some."""
+        if record.lacks_replicas and self.on_death is not None and not self._draining:
+            self.on_death(record)
 
     @contextmanager
     def use(
@@ -223,21 +243,23 @@ class ModelRegistry:
             lease_id: A lease on it, which is renewed by it; None for none.
 
         Yields:
-            The model's id and the worker that holds it.
+            The model's id and its worker with the fewest requests.
 
         Raises:
             LoaderdError: As `find`, and QueueFullError, DrainingError, LeaseNotFoundError.
         """
         record = self.find(text)
-        worker = self.worker_of(record)
+        self.check_serves(record)
+        replica = record.replicas.least_loaded()
         with nullcontext() if lease_id is None else self.leases.use(lease_id, record.id):
-            if record.active_requests >= self._max_requests:
+            if replica.requests >= self._max_requests:
                 raise QueueFullError(model=str(record.name), limit=self._max_requests)
             if keep_alive_s is not None:
                 record.keep_alive.seconds = keep_alive_s
             self._count(record, 1)
             try:
-                yield record.id, worker
+                with record.replicas.use(replica) as worker:
+                    yield record.id, worker
             finally:
                 self._count(record, -1)
 
@@ -255,7 +277,7 @@ class ModelRegistry:
             grace_s: How long that may go on before.
 
         Returns:
-            The model, UNLOADED, and the bytes that its process held.
+            The model, UNLOADED, and the bytes that its processes held.
 
         Raises:
             LoaderdError: As `find`, and ModelInUseError.
@@ -295,8 +317,9 @@ class ModelRegistry:
         self.changed.set()
         self.events.end(DrainingError())
         loading = [record for record in self._records.values() if record.state.is_loading]
-        for record in loading:
-            record.abort(DrainingError())
+        for record in self._records.values():
+            if record.state.is_loading or record.replicas.growing.locked():
+                record.abort(DrainingError())
         try:
             async with asyncio.timeout(patience_s):
                 await self._idle.wait()
@@ -308,8 +331,8 @@ class ModelRegistry:
         """Ends all models; requests that still run end with DrainingError."""
         for record in list(self._records.values()):
             record.quiet.set()
-            if record.worker is not None:
-                record.worker.link.fail(DrainingError())
+            for replica in record.replicas.all:
+                replica.worker.link.fail(DrainingError())
         await asyncio.gather(
             *(self.end(record, ChangeReason.SHUTDOWN) for record in list(self._records.values()))
         )
@@ -334,14 +357,16 @@ class ModelRegistry:
             grace_s: How long its requests may go on before.
 
         Returns:
-            A task whose result is the bytes that its process held.
+            A task whose result is the bytes that its processes held.
         """
         error = ModelNotLoadedError(model=str(record.name))
-        worker, record.worker = record.worker, None
         record.leaving = reason
-        if worker is not None:
+        if record.state is ModelState.READY:
+            if record.replicas.growing.locked():
+                record.abort(error)
             self.to(record, ModelState.UNLOADING)
-            return self._spawn(self._close(record, worker, error, grace_s))
+            workers = [replica.worker for replica in record.replicas.all]
+            return self._spawn(self._close(record, workers, error, grace_s))
         if record.state.is_loading:
             record.abort(error)
         elif record.state is ModelState.FAILED:
@@ -349,30 +374,22 @@ class ModelRegistry:
         return self._spawn(self._gone(record))
 
     async def _close(
-        self, record: ModelRecord, worker: Worker, error: LoaderdError, grace_s: float
+        self, record: ModelRecord, workers: list[Worker], error: LoaderdError, grace_s: float
     ) -> int:
         try:
             async with asyncio.timeout(grace_s):
                 await record.quiet.wait()
         except TimeoutError:
             pass  # what runs still is ended
-        await worker.close(error)
-        record.freed_bytes = worker.link.memory_bytes
-        self.to(record, ModelState.UNLOADED)
+        await asyncio.gather(*(worker.close(error) for worker in workers))
+        record.freed_bytes = sum(worker.link.memory_bytes for worker in workers)
+        async with record.replicas.growing:  # replicas that were being started have ended too
+            self.to(record, ModelState.UNLOADED)
         return record.freed_bytes
 
     async def _gone(self, record: ModelRecord) -> int:
         await record.gone.wait()
         return 0
-
-    async def _watch(self, record: ModelRecord, worker: Worker) -> None:
-        await worker.wait()
-        if record.state is not ModelState.READY:
-            return
-        is_wanted = self.expiry(record) > time.monotonic()
-        self.to(record, ModelState.FAILED, WorkerDiedError(model=str(record.name)))
-        if is_wanted and self.on_death is not None and not self._draining:
-            self.on_death(record)
 
     def _forget_old_failures(self) -> None:
         failed = [each for each in self._records.values() if each.state is ModelState.FAILED]

@@ -1,4 +1,4 @@
-"""Loads models again whose workers died."""
+"""Loads models and replicas again whose workers died."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import time
 from collections import defaultdict, deque
 
 from loaderd.server.errors import LoaderdError
-from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.loads import Loads
 from loaderd.server.models.record import ModelRecord
 
 logger = logging.getLogger(__name__)
 
 MOST_DEATHS = 5
-"""So many within `MEMORY_S`, and a model stays FAILED until somebody asks for it."""
+"""Of one model within `MEMORY_S`; then it stays as it is, FAILED or with the replicas that it has,
+until somebody asks for more."""
 MEMORY_S = 600.0
 _FIRST_WAIT_S = 1.0
 
@@ -33,9 +33,12 @@ class Restarts:
         self._first_wait_s = first_wait_s
         self._deaths: defaultdict[str, deque[float]] = defaultdict(deque)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._loading: set[str] = set()
 
     def begin(self, record: ModelRecord) -> None:
         """A model's worker has died."""
+        if record.id in self._loading:
+            return  # it is seen that more are missing when those are there
         if earlier := self._tasks.get(record.id):
             earlier.cancel()  # somebody was faster than its wait
         task = self._tasks[record.id] = asyncio.create_task(self._restart(record))
@@ -56,16 +59,21 @@ class Restarts:
         while (deaths := self._note_death(record)) <= MOST_DEATHS:
             if deaths > 1:
                 await asyncio.sleep(self._first_wait_s * 2 ** (deaths - 2))
-            if record.state is not ModelState.FAILED:
+            if not record.lacks_replicas:
                 return  # somebody else has loaded it, or does not want it any more
             logger.info(
                 "%s %s: loading it again, %d of %d", record.id, record.name, deaths, MOST_DEATHS
             )
+            self._loading.add(record.id)
             try:
-                await self._loads.again(record)
-                return
+                if await self._loads.again(record) is not record:
+                    return  # other names of the same files came to be loaded
             except LoaderdError as error:
                 logger.warning("%s %s: did not come back: %s", record.id, record.name, error)
+            finally:
+                self._loading.discard(record.id)
+            if not record.lacks_replicas:
+                return
         logger.error("%s %s: given up after %d failures", record.id, record.name, MOST_DEATHS)
 
     def _note_death(self, record: ModelRecord) -> int:

@@ -122,5 +122,5 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         return model_pb2.ReleaseLeaseResponse()
 
     def _acquire(self, record: ModelRecord, ttl: float) -> Lease:
-        self._registry.worker_of(record)
+        self._registry.check_serves(record)
         return self._registry.leases.acquire(record.id, ttl)

@@ -22,6 +22,10 @@ class OutputStream:
             many as the largest step had.
         on_end: Called when the last message, or the failure, has come from the worker. The reader
             may take what waits long after that, or never.
+
+    Attributes:
+        started: Whether its turn has come.
+        ended: Whether the last message, or the failure, has come.
     """
 
     def __init__(self, max_bytes: int, on_end: Callable[[], None]) -> None:
@@ -32,6 +36,7 @@ class OutputStream:
         self._largest_step = 0
         self._error: LoaderdError | None = None
         self._changed = asyncio.Event()
+        self.started = False
         self.ended = False
 
     def put(self, *messages: StreamGenerateResponse) -> None:
@@ -40,6 +45,7 @@ class OutputStream:
             return
         step = 0
         for message in messages:
+            self.started |= not message.HasField("queued")
             step += _content_bytes(message)
             if not any(_join(waiting, message) for waiting in reversed(self._waiting)):
                 self._waiting.append(message)

@@ -1,0 +1,191 @@
+"""Starts workers for models, watches them, and ends those that are not wanted any more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+
+from loaderd.server.errors import ModelNotLoadedError, WorkerDiedError
+from loaderd.server.models.lifecycle import ModelState
+from loaderd.server.models.planner import Claim, Planner
+from loaderd.server.models.record import ModelRecord
+from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.models.replicas import Replica
+from loaderd.server.store.store import ModelStore
+from loaderd.server.supervisor.supervisor import LoadedWorker, Supervisor
+from loaderd.v1 import model_pb2
+from loaderd.worker.v1 import worker_pb2
+
+
+class Scaling:
+    """Gives models the replicas that are wanted of them.
+
+    Args:
+        registry: Has the models.
+        supervisor: Where workers come from.
+        planner: Says whether they fit.
+        store: Where the models' files are.
+    """
+
+    def __init__(
+        self,
+        registry: ModelRegistry,
+        supervisor: Supervisor,
+        planner: Planner,
+        store: ModelStore,
+    ) -> None:
+        self._registry = registry
+        self._supervisor = supervisor
+        self._planner = planner
+        self._store = store
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def load(self, record: ModelRecord, wanted: int, least: int) -> None:
+        """Makes a model READY that is LOADING.
+
+        Args:
+            record: The model.
+            wanted: How many replicas it is to have.
+            least: With how many it is READY where the others do not load; they are missing then.
+
+        Raises:
+            LoaderdError: Fewer than `least` were loaded; none is left.
+        """
+        async with record.replicas.growing:
+            started = await self._start(record, wanted, least)
+            record.loaded_by(started)
+            self._serve(record, started, wanted)
+        self._registry.to(record, ModelState.READY)
+        self._registry.mend(record)
+
+    async def scale(self, record: ModelRecord, wanted: int) -> None:
+        """Gives a READY model so many replicas: all that are missing, or none of them.
+
+        Those that are too many take no more requests, and end when those that they have are over.
+
+        Raises:
+            LoaderdError: Those that are missing could not be loaded, and it has those that it had;
+                or it is not READY any more.
+        """
+        async with self._growing(record):
+            replicas = record.replicas
+            try:
+                replicas.recall(wanted)
+                missing = wanted - len(replicas.serving)
+                started = await self._start(record, missing, missing) if missing > 0 else []
+                self._serve(record, started, wanted)
+            finally:
+                for replica in replicas.dismiss():
+                    self._spawn(self._retire(record, replica))
+        self._registry.resized(record)
+        self._registry.mend(record)  # it may have lost some meanwhile
+
+    async def replenish(self, record: ModelRecord) -> None:
+        """Loads the replicas that a READY model is missing, or as many of them as can be.
+
+        Raises:
+            LoaderdError: None could be loaded, or it is not READY any more.
+        """
+        async with self._growing(record):
+            if missing := record.replicas.missing:
+                started = await self._start(record, missing, 1)
+                self._serve(record, started, record.replicas.wanted)
+        self._registry.resized(record)
+
+    @asynccontextmanager
+    async def _growing(self, record: ModelRecord) -> AsyncIterator[None]:
+        """One change of a READY model's replicas at a time; `ModelRecord.abort` ends it.
+
+        Raises:
+            LoaderdError: The model is not READY, or does not stay so.
+        """
+        try:
+            async with record.replicas.growing:
+                self._registry.check_open()
+                if record.state is not ModelState.READY:
+                    raise record.failure or ModelNotLoadedError(model=str(record.name))
+                record.load_task = asyncio.current_task()
+                try:
+                    yield
+                except asyncio.CancelledError:
+                    if record.abort_error is not None:
+                        raise record.abort_error from None
+                    raise
+                finally:
+                    record.load_task = record.abort_error = None
+        finally:
+            self._registry.use_changed.set()  # while it grew it was in use
+
+    async def _start(self, record: ModelRecord, count: int, least: int) -> list[LoadedWorker]:
+        """Loads the model in so many new workers at once, at least in `least` of them.
+
+        Raises:
+            LoaderdError: Fewer were loaded, and those have been ended.
+        """
+        loaded: list[LoadedWorker] = []
+
+        async def start(claim: Claim) -> None:
+            try:
+                model = await self._supervisor.load(self._command(record, claim), claim.begun)
+            except BaseException:
+                claim.release()
+                raise
+            claim.settle(model)
+            loaded.append(model)
+
+        async with self._planner.claim(record, count, least) as claims:
+            try:
+                outcomes = await asyncio.gather(*map(start, claims), return_exceptions=True)
+                alive = [model for model in loaded if not model.worker.ended]
+                if len(alive) < least:
+                    errors = (each for each in outcomes if each is not None)
+                    raise next(errors, WorkerDiedError(model=str(record.name)))
+                return alive
+            except BaseException:
+                await asyncio.gather(*(model.worker.kill() for model in loaded))
+                raise
+
+    def _serve(self, record: ModelRecord, models: Sequence[LoadedWorker], wanted: int) -> None:
+        """Adds workers to those that serve a model; from now on their end is a loss to it."""
+        record.replicas.wanted = wanted
+        for model in models:
+            self._spawn(self._watch(record, record.replicas.add(model)))
+        record.details = record.replicas.serving[0].details
+
+    async def _watch(self, record: ModelRecord, replica: Replica) -> None:
+        await replica.worker.wait()
+        record.replicas.remove(replica)
+        if record.state is not ModelState.READY:
+            return
+        if replica.leaving:
+            self._registry.resized(record)
+        else:
+            self._registry.lost(record)
+
+    async def _retire(self, record: ModelRecord, replica: Replica) -> None:
+        """Ends a replica when its requests are over, unless it is kept after all."""
+        while replica.leaving and replica.requests:
+            await replica.quiet.wait()
+        if replica.leaving and record.state is ModelState.READY:
+            replica.ending = True
+            await replica.worker.close()
+
+    def _command(self, record: ModelRecord, claim: Claim) -> worker_pb2.Load:
+        if record.files is None:
+            raise RuntimeError("the files of a model are found before it is loaded")
+        return worker_pb2.Load(
+            path=str(record.files.path),
+            model=str(record.name),
+            options=model_pb2.LoadOptions(
+                dtype=record.options.dtype,
+                device_map=claim.device_map(record.options.device_map),
+                quantization=record.options.quantization,
+            ),
+            allow_pickle=self._store.allows_pickle(record.name),
+        )
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
