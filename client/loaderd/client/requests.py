@@ -74,6 +74,7 @@ def load_request(
     quantization: Quantization | QuantizationName | None = None,
     keep_alive: Seconds | None = None,
     lease_ttl: Seconds | None = None,
+    replicas: int | None = None,
 ) -> model_pb2.LoadModelRequest:
     """A LoadModelRequest; options that are None stay unset.
 
@@ -86,6 +87,8 @@ def load_request(
         _set(request, "keep_alive", keep_alive)
     if lease_ttl is not None:
         _set(request, "lease_ttl", lease_ttl)
+    if replicas is not None:
+        _set(request, "replicas", replicas)
     return request
 
 
@@ -95,10 +98,18 @@ def plan_request(
     dtype: Dtype | DtypeName | None,
     device_map: str | None,
     quantization: Quantization | QuantizationName | None = None,
+    replicas: int | None = None,
 ) -> model_pb2.PlanModelRequest:
-    """A PlanModelRequest; options that are None stay unset."""
+    """A PlanModelRequest; options that are None stay unset.
+
+    Raises:
+        InvalidArgumentError: A value that the wire cannot carry.
+    """
     options = _load_options(dtype, device_map, quantization)
-    return model_pb2.PlanModelRequest(model=model_name(name), options=options)
+    request = model_pb2.PlanModelRequest(model=model_name(name), options=options)
+    if replicas is not None:
+        _set(request, "replicas", replicas)
+    return request
 
 
 def _load_options(

@@ -22,6 +22,7 @@ from loaderd.server.models.manifest import Declared, Manifest
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.models.replicas import check_replicas
 from loaderd.server.models.restarts import Restarts
 from loaderd.server.rpc.server import RpcServer
 from loaderd.server.store.cache import default_cache_dir
@@ -180,10 +181,11 @@ def _declared(config: ServerConfig) -> list[Declared]:
                 device_map=model.device_map,
                 quantization=model_pb2.Quantization.Value(f"QUANTIZATION_{quantization}"),
             )
+            replicas = None if model.replicas is None else check_replicas(model.replicas)
         except InvalidArgumentError as error:
             raise ConfigError(f"models: {model.name}: {error}") from error
         keep_alive_s = model.keep_alive if model.keep_alive >= 0 else PINNED
-        models.append(Declared(model.name, options, keep_alive_s))
+        models.append(Declared(model.name, options, keep_alive_s, replicas))
     return models + [Declared(name) for name in config.preload]
 
 

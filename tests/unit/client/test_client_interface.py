@@ -52,6 +52,7 @@ EXPORTS = {
     "ModelFailure",
     "ModelInfo",
     "ModelList",
+    "Replica",
     "UnloadResult",
     "WatchUpdate",
     # generation

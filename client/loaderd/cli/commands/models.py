@@ -15,7 +15,7 @@ from loaderd.cli.session import session_of
 from loaderd.cli.units import age, count, parse_span, size, span
 
 if TYPE_CHECKING:
-    from loaderd.client import ChangeReason, LoadPlan, ModelDetails, ModelInfo, ModelState
+    from loaderd.client import ChangeReason, LoadPlan, ModelInfo, ModelState
 
 
 def load(
@@ -34,6 +34,7 @@ def load(
         options.QuantizationName | None,
         typer.Option(help="Keep weights in 8 or 4 bits. Default: as the files have them."),
     ] = None,
+    replicas: options.Replicas = None,
     json: options.Json = False,
 ) -> None:
     """Load a model, downloading what the cache lacks."""
@@ -46,6 +47,7 @@ def load(
             device_map=device_map,
             keep_alive=keep_alive,
             quantization=quantization.value if quantization else None,
+            replicas=replicas,
             timeout=session.timeout,
         )
         with operation:
@@ -58,7 +60,7 @@ def load(
     if json:
         output.json_result(info)
     else:
-        output.result(_sentence(info, worked=worked))
+        output.result(_sentence(info, worked=worked, scaled=replicas is not None))
 
 
 def plan(
@@ -76,6 +78,7 @@ def plan(
         options.QuantizationName | None,
         typer.Option(help="Keep weights in 8 or 4 bits. Default: as the files have them."),
     ] = None,
+    replicas: options.Replicas = None,
     json: options.Json = False,
 ) -> None:
     """Say what a load would take and whether it would fit now; the exit code is 0 only if so."""
@@ -86,6 +89,7 @@ def plan(
             dtype=dtype.value if dtype else None,
             device_map=device_map,
             quantization=quantization.value if quantization else None,
+            replicas=replicas,
             timeout=session.timeout,
         )
     if json:
@@ -134,7 +138,18 @@ def ps(context: typer.Context, json: options.Json = False) -> None:
     if not models:
         output.message("no models are loaded; see `loaderctl load --help`")
         return
-    columns = ("NAME", "ID", "STATE", "DTYPE", "DEVICE", "WEIGHTS", "REQUESTS", "READY", "UNTIL")
+    columns = (
+        "NAME",
+        "ID",
+        "STATE",
+        "DTYPE",
+        "DEVICE",
+        "REPLICAS",
+        "WEIGHTS",
+        "REQUESTS",
+        "READY",
+        "UNTIL",
+    )
     output.table(columns, map(_row, models))
     for model in models:
         if model.failure is not None:
@@ -171,6 +186,8 @@ _CHANGES = {
 
 
 def _change(model: ModelInfo, previous: ModelState, reason: ChangeReason) -> str:
+    if _name(reason) == "replicas":
+        return f"{model.name} ({model.id}): {_name(model.state)}, replicas: {_replicas(model)}"
     arrow = f"{_name(previous)} -> {_name(model.state)}" if previous else _name(model.state)
     why = model.failure.message if model.failure else _CHANGES.get(_name(reason), "")
     return f"{model.name} ({model.id}): {arrow}" + (f": {why}" if why else "")
@@ -197,15 +214,23 @@ def _plan_fields(plan: LoadPlan) -> list[tuple[str, str]]:
     ]
 
 
-def _sentence(model: ModelInfo, *, worked: bool) -> str:
-    """What came of a load; `worked` says whether it had anything to do."""
+def _sentence(model: ModelInfo, *, worked: bool, scaled: bool) -> str:
+    """What came of a load.
+
+    Args:
+        model: The model.
+        worked: Whether there was anything to do.
+        scaled: Whether a number of replicas was asked for; what there was to do may be only that.
+    """
     parts = [f"{model.name} is ready as {model.id}"]
     if (details := model.details) is not None:
         weights = f", {_name(details.quantization)} weights" if details.quantization else ""
-        parts.append(f"{_name(details.dtype)}{weights} on {_devices(details)}")
+        parts.append(f"{_name(details.dtype)}{weights} on {_devices(model)}")
+    if scaled:
+        parts.append(count(model.wanted_replicas, "replica"))
     if not worked:
         parts.append("was loaded already")
-    elif model.timings.total is not None:
+    elif not scaled and model.timings.total is not None:
         parts.append(f"loaded in {span(model.timings.total)}")
     return ", ".join(parts)
 
@@ -217,7 +242,8 @@ def _row(model: ModelInfo) -> tuple[str, ...]:
         model.id,
         _name(model.state),
         _name(details.dtype) if details else "-",
-        _devices(details) if details else "-",
+        _devices(model) if details else "-",
+        _replicas(model),
         size(details.weight_bytes) if details else "-",
         str(model.active_requests),
         age(model.ready_at),
@@ -236,8 +262,18 @@ def _until(model: ModelInfo) -> str:
     return f"in {span(model.expires_at - datetime.now(UTC))}"
 
 
-def _devices(details: ModelDetails) -> str:
-    return "+".join(sorted(set(details.device_map.values())))
+def _devices(model: ModelInfo) -> str:
+    of_replicas = {device for replica in model.replicas for device in replica.devices}
+    of_model = set(model.details.device_map.values()) if model.details else set()
+    return "+".join(sorted(of_replicas | of_model))
+
+
+def _replicas(model: ModelInfo) -> str:
+    """How many serve, and how many are to, if that differs."""
+    serving = sum(not replica.leaving for replica in model.replicas)
+    if serving == model.wanted_replicas:
+        return str(serving)
+    return f"{serving} of {model.wanted_replicas}"
 
 
 def _name(member: Enum) -> str:

@@ -84,6 +84,7 @@ class AsyncClient:
         device_map: str | None = None,
         keep_alive: Seconds | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        replicas: int | None = None,
         on_progress: Callable[[LoadProgress], object] | None = None,
         timeout: float | None = None,
     ) -> AsyncModel:
@@ -99,6 +100,9 @@ class AsyncClient:
                 use has ended; negative: until somebody unloads it. None: the daemon's setting, or
                 what the model has.
             quantization: Keeps weights in 8 or 4 bits. None: as the files have them.
+            replicas: How many processes are to serve the model from now on, all under its name: one
+                that is loaded already gets more, or loses those that are too many when their
+                requests are over. None: as many as it has, 1 if it is new.
             on_progress: Called with each progress, and awaited if it returns an awaitable. What it
                 raises cancels the load.
             timeout: Seconds; None: as long as it takes.
@@ -109,6 +113,7 @@ class AsyncClient:
             device_map=device_map,
             quantization=quantization,
             keep_alive=keep_alive,
+            replicas=replicas,
             timeout=timeout,
         )
         return await operation.wait(on_progress)
@@ -121,6 +126,7 @@ class AsyncClient:
         device_map: str | None = None,
         quantization: Quantization | QuantizationName | None = None,
         keep_alive: Seconds | None = None,
+        replicas: int | None = None,
         timeout: float | None = None,
     ) -> AsyncLoadOperation:
         """Starts what `load` does and returns its handle."""
@@ -130,6 +136,7 @@ class AsyncClient:
             device_map=device_map,
             quantization=quantization,
             keep_alive=keep_alive,
+            replicas=replicas,
         )
         return AsyncLoadOperation(
             self._transport,
@@ -145,6 +152,7 @@ class AsyncClient:
         device_map: str | None = None,
         quantization: Quantization | QuantizationName | None = None,
         keep_alive: Seconds | None = None,
+        replicas: int | None = None,
         timeout: float | None = None,
     ) -> AsyncLease:
         """Loads a model as `load` does, and holds it from the moment when it is READY.
@@ -156,6 +164,7 @@ class AsyncClient:
             device_map: See above.
             quantization: See above.
             keep_alive: See above.
+            replicas: See above.
             timeout: Seconds; None: as long as the load takes.
         """
         request = load_request(
@@ -164,6 +173,7 @@ class AsyncClient:
             device_map=device_map,
             quantization=quantization,
             keep_alive=keep_alive,
+            replicas=replicas,
             lease_ttl=ttl,
         )
         operation = AsyncLoadOperation(
@@ -179,16 +189,19 @@ class AsyncClient:
         dtype: Dtype | DtypeName | None = None,
         device_map: str | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        replicas: int | None = None,
         timeout: float | None = None,
     ) -> LoadPlan:
         """Says what a load of a model in the cache would take, and whether it would fit now.
 
-        Loads and reserves nothing. The arguments are those of `load`.
+        Loads and reserves nothing. The arguments are those of `load`; None of `replicas` is 1.
 
         Raises:
             SnapshotNotFoundError: The cache does not have the model.
         """
-        request = plan_request(name, dtype=dtype, device_map=device_map, quantization=quantization)
+        request = plan_request(
+            name, dtype=dtype, device_map=device_map, quantization=quantization, replicas=replicas
+        )
         return responses.load_plan(
             await self._transport.call(self.raw.models.PlanModel, request, timeout)
         )

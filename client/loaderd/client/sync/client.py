@@ -83,6 +83,7 @@ class Client:
         device_map: str | None = None,
         keep_alive: Seconds | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        replicas: int | None = None,
         on_progress: Callable[[LoadProgress], object] | None = None,
         timeout: float | None = None,
     ) -> Model:
@@ -98,6 +99,9 @@ class Client:
                 use has ended; negative: until somebody unloads it. None: the daemon's setting, or
                 what the model has.
             quantization: Keeps weights in 8 or 4 bits. None: as the files have them.
+            replicas: How many processes are to serve the model from now on, all under its name: one
+                that is loaded already gets more, or loses those that are too many when their
+                requests are over. None: as many as it has, 1 if it is new.
             on_progress: Called with each progress. What it raises cancels the load.
             timeout: Seconds; None: as long as it takes.
         """
@@ -107,6 +111,7 @@ class Client:
             device_map=device_map,
             quantization=quantization,
             keep_alive=keep_alive,
+            replicas=replicas,
             timeout=timeout,
         )
         return operation.wait(on_progress)
@@ -119,6 +124,7 @@ class Client:
         device_map: str | None = None,
         quantization: Quantization | QuantizationName | None = None,
         keep_alive: Seconds | None = None,
+        replicas: int | None = None,
         timeout: float | None = None,
     ) -> LoadOperation:
         """Starts what `load` does and returns its handle."""
@@ -128,6 +134,7 @@ class Client:
             device_map=device_map,
             quantization=quantization,
             keep_alive=keep_alive,
+            replicas=replicas,
         )
         return LoadOperation(
             self._transport,
@@ -143,6 +150,7 @@ class Client:
         device_map: str | None = None,
         quantization: Quantization | QuantizationName | None = None,
         keep_alive: Seconds | None = None,
+        replicas: int | None = None,
         timeout: float | None = None,
     ) -> Lease:
         """Loads a model as `load` does, and holds it from the moment when it is READY.
@@ -154,6 +162,7 @@ class Client:
             device_map: See above.
             quantization: See above.
             keep_alive: See above.
+            replicas: See above.
             timeout: Seconds; None: as long as the load takes.
         """
         request = load_request(
@@ -162,6 +171,7 @@ class Client:
             device_map=device_map,
             quantization=quantization,
             keep_alive=keep_alive,
+            replicas=replicas,
             lease_ttl=ttl,
         )
         operation = LoadOperation(
@@ -177,16 +187,19 @@ class Client:
         dtype: Dtype | DtypeName | None = None,
         device_map: str | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        replicas: int | None = None,
         timeout: float | None = None,
     ) -> LoadPlan:
         """Says what a load of a model in the cache would take, and whether it would fit now.
 
-        Loads and reserves nothing. The arguments are those of `load`.
+        Loads and reserves nothing. The arguments are those of `load`; None of `replicas` is 1.
 
         Raises:
             SnapshotNotFoundError: The cache does not have the model.
         """
-        request = plan_request(name, dtype=dtype, device_map=device_map, quantization=quantization)
+        request = plan_request(
+            name, dtype=dtype, device_map=device_map, quantization=quantization, replicas=replicas
+        )
         return responses.load_plan(
             self._transport.call(self.raw.models.PlanModel, request, timeout)
         )

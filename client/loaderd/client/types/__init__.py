@@ -54,6 +54,7 @@ from loaderd.client.types.model import (
     ModelFailure,
     ModelInfo,
     ModelList,
+    Replica,
     UnloadResult,
     WatchUpdate,
 )
@@ -109,6 +110,7 @@ __all__ = [
     "Quantization",
     "QuantizationName",
     "RenderedPrompt",
+    "Replica",
     "Resolution",
     "ServerInfo",
     "SkipReason",

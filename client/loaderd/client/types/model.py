@@ -63,7 +63,7 @@ class ModelDetails:
     quantization_reason: str
     """What quantized them, or in which form the files had them; empty when they are plain."""
     planned_bytes: int
-    """What the plan before the load said that it would take."""
+    """What the plan before the load said that this replica would take."""
     memory_bytes: int
     """What the load did take, as its worker measured it."""
 
@@ -95,6 +95,28 @@ class ModelFailure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Replica:
+    """One process that holds a model."""
+
+    number: int
+    """Unique in the model's life; those that come later have greater ones."""
+    worker_pid: int
+    """Its process id on the daemon's box."""
+    devices: tuple[str, ...]
+    """The devices that its layers are on."""
+    running_requests: int
+    """Requests that it works on."""
+    queued_requests: int
+    """Requests that wait for their turn on it."""
+    memory_bytes: int
+    """Memory that it held at its last heartbeat, in bytes."""
+    leaving: bool
+    """Whether it takes no more requests, and ends when those that it has are over."""
+    ready_at: datetime
+    """When it was loaded, in UTC."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """A model that the daemon holds, or tried to."""
 
@@ -113,7 +135,7 @@ class ModelInfo:
     options: LoadOptions
     """The options that it was loaded with."""
     details: ModelDetails | None
-    """What the worker found; set from READY on."""
+    """What the worker found, of several replicas the oldest; set from READY on."""
     active_requests: int
     """Generation requests that run or wait now."""
     created_at: datetime | None
@@ -136,6 +158,10 @@ class ModelInfo:
     """Leases that hold it now."""
     last_used_at: datetime | None
     """When the last request on it ended, or it became READY, in UTC; None before."""
+    wanted_replicas: int
+    """How many replicas there are to be."""
+    replicas: tuple[Replica, ...]
+    """Those that there are, oldest first."""
 
 
 @dataclass(frozen=True, kw_only=True)

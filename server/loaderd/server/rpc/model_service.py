@@ -32,11 +32,11 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.LoadModelRequest, context: Context
     ) -> AsyncIterator[model_pb2.LoadModelResponse]:
         """Streams progress, then the model."""
-        options = convert.load_options(request.options)
+        options, replicas = convert.load_options(request.options), convert.replicas(request)
         keep_alive, ttl = convert.keep_alive(request), convert.span(request, "lease_ttl")
         if ttl is not None:
             check_ttl(ttl, "lease_ttl")
-        async with aclosing(self._loads.load(request.model, options)) as updates:
+        async with aclosing(self._loads.load(request.model, options, replicas)) as updates:
             async for update in updates:
                 if isinstance(update, LoadProgress):
                     yield model_pb2.LoadModelResponse(progress=convert.load_progress(update))
@@ -95,7 +95,8 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.PlanModelResponse:
         """What a load would take."""
         options = convert.load_options(request.options)
-        return convert.load_plan(await self._planner.plan(request.model, options))
+        replicas = convert.replicas(request) or 1
+        return convert.load_plan(await self._planner.plan(request.model, options, replicas))
 
     async def AcquireLease(
         self, request: model_pb2.AcquireLeaseRequest, context: Context

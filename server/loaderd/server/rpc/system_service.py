@@ -33,6 +33,7 @@ CAPABILITIES = (
     "models.leases",
     "models.load_on_demand",
     "models.plan",
+    "models.replicas",
     "models.watch",
 )
 """Optional abilities that clients may ask for before they rely on them."""
