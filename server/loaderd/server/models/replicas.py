@@ -129,8 +129,10 @@ class Replicas:
         return max(self.wanted - len(self.serving), 0)
 
     def are(self, count: int | None) -> bool:
-        """Whether so many are wanted, and serve; None is any number."""
-        return count is None or (count == self.wanted and not self.missing)
+        """Whether so many are wanted, serve, and stay as they are; None is any number."""
+        if count is None:
+            return True
+        return count == self.wanted and not self.missing and not self.growing.locked()
 
     def add(self, model: LoadedWorker) -> Replica:
         """A worker that serves from now on."""
