@@ -107,14 +107,14 @@ def test_models_that_are_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file = tmp_path / "loaderd.toml"
     file.write_text(
         '[[models]]\nname = "org/name@v1"\ndtype = "float32"\nkeep_alive = 60\n'
-        'quantization = "int8"\n'
+        'quantization = "int8"\nreplicas = 2\n'
         '[[models]]\nname = "./model"\n'
     )
     monkeypatch.chdir(tmp_path)
     config = load_config({"config": str(file), "preload": ["org/other", "~/x"]})
     first, second = config.models
     assert (first.name, first.dtype, first.keep_alive) == ("org/name@v1", "float32", 60)
-    assert first.quantization == "int8"
+    assert (first.quantization, first.replicas) == ("int8", 2)
     assert (second.name, second.device_map) == (str(tmp_path / "model"), "auto")
     assert second.keep_alive < 0
     assert config.preload == ("org/other", str(Path("~/x").expanduser()))

@@ -15,6 +15,8 @@ AUTO = "auto"
 CPU = "cpu"
 _NEWCOMER = ""
 """Holds, in a copy of a book, what is being placed."""
+_KV_SHARE = 0.5
+"""What a worker takes for keys and values of what its weights leave free of an accelerator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +291,7 @@ class DeviceBook:
         """Places replicas of a model beside each other; reserves nothing.
 
         Under "auto" each goes to an accelerator without one of this model, where it fits there.
+        One that shares an accelerator with earlier ones has what their keys and values leave.
 
         Args:
             needs: Of each.
@@ -311,9 +314,16 @@ class DeviceBook:
             placements.append(replace(placement, holders=others))
             if not placement.fits:
                 break
-            rest.reserve(_NEWCOMER, "", placement.devices, share=len(placements))
+            rest.reserve(_NEWCOMER, "", rest._filled(placement), share=len(placements))
             taken |= placement.devices.keys()
         return placements
+
+    def _filled(self, placement: Placement) -> dict[str, int]:
+        """What a placement will hold when its keys and values have the room that they take."""
+        return {
+            device: count + int(_KV_SHARE * (self.available(device) - count)) * (device != CPU)
+            for device, count in placement.devices.items()
+        }
 
     def place(self, needs: Needs, device_map: str, rather_not: Collection[str] = ()) -> Placement:
         """Says whether and where a model fits; reserves nothing.

@@ -113,6 +113,11 @@ class Claim:
         self._worker: Worker | None = None
         self._held_before = 0
 
+    @property
+    def accelerators(self) -> list[str]:
+        """The devices other than the CPU that it is on, in an order that all claims have."""
+        return sorted(set(self._placement.devices) - {CPU})
+
     def device_map(self, asked: str) -> str:
         """What the worker is to be asked for: "auto" is one accelerator where one has room."""
         devices = tuple(self._placement.devices)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from loaderd.server.errors import ModelNotLoadedError, WorkerDiedError
 from loaderd.server.models.lifecycle import ModelState
@@ -120,19 +121,25 @@ class Scaling:
     async def _start(self, record: ModelRecord, count: int, least: int) -> list[LoadedWorker]:
         """Loads the model in so many new workers at once, at least in `least` of them.
 
+        Those that share an accelerator go one after the other: each measures what is free of it.
+
         Raises:
             LoaderdError: Fewer were loaded, and those have been ended.
         """
         loaded: list[LoadedWorker] = []
+        turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
         async def start(claim: Claim) -> None:
-            try:
-                model = await self._supervisor.load(self._command(record, claim), claim.begun)
-            except BaseException:
-                claim.release()
-                raise
-            claim.settle(model)
-            loaded.append(model)
+            async with AsyncExitStack() as turn:
+                for device in claim.accelerators:
+                    await turn.enter_async_context(turns[device])
+                try:
+                    model = await self._supervisor.load(self._command(record, claim), claim.begun)
+                except BaseException:
+                    claim.release()
+                    raise
+                claim.settle(model)
+                loaded.append(model)
 
         async with self._planner.claim(record, count, least) as claims:
             try:
