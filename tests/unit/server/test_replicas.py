@@ -60,6 +60,20 @@ def test_requests_one_after_the_other_take_turns(count: int) -> None:
     assert turns == 2 * [replica.number for replica in replicas.all]
 
 
+@given(counts)
+def test_who_asks_again_comes_to_the_same_replica_unless_it_has_more_to_do(count: int) -> None:
+    replicas = some(count)
+    for asker in range(count):
+        with replicas.use(replicas.least_loaded(f"client {asker}"), f"client {asker}"):
+            pass
+    homes = [replicas.least_loaded(f"client {asker}") for asker in range(count)]
+    assert set(homes) == set(replicas.all)
+    assert replicas.least_loaded("another client") is homes[0]
+    with replicas.use(homes[-1], "another client"), replicas.use(homes[-1], f"client {count - 1}"):
+        other = replicas.least_loaded(f"client {count - 1}")
+        assert other is not homes[-1] or count == 1
+
+
 @given(counts, steps)
 def test_whoever_is_chosen_serves_and_none_has_less_to_do(
     count: int, steps: list[tuple[str, int]]

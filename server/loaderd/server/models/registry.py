@@ -18,7 +18,6 @@ from loaderd.server.errors import (
     ModelInUseError,
     ModelNotLoadedError,
     QueueFullError,
-    WorkerDiedError,
 )
 from loaderd.server.models.events import EventBus
 from loaderd.server.models.keep_alive import PINNED, KeepAlive
@@ -212,28 +211,13 @@ class ModelRegistry:
         )
         self.changed.set()
 
-    def lost(self, record: ModelRecord) -> None:
-        """A worker of a READY model has died, and is none of its replicas any more."""
-        is_wanted = self.expiry(record) > time.monotonic()
-        record.replicas.recall(record.replicas.wanted)
-        if record.replicas.serving:
-            self.resized(record)
-        else:
-            died = WorkerDiedError(model=str(record.name))
-            if record.replicas.growing.locked():
-                record.abort(died)
-            self.to(record, ModelState.FAILED, died)
-        if is_wanted:
-            self.mend(record)
-
-    def mend(self, record: ModelRecord) -> None:
-        """Has a model's replicas loaded again if it has lost some."""
-        if record.lacks_replicas and self.on_death is not None and not self._draining:
-            self.on_death(record)
-
     @contextmanager
     def use(
-        self, text: str, keep_alive_s: float | None = None, lease_id: str | None = None
+        self,
+        text: str,
+        keep_alive_s: float | None = None,
+        lease_id: str | None = None,
+        asker: str = "",
     ) -> Iterator[tuple[str, Worker]]:
         """Counts a request on a READY model while it runs.
 
@@ -241,6 +225,7 @@ class ModelRegistry:
             text: The model.
             keep_alive_s: Its keep-alive from now on; None for the one that it has.
             lease_id: A lease on it, which is renewed by it; None for none.
+            asker: Whose prompts have their beginnings in common; empty if unknown.
 
         Yields:
             The model's id and its worker with the fewest requests.
@@ -250,7 +235,7 @@ class ModelRegistry:
         """
         record = self.find(text)
         self.check_serves(record)
-        replica = record.replicas.least_loaded()
+        replica = record.replicas.least_loaded(asker)
         with nullcontext() if lease_id is None else self.leases.use(lease_id, record.id):
             if replica.requests >= self._max_requests:
                 raise QueueFullError(model=str(record.name), limit=self._max_requests)
@@ -258,7 +243,7 @@ class ModelRegistry:
                 record.keep_alive.seconds = keep_alive_s
             self._count(record, 1)
             try:
-                with record.replicas.use(replica) as worker:
+                with record.replicas.use(replica, asker) as worker:
                     yield record.id, worker
             finally:
                 self._count(record, -1)

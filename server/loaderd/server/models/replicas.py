@@ -64,6 +64,7 @@ class Replica:
         details: What it found when it loaded.
         requests: Requests on it that run or wait.
         turn: When it was last chosen, as a count of choices; 0: never.
+        asker: Who asked it last; empty if unknown.
         leaving: It takes no more requests, and ends with those that it has.
         ending: It is being ended, and cannot be kept any more.
         quiet: Set while it has no requests.
@@ -75,6 +76,7 @@ class Replica:
     details: model_pb2.ModelDetails
     requests: int = 0
     turn: int = 0
+    asker: str = ""
     leaving: bool = False
     ending: bool = False
     quiet: asyncio.Event = field(default_factory=asyncio.Event)
@@ -146,18 +148,23 @@ class Replicas:
         """Forgets one whose process has ended."""
         self._all.remove(replica)
 
-    def least_loaded(self) -> Replica:
-        """The one with the fewest requests; of equals the one whose last turn was first."""
+    def least_loaded(self, asker: str = "") -> Replica:
+        """The one with the fewest requests.
 
-        def order(replica: Replica) -> tuple[bool, int, int]:
-            return replica.worker.ended, replica.requests, replica.turn
+        Of equals the one that `asker` asked last, which may still have the beginning of its prompt;
+        else the one whose last turn was first.
+        """
+
+        def order(replica: Replica) -> tuple[bool, int, bool, int]:
+            is_strange = not asker or replica.asker != asker
+            return replica.worker.ended, replica.requests, is_strange, replica.turn
 
         return min(self.serving, key=order)
 
     @contextmanager
-    def use(self, replica: Replica) -> Iterator[Worker]:
+    def use(self, replica: Replica, asker: str = "") -> Iterator[Worker]:
         """Counts a request on a replica while it runs, and gives it the turn."""
-        replica.turn = next(self._turns)
+        replica.turn, replica.asker = next(self._turns), asker
         replica.requests += 1
         replica.quiet.clear()
         try:

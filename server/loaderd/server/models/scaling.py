@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -58,7 +59,7 @@ class Scaling:
             record.loaded_by(started)
             self._serve(record, started, wanted)
         self._registry.to(record, ModelState.READY)
-        self._registry.mend(record)
+        self._mend(record)
 
     async def scale(self, record: ModelRecord, wanted: int) -> None:
         """Gives a READY model so many replicas: all that are missing, or none of them.
@@ -79,8 +80,7 @@ class Scaling:
             finally:
                 for replica in replicas.dismiss():
                     self._spawn(self._retire(record, replica))
-        self._registry.resized(record)
-        self._registry.mend(record)  # it may have lost some meanwhile
+        self._mend(record)  # it may have lost some meanwhile
 
     async def replenish(self, record: ModelRecord) -> None:
         """Loads the replicas that a READY model is missing, or as many of them as can be.
@@ -92,20 +92,23 @@ class Scaling:
             if missing := record.replicas.missing:
                 started = await self._start(record, missing, 1)
                 self._serve(record, started, record.replicas.wanted)
-        self._registry.resized(record)
 
     @asynccontextmanager
     async def _growing(self, record: ModelRecord) -> AsyncIterator[None]:
         """One change of a READY model's replicas at a time; `ModelRecord.abort` ends it.
 
+        Watchers are told of what has changed when it is done.
+
         Raises:
             LoaderdError: The model is not READY, or does not stay so.
         """
+        replicas = record.replicas
         try:
-            async with record.replicas.growing:
+            async with replicas.growing:
                 self._registry.check_open()
                 if record.state is not ModelState.READY:
                     raise record.failure or ModelNotLoadedError(model=str(record.name))
+                before = replicas.wanted, replicas.serving
                 record.load_task = asyncio.current_task()
                 try:
                     yield
@@ -115,6 +118,8 @@ class Scaling:
                     raise
                 finally:
                     record.load_task = record.abort_error = None
+            if (replicas.wanted, replicas.serving) != before:
+                self._registry.resized(record)
         finally:
             self._registry.use_changed.set()  # while it grew it was in use
 
@@ -168,7 +173,27 @@ class Scaling:
         if replica.leaving:
             self._registry.resized(record)
         else:
-            self._registry.lost(record)
+            self._lost_one(record)
+
+    def _lost_one(self, record: ModelRecord) -> None:
+        """A worker of a READY model has died, and is none of its replicas any more."""
+        is_wanted = self._registry.expiry(record) > time.monotonic()
+        record.replicas.recall(record.replicas.wanted)
+        if record.replicas.serving:
+            self._registry.resized(record)
+        else:
+            died = WorkerDiedError(model=str(record.name))
+            if record.replicas.growing.locked():
+                record.abort(died)
+            self._registry.to(record, ModelState.FAILED, died)
+        if is_wanted:
+            self._mend(record)
+
+    def _mend(self, record: ModelRecord) -> None:
+        """Has a model's replicas loaded again if it has lost some."""
+        registry = self._registry
+        if record.lacks_replicas and registry.on_death is not None and not registry.draining:
+            registry.on_death(record)
 
     async def _retire(self, record: ModelRecord, replica: Replica) -> None:
         """Ends a replica when its requests are over, unless it is kept after all."""

@@ -117,12 +117,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         if lease_id is not None:
             self._registry.leases.check(lease_id)
         await self._loads.ensure(request.model)
+        client = _client_of(context.peer())
         # The model is in use until its worker is done, not until a slow client has read it all.
         with ExitStack() as use:
+            asker = request.cache_salt or client
             model_id, worker = use.enter_context(
-                self._registry.use(request.model, keep_alive, lease_id)
+                self._registry.use(request.model, keep_alive, lease_id, asker)
             )
-            client = _client_of(context.peer())
             with worker.link.generate(request, on_end=use.close, client=client) as stream:
                 yield model_id, stream
 
