@@ -172,6 +172,9 @@ def test_load_and_ps_tell_of_replicas(ctl: Ctl, daemon: FakeDaemon) -> None:
     assert lines(ctl("ps").stdout)[1][5:8] == ["1", "of", "3"]
     planned = document(ctl("plan", "demo/chat", "--replicas", "2", "--json"))
     assert planned["needed_bytes"] == 120_000_000
+    assert ["needed", "by", "2", "120.0", "MB"] in lines(
+        ctl("plan", "demo/chat", "--replicas", "2").stdout
+    )
     assert ctl("load", "demo/chat", "--replicas", "0").exit_code == ExitCode.USAGE
     assert ctl("load", "demo/chat", "--replicas", "33").exit_code == ExitCode.INVALID
 

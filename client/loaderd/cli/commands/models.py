@@ -95,7 +95,7 @@ def plan(
     if json:
         output.json_result(planned)
     else:
-        output.fields(_plan_fields(planned))
+        output.fields(_plan_fields(planned, replicas or 1))
     if not planned.fits:
         raise typer.Exit(ExitCode.EXHAUSTED)
 
@@ -193,7 +193,7 @@ def _change(model: ModelInfo, previous: ModelState, reason: ChangeReason) -> str
     return f"{model.name} ({model.id}): {arrow}" + (f": {why}" if why else "")
 
 
-def _plan_fields(plan: LoadPlan) -> list[tuple[str, str]]:
+def _plan_fields(plan: LoadPlan, replicas: int) -> list[tuple[str, str]]:
     parts = plan.breakdown
     sizes = [
         ("weights", parts.weights_bytes),
@@ -201,7 +201,7 @@ def _plan_fields(plan: LoadPlan) -> list[tuple[str, str]]:
         ("activations", parts.activation_bytes),
         ("copies of weights", parts.copies_bytes),
         ("headroom", parts.headroom_bytes),
-        ("needed", plan.needed_bytes),
+        ("needed" if replicas == 1 else f"needed by {replicas}", plan.needed_bytes),
         ("free", plan.free_bytes),
     ]
     places = ", ".join(f"{device.id} ({size(device.bytes)})" for device in plan.devices)

@@ -188,7 +188,8 @@ class Loads:
         """Gives a READY model so many replicas; None: those that it is missing."""
 
         async def work(publish: Publish[LoadProgress]) -> ModelRecord:
-            publish(LoadProgress(record.id, ModelState.LOADING, None, 0.0))
+            if replicas is None or replicas > len(record.replicas.serving):
+                publish(LoadProgress(record.id, ModelState.LOADING, None, 0.0))
             if replicas is None:
                 await self._scaling.replenish(record)
             else:

@@ -205,7 +205,15 @@ class ModelRegistry:
 
     def resized(self, record: ModelRecord) -> None:
         """Tells all watchers that a READY model has more or fewer replicas now."""
-        record.details = record.replicas.serving[0].details
+        serving = record.replicas.serving
+        record.details = serving[0].details
+        logger.info(
+            "%s %s: %d of %d replicas serve",
+            record.id,
+            record.name,
+            len(serving),
+            record.replicas.wanted,
+        )
         self.events.publish(
             datetime.now(UTC), record.state, self.view(record), ChangeReason.REPLICAS
         )
