@@ -117,15 +117,16 @@ async def test_a_death_ends_the_streams_of_one_replica_and_nothing_else(lasting:
 
 async def test_a_model_without_replicas_fails_and_comes_back_with_all(lasting: Box) -> None:
     box = lasting
-    model = await box.load(replicas=3)
+    model = await box.load(replicas=MOST_DEATHS + 2)
     with box.registry.events.subscribe() as events:
         for worker in holding(box):
             worker.kill()
+            await asyncio.sleep(0.01)
         async for event in events:
             if event.model.state is ModelState.FAILED:
                 break
         assert not event.model.replicas
-    assert (await until_serving(box, 3)).id == model.id
+    assert (await until_serving(box, MOST_DEATHS + 2)).id == model.id
 
 
 async def test_a_replica_that_dies_again_and_again_is_given_up_and_the_other_serves(
@@ -305,6 +306,22 @@ async def test_one_of_several_dies_while_others_are_loaded(lasting: Box) -> None
     assert (await growth).wanted_replicas == 3
     await until_serving(box, 3)
     assert len(holding(box)) == 3
+
+
+async def test_who_stays_after_all_dies_while_others_are_loaded(lasting: Box) -> None:
+    box = lasting
+    await box.load(replicas=2)
+    for _ in range(2):
+        await hang(box)
+    await box.load(replicas=1)
+    box.launcher.load_gate.clear()
+    growth = asyncio.create_task(box.load(replicas=3))  # the one that was to leave stays
+    await until(lambda: box.launcher.loads == 3)
+    holding(box)[1].kill()
+    await until(lambda: len(holding(box)) == 2)
+    box.launcher.load_gate.set()
+    await growth
+    await until_serving(box, 3)
 
 
 async def test_all_replicas_end_with_their_model(box: Box) -> None:

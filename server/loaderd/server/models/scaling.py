@@ -168,15 +168,11 @@ class Scaling:
     async def _watch(self, record: ModelRecord, replica: Replica) -> None:
         await replica.worker.wait()
         record.replicas.remove(replica)
-        if record.state is not ModelState.READY:
-            return
-        if replica.leaving:
-            self._registry.resized(record)
-        else:
+        if record.state is ModelState.READY:
             self._lost_one(record)
 
     def _lost_one(self, record: ModelRecord) -> None:
-        """A worker of a READY model has died, and is none of its replicas any more."""
+        """A worker of a READY model has ended, and is none of its replicas any more."""
         is_wanted = self._registry.expiry(record) > time.monotonic()
         record.replicas.recall(record.replicas.wanted)
         if record.replicas.serving:
