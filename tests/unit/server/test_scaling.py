@@ -135,7 +135,7 @@ async def test_a_replica_that_dies_again_and_again_is_given_up_and_the_other_ser
     box = lasting
     await box.load(replicas=2)
     steady, _ = holding(box)
-    for death in range(MOST_DEATHS):
+    for death in range(2 * MOST_DEATHS):
         await until_serving(box, 2)
         holding(box)[-1].kill()
         await until(lambda loads=3 + death: box.launcher.loads == loads)  # type: ignore[misc]
@@ -145,7 +145,7 @@ async def test_a_replica_that_dies_again_and_again_is_given_up_and_the_other_ser
     await asyncio.sleep(0.3)
     model = await model_of(box)
     assert (model.state, len(model.replicas), model.wanted_replicas) == (READY, 1, 2)
-    assert box.launcher.loads == 2 + MOST_DEATHS
+    assert box.launcher.loads == 2 + 2 * MOST_DEATHS
     assert holding(box) == [steady]
     assert len((await box.load(replicas=2)).replicas) == 2, "somebody asks for it"
 
@@ -287,7 +287,8 @@ async def test_the_last_replica_dies_while_others_are_loaded(lasting: Box) -> No
     growth = asyncio.create_task(reason_of(box.models.LoadModel(request, timeout=30)))
     await until(lambda: box.launcher.loads == 2)
     holding(box)[0].kill()
-    assert await growth == "WORKER_DIED"
+    async with asyncio.timeout(5):  # less than a load may take
+        assert await growth == "WORKER_DIED"
     await until(lambda: box.launcher.loads == 3)
     box.launcher.load_gate.set()
     assert (await until_serving(box, 1)).id == model.id

@@ -14,8 +14,8 @@ from loaderd.server.models.record import ModelRecord
 logger = logging.getLogger(__name__)
 
 MOST_DEATHS = 5
-"""Of one model within `MEMORY_S`; then it stays as it is, FAILED or with the replicas that it has,
-until somebody asks for more."""
+"""For each replica that a model is to have, within `MEMORY_S`; then it stays as it is, FAILED or with
+those that it has, until somebody asks for more."""
 MEMORY_S = 600.0
 _FIRST_WAIT_S = 1.0
 
@@ -56,7 +56,7 @@ class Restarts:
             del self._tasks[model_id]
 
     async def _restart(self, record: ModelRecord) -> None:
-        while (deaths := self._note_death(record)) <= MOST_DEATHS:
+        while (deaths := self._note_deaths(record)) <= MOST_DEATHS:
             if deaths > 1:
                 await asyncio.sleep(self._first_wait_s * 2 ** (deaths - 2))
             if not record.lacks_replicas:
@@ -76,13 +76,14 @@ class Restarts:
                 return
         logger.error("%s %s: given up after %d failures", record.id, record.name, MOST_DEATHS)
 
-    def _note_death(self, record: ModelRecord) -> int:
-        """How often the model has failed lately."""
+    def _note_deaths(self, record: ModelRecord) -> int:
+        """How often each replica has died or failed lately, on average, rounded up."""
         now = time.monotonic()
         for name, times in list(self._deaths.items()):
             while times and times[0] < now - MEMORY_S:
                 times.popleft()
             if not times:
                 del self._deaths[name]
-        self._deaths[record.id].append(now)
-        return len(self._deaths[record.id])
+        deaths = self._deaths[record.id]
+        deaths.extend([now] * max(record.replicas.missing, 1))
+        return -(-len(deaths) // record.replicas.wanted)
