@@ -14,8 +14,8 @@ from loaderd.server.models.record import ModelRecord
 logger = logging.getLogger(__name__)
 
 MOST_DEATHS = 5
-"""For each replica that a model is to have, within `MEMORY_S`; then it stays as it is, FAILED or with
-those that it has, until somebody asks for more."""
+"""For each replica that a model is to have, within `MEMORY_S`; then it stays as it is, FAILED or
+with those that it has, until somebody asks for more."""
 MEMORY_S = 600.0
 _FIRST_WAIT_S = 1.0
 
