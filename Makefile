@@ -19,11 +19,12 @@ MODEL := .cache/models/SmolLM2-135M-Instruct
 CODE := server client tests benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test check docs protos model bench bench-engine bench-turmoil bench-peers clean
+.PHONY: help setup demo run test check docs protos model bench bench-engine bench-turmoil bench-simulation
+.PHONY: bench-peers clean
 .PHONY: check-style check-types check-protos check-stubs
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(SETUP) ## Make .venv with everything for running and developing
 
@@ -34,7 +35,7 @@ run: $(SETUP) ## Run the daemon (PORT=50051, ARGS="more options")
 	$(BIN)/loaderd --port $(PORT) $(ARGS)
 
 test: $(SETUP) $(MODEL) ## Run the tests (ARGS="tests/unit -k name", JOBS=0: in one process)
-	$(BIN)/pytest -n $(JOBS) --dist loadscope $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 check: check-style check-types check-protos check-stubs docs ## Style, types, wire contract, stubs, docs
 
@@ -54,6 +55,9 @@ bench-engine: $(SETUP) $(MODEL) ## What the engine promises, each figure beside 
 
 bench-turmoil: $(SETUP) $(MODEL) ## Models beside each other while clients unload and kill (ARGS="options")
 	$(BIN)/python -m benchmarks.turmoil --model $(MODEL) $(ARGS)
+
+bench-simulation: $(SETUP) ## 100,000 events on simulated boxes (ARGS="options")
+	$(BIN)/python -m benchmarks.simulation --events 100000 $(ARGS)
 
 bench-peers: $(BENCH_SETUP) $(MODEL) ## Beside other servers (PEERS="transformers vllm llama" installs them)
 	$(BIN)/python -m benchmarks.peers $(PEERS) $(ARGS)

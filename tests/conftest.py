@@ -6,14 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.hub.tiny_models import build_tiny_model
 
-# The tests' own torch processes share few cores with the daemon's; see LocalLauncher.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# The tests' torch processes and their daemons' workers share few cores. Models this small gain
+# nothing from threads, which wait for each other longer than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes says something of the box only.
+settings.register_profile("any box", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any box")
 
 
 @pytest.fixture(scope="session", autouse=True)

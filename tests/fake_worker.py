@@ -14,6 +14,9 @@ from loaderd.server.supervisor.launcher import WorkerProcess
 from loaderd.v1 import generation_pb2, model_pb2, system_pb2
 from loaderd.worker.v1 import worker_pb2, worker_pb2_grpc
 
+PROMPT_TOKENS = 5
+"""Of every request."""
+
 _pids = itertools.count(100_000)
 
 
@@ -127,7 +130,9 @@ class FakeWorker:
 
     async def _generate(self, key: int, request: generation_pb2.StreamGenerateRequest) -> None:
         verb, _, number = request.text.partition(" ")
-        started = generation_pb2.GenerationStarted(request_id=request.request_id, seed=7)
+        started = generation_pb2.GenerationStarted(
+            request_id=request.request_id, seed=7, prompt_tokens=PROMPT_TOKENS
+        )
         self._output(worker_pb2.Output(key=key, started=started))
         if verb == "hang":
             return
@@ -144,7 +149,8 @@ class FakeWorker:
             self._output(worker_pb2.Output(key=key, delta=delta))
             await asyncio.sleep(0)
         finish = generation_pb2.Finish(reason=generation_pb2.FINISH_REASON_LENGTH)
-        finished = generation_pb2.GenerationFinished(finishes=[finish], seed=7)
+        usage = generation_pb2.Usage(prompt_tokens=PROMPT_TOKENS, generated_tokens=int(number))
+        finished = generation_pb2.GenerationFinished(finishes=[finish], seed=7, usage=usage)
         self._output(worker_pb2.Output(key=key, finished=finished))
         self._requests.pop(key, None)
 

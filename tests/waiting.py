@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 
-def until(condition: Callable[[], bool], patience_s: float = 30, interval_s: float = 0.02) -> None:
+def until(condition: Callable[[], bool], patience_s: float = 60, interval_s: float = 0.02) -> None:
     """Returns when `condition` holds.
 
     Raises:
@@ -18,7 +18,7 @@ def until(condition: Callable[[], bool], patience_s: float = 30, interval_s: flo
         time.sleep(interval_s)
 
 
-async def until_in_loop(condition: Callable[[], bool], patience_s: float = 10) -> None:
+async def until_in_loop(condition: Callable[[], bool], patience_s: float = 60) -> None:
     """As `until`, for what happens in this event loop."""
     async with asyncio.timeout(patience_s):
         while not condition():

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 """Bound of every wait of the suite."""
 
 

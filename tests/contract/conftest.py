@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loaderd.client import AsyncClient, AsyncModel, Client
+from loaderd.client import AsyncClient, AsyncModel, Client, LoadOptions, ModelState
 from loaderd.client.errors import ModelNotLoadedError
 from tests.contract.backend import Backend
 from tests.contract.blocking import as_async
@@ -18,6 +18,7 @@ from tests.fake_daemon import FakeDaemon
 from tests.hub import Hub, HubRepo
 from tests.hub.faults import hang
 
+CHAT = "org/chat"
 NO_THINKING = (
     "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
     "{{ '<think></think>' }}{% endif %}"
@@ -44,7 +45,7 @@ def real_daemon(
     tmp_path_factory: pytest.TempPathFactory, real_model: Path, tiny_model: Path
 ) -> Iterator[SpawnedDaemon]:
     """A spawned daemon and the hub that it downloads from, with the chat model in its cache."""
-    chat = HubRepo.from_folder("org/chat", real_model)
+    chat = HubRepo.from_folder(CHAT, real_model)
     template = (real_model / "chat_template.jinja").read_text()
     chat.commit({"chat_template.jinja": (template + NO_THINKING).encode()})
     others = [HubRepo.from_folder(name, tiny_model) for name in ("org/remote", "org/stalled")]
@@ -62,13 +63,13 @@ def real_daemon(
 
 @pytest.fixture
 def real_backend(real_daemon: SpawnedDaemon, request: pytest.FixtureRequest) -> Backend:
+    shares = "model" in request.fixturenames or not _is_about_loading(request)
+    _unload_all(real_daemon.address, but=CHAT if shares else None)
     for name in ("remote", "stalled"):
         shutil.rmtree(real_daemon.cache_dir / f"models--org--{name}", ignore_errors=True)
-    if _is_about_loading(request):
-        unload_all(real_daemon.address)
     return Backend(
         address=real_daemon.address,
-        model="org/chat",
+        model=CHAT,
         missing="org/missing",
         missing_revision="org/chat@missing",
         uncached="org/remote",
@@ -93,27 +94,31 @@ def backend(request: pytest.FixtureRequest, kind: tuple[str, str]) -> Backend:
 
 
 @pytest.fixture
-async def client(
-    request: pytest.FixtureRequest, kind: tuple[str, str], backend: Backend
-) -> AsyncIterator[AsyncClient]:
-    """A client of either kind; where a test is about loading, nothing is loaded before it."""
+async def client(kind: tuple[str, str], backend: Backend) -> AsyncIterator[AsyncClient]:
+    """A client of either kind.
+
+    Real loads take a while, so that tests share one: before a test that takes `model`, or is not
+    about loading, this model may be loaded; before the others nothing is.
+    """
     blocking = kind[1] == "sync"
     client = as_async(Client(backend.address)) if blocking else AsyncClient(backend.address)
     async with client:
         yield client
-    if _is_about_loading(request):
-        unload_all(backend.address)
 
 
 def _is_about_loading(request: pytest.FixtureRequest) -> bool:
     return not {"load", "watch", "cache"}.isdisjoint(request.module.__name__.split("_"))
 
 
-def unload_all(address: str) -> None:
+def _unload_all(address: str, *, but: str | None) -> None:
+    """Unloads what tests before have left, but for the model of a name as `model` makes it."""
+    plain = LoadOptions(dtype=None, device_map=None, quantization=None)
     with Client(address) as client:
         for model in client.models():
-            with suppress(ModelNotLoadedError):  # it may be on its way out
-                model.unload(force=True)
+            stays = model.name == but and model.info.options == plain
+            if not stays or model.state is not ModelState.READY or model.info.active_leases:
+                with suppress(ModelNotLoadedError):  # it may be on its way out
+                    model.unload(force=True)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from loaderd.client import (
     Dtype,
     LoadProgress,
     ModelState,
+    Offload,
     errors,
 )
 from tests.contract.backend import Backend, eventually
@@ -37,6 +38,55 @@ async def test_load_gives_a_ready_model(client: AsyncClient, backend: Backend) -
     assert model.details.dtype_reason
     assert model.details.weight_bytes > 0
     assert model.details.has_chat_template
+
+
+async def test_options_that_are_left_out_stay_unset(model: AsyncModel) -> None:
+    assert model.info.options.dtype is None
+    assert model.info.options.device_map is None
+    assert model.info.options.quantization is None
+    assert model.details is not None
+    assert model.details.quantization is None
+
+
+async def test_models_are_found_by_name_and_id(client: AsyncClient, model: AsyncModel) -> None:
+    assert (await client.model(model.name)).id == model.id
+    assert (await client.model(model.id)).name == model.name
+    assert [listed.id for listed in await client.models()] == [model.id]
+
+
+async def test_the_same_load_again_gives_the_same_model(
+    client: AsyncClient, backend: Backend, model: AsyncModel
+) -> None:
+    again = await client.load(backend.model)
+
+    assert again.id == model.id
+    assert len(await client.models()) == 1
+
+
+async def test_other_options_are_another_model(
+    client: AsyncClient, backend: Backend, model: AsyncModel
+) -> None:
+    second = await client.load(backend.model, dtype="float32", device_map="cpu")
+
+    assert second.id != model.id
+    with pytest.raises(errors.InvalidArgumentError) as caught:  # which of the two?
+        await client.unload(backend.model)
+    assert caught.value.field == "model"
+
+
+async def test_unload_gives_memory_back_and_forgets_the_model(
+    client: AsyncClient, model: AsyncModel
+) -> None:
+    result = await model.unload()
+
+    assert result.freed_bytes > 0
+    assert result.model.state is ModelState.UNLOADED
+    assert model.state is ModelState.UNLOADED
+    assert await client.models() == []
+    with pytest.raises(errors.ModelNotLoadedError) as caught:
+        await model.unload()
+    assert caught.value.code is StatusCode.FAILED_PRECONDITION
+    assert caught.value.model
 
 
 async def test_load_reports_progress_in_order(client: AsyncClient, backend: Backend) -> None:
@@ -78,16 +128,6 @@ async def test_a_load_of_what_must_be_fetched_downloads_it(
     assert downloads
     assert [d.downloaded_bytes for d in downloads] == sorted(d.downloaded_bytes for d in downloads)
     assert any(snapshot.repo_id == backend.uncached for snapshot in await client.cache.snapshots())
-
-
-async def test_the_same_load_again_gives_the_same_model(
-    client: AsyncClient, backend: Backend
-) -> None:
-    first = await client.load(backend.model)
-    second = await client.load(backend.model)
-
-    assert first.id == second.id
-    assert len(await client.models()) == 1
 
 
 async def test_concurrent_loads_share_one_and_survive_each_other(
@@ -143,24 +183,6 @@ async def test_an_explicit_dtype_is_obeyed(
     assert model.info.options.device_map == "cpu"
 
 
-async def test_options_that_are_left_out_stay_unset(model: AsyncModel) -> None:
-    assert model.info.options.dtype is None
-    assert model.info.options.device_map is None
-    assert model.info.options.quantization is None
-    assert model.details is not None
-    assert model.details.quantization is None
-
-
-async def test_other_options_are_another_model(client: AsyncClient, backend: Backend) -> None:
-    first = await client.load(backend.model)
-    second = await client.load(backend.model, dtype="float32", device_map="cpu")
-
-    assert first.id != second.id
-    with pytest.raises(errors.InvalidArgumentError) as caught:  # which of the two?
-        await client.unload(backend.model)
-    assert caught.value.field == "model"
-
-
 async def test_a_missing_model_is_not_found(client: AsyncClient, backend: Backend) -> None:
     with pytest.raises(errors.ModelNotFoundError) as caught:
         await client.load(backend.missing)
@@ -194,27 +216,47 @@ async def test_an_unknown_device_is_refused(client: AsyncClient, backend: Backen
         await client.load(backend.model, device_map="nowhere")
     with pytest.raises(errors.UnsupportedOptionError):
         await client.load(backend.model, device_map="cuda:99")
+    with pytest.raises(errors.UnsupportedOptionError) as caught:
+        await client.load(backend.model, max_memory={"cuda:99": 1})
+    assert caught.value.field == "options.max_memory"
 
 
-async def test_models_are_found_by_name_and_id(client: AsyncClient, model: AsyncModel) -> None:
-    assert (await client.model(model.name)).id == model.id
-    assert (await client.model(model.id)).name == model.name
-    assert [listed.id for listed in await client.models()] == [model.id]
+MODULES = {"": "cpu", "model.layers.1": "disk"}
 
 
-async def test_unload_gives_memory_back_and_forgets_the_model(
-    client: AsyncClient, model: AsyncModel
+async def test_layers_are_where_they_were_asked_to_be(
+    client: AsyncClient, backend: Backend
 ) -> None:
-    result = await model.unload()
+    plan = await client.plan(backend.model, device_map=MODULES)
+    assert plan.fits
+    assert plan.offloaded_disk_bytes > 0
+    assert plan.offloaded_cpu_bytes == 0
+    model = await client.load(backend.model, device_map=MODULES)
+    assert model.info.options.device_map == MODULES
+    assert model.details is not None
+    assert model.details.device_map["model.layers.1"] == "disk"
+    assert set(model.details.device_map.values()) == {"cpu", "disk"}
+    assert 0 < model.details.offloaded_bytes < model.details.weight_bytes
+    result = await model.generate("Once", max_new_tokens=3, temperature=0)
+    assert result.text
+    with pytest.raises(errors.InvalidArgumentError) as caught:
+        await client.load(backend.model, device_map=MODULES, offload="disk")
+    assert caught.value.field == "options.module_map"
 
-    assert result.freed_bytes > 0
-    assert result.model.state is ModelState.UNLOADED
-    assert model.state is ModelState.UNLOADED
-    assert await client.models() == []
-    with pytest.raises(errors.ModelNotLoadedError) as caught:
-        await model.unload()
-    assert caught.value.code is StatusCode.FAILED_PRECONDITION
-    assert caught.value.model
+
+async def test_what_is_allowed_and_not_needed_changes_nothing(
+    client: AsyncClient, backend: Backend
+) -> None:
+    bounds = {"cpu": 8 << 30}
+    model = await client.load(
+        backend.model, device_map="balanced", max_memory=bounds, offload="cpu"
+    )
+    options = model.info.options
+    assert (options.device_map, options.max_memory) == ("balanced", bounds)
+    assert options.offload is Offload.CPU
+    assert model.details is not None
+    assert model.details.offloaded_bytes == 0
+    assert len(model.details.device_map) == 1
 
 
 async def test_unload_by_name(client: AsyncClient, model: AsyncModel) -> None:

@@ -73,6 +73,19 @@ REASONS = {
     "DOWNLOAD_CANCELLED": Reason(code_pb2.ABORTED, {"model": "a/b"}),
     "DOWNLOAD_INTERRUPTED": Reason(code_pb2.UNAVAILABLE, {"model": "a/b"}, retry=True),
     "LEASE_NOT_FOUND": Reason(code_pb2.NOT_FOUND, {"lease": "0a1b"}),
+    "UNAUTHENTICATED": Reason(code_pb2.UNAUTHENTICATED, {"problem": "the token has expired"}),
+    "FORBIDDEN": Reason(
+        code_pb2.PERMISSION_DENIED, {"client": "ann", "role": "user", "action": "call it"}
+    ),
+    "CLIENT_LIMIT": Reason(
+        code_pb2.RESOURCE_EXHAUSTED,
+        {"client": "ann", "limit": "streams", "most": "4"},
+        retry=True,
+    ),
+    "MODEL_NOT_ALLOWED": Reason(code_pb2.PERMISSION_DENIED, {"model": "a/b"}),
+    "MODEL_TOO_LARGE": Reason(
+        code_pb2.PERMISSION_DENIED, {"model": "a/b", "size_bytes": "9000", "max_bytes": "7"}
+    ),
 }
 
 

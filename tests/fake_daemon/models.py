@@ -176,11 +176,11 @@ class Models:
     def plan(self, request: model_pb2.PlanModelRequest) -> model_pb2.PlanModelResponse:
         """The plan of a model; `demo/base` does not fit into what other models leave."""
         repo_id = self._daemon.cache.check_name(request.model)
-        self._check_device_map(request.options.device_map)
+        self._check_where(request.options)
         self.check_replicas(request)
         if not repo_id.startswith("/") and repo_id not in self._daemon.cache.cached:
             raise FailureError("SNAPSHOT_NOT_FOUND", model=request.model)
-        holders = self.holders()
+        holders, modules = self.holders(), request.options.module_map
         fits = repo_id != "demo/base" or not holders
         needed = 60_000_000 * (request.replicas or 1)
         return model_pb2.PlanModelResponse(
@@ -198,6 +198,7 @@ class Models:
             dtype=request.options.dtype or model_pb2.DTYPE_BFLOAT16,
             dtype_reason="asked for" if request.options.dtype else "this CPU computes it natively",
             kv_tokens=4096,
+            offloaded_disk_bytes=WEIGHT_BYTES // 2 if "disk" in modules.values() else 0,
             unknown=[] if repo_id == "demo/chat" else ["activations: there is no hidden size"],
         )
 
@@ -207,11 +208,20 @@ class Models:
             raise FailureError("INVALID_ARGUMENT", field="replicas", problem="is out of bounds")
 
     @staticmethod
-    def _check_device_map(device_map: str) -> None:
-        if device_map.startswith("cuda:"):
-            raise FailureError("UNSUPPORTED_OPTION", field="options.device_map", problem="no such")
-        if device_map not in {"", "auto", "cpu"}:
+    def _check_where(options: model_pb2.LoadOptions) -> None:
+        """The box has a CPU and nothing else."""
+        named = {"device_map": [options.device_map], "max_memory": options.max_memory}
+        for field, devices in {**named, "module_map": options.module_map.values()}.items():
+            for device in devices:
+                if device.startswith("cuda:"):
+                    problem = f"this box has no device {device!r}"
+                    raise FailureError(
+                        "UNSUPPORTED_OPTION", field=f"options.{field}", problem=problem
+                    )
+        if options.device_map not in {"", "auto", "balanced", "sequential", "cpu"}:
             raise FailureError("INVALID_ARGUMENT", field="options.device_map", problem="is none")
+        if options.module_map and (options.max_memory or options.offload):
+            raise FailureError("INVALID_ARGUMENT", field="options.module_map", problem="is enough")
 
     def _find_loaded(self, request: model_pb2.LoadModelRequest) -> model_pb2.Model | None:
         for model in self._models.values():
@@ -221,7 +231,7 @@ class Models:
 
     def _start(self, request: model_pb2.LoadModelRequest) -> model_pb2.Model:
         repo_id = self._daemon.cache.check_name(request.model)
-        self._check_device_map(request.options.device_map)
+        self._check_where(request.options)
         local = repo_id.startswith("/")
         cached = local or repo_id in self._daemon.cache.cached
         steps = [_step(model_pb2.MODEL_STATE_RESOLVING)]
@@ -270,7 +280,8 @@ class Models:
             context_length=100_000,
             parameter_count=19_000_000,
             weight_bytes=WEIGHT_BYTES,
-            device_map={"": "cpu"},
+            device_map=model.options.module_map or {"": "cpu"},
+            offloaded_bytes=WEIGHT_BYTES // 2 if "disk" in model.options.module_map.values() else 0,
             has_chat_template=model.repo_id != "demo/base",
             supported_parameters=sorted(SUPPORTED),
             worker_pid=4242,

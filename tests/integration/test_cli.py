@@ -26,7 +26,7 @@ def hub(real_model: Path) -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def address(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("cli")
-    with SpawnedDaemon(folder, environment={"HF_ENDPOINT": hub.url}) as daemon:
+    with SpawnedDaemon(folder, ["--standby", "0"], {"HF_ENDPOINT": hub.url}) as daemon:
         yield daemon.address
 
 

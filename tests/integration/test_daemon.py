@@ -66,6 +66,9 @@ def test_bad_settings_are_told_in_one_line(tmp_path: Path) -> None:
     assert run_loaderd(LOADERD_STANDBY="many").returncode == 2
     assert run_loaderd("--config", str(tmp_path / "none.toml")).returncode == 2
     assert run_loaderd("--host", "0.0.0.0").returncode == 2
+    refused = run_loaderd("--port", "0", "--preload", "a/b", "--deny-model", "a/*")
+    assert refused.returncode == 2
+    assert "a/b is to be loaded at the start, but" in refused.stderr
 
 
 def test_a_unix_socket_serves_and_survives_a_daemon_that_was_killed(
@@ -87,7 +90,7 @@ def test_a_unix_socket_serves_and_survives_a_daemon_that_was_killed(
 
 
 def test_sigterm_lets_a_running_stream_finish(spawn: Spawn, real_model: Path) -> None:
-    daemon = spawn("--allow-local", str(real_model.parent))
+    daemon = spawn("--allow-local", str(real_model.parent), "--standby", "0")
     with Client(daemon.address) as client:
         model = client.load(str(real_model))
         with model.stream("One, two,", max_new_tokens=60, ignore_eos=True) as stream:
@@ -102,7 +105,8 @@ def test_sigterm_lets_a_running_stream_finish(spawn: Spawn, real_model: Path) ->
 
 
 def test_a_stream_that_outlasts_the_drain_time_is_cut(spawn: Spawn, real_model: Path) -> None:
-    daemon = spawn("--allow-local", str(real_model.parent), "--drain-timeout", "0.5")
+    roots = ("--allow-local", str(real_model.parent))
+    daemon = spawn(*roots, "--standby", "0", "--drain-timeout", "0.5")
     with Client(daemon.address) as client:
         model = client.load(str(real_model))
         workers = daemon.workers()
@@ -138,7 +142,7 @@ def test_a_watch_does_not_hold_the_daemon(spawn: Spawn) -> None:
 
 
 def test_a_second_signal_ends_it_at_once(spawn: Spawn, real_model: Path) -> None:
-    daemon = spawn("--allow-local", str(real_model.parent))
+    daemon = spawn("--allow-local", str(real_model.parent), "--standby", "0")
     with Client(daemon.address) as client:
         model = client.load(str(real_model))
         workers = daemon.workers()

@@ -42,7 +42,7 @@ def hub(tiny_model: Path, other_tiny_model: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def daemon(hub: Hub, spawn: Spawn) -> SpawnedDaemon:
-    return spawn(HF_ENDPOINT=hub.url)
+    return spawn("--standby", "0", HF_ENDPOINT=hub.url)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_an_unreachable_hub(hub: Hub, client: Client) -> None:
 
 
 def test_offline_says_so_at_once(spawn: Spawn, hub: Hub) -> None:
-    daemon = spawn("--offline", HF_ENDPOINT=hub.url)
+    daemon = spawn("--standby", "0", "--offline", HF_ENDPOINT=hub.url)
     with Client(daemon.address) as client, pytest.raises(errors.OfflineNotCachedError):
         client.load("org/tiny")
     assert hub.requests == []

@@ -19,24 +19,28 @@ QUESTION = [{"role": "user", "content": "Why is the sky blue?"}]
 # In 16 bit a prompt that is computed in other pieces, as with a known prefix, rounds otherwise.
 EXACT: dict[str, Any] = {"bypass_prefix_cache": True}
 
-_REFERENCE = """
+PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Zwölf Boxkämpfer — 你好 🙂"]
+# What transformers does by itself, in a process of its own: the tests' one needs no torch.
+REFERENCE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, dtype, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+folder, dtypes, prompts = sys.argv[1], *map(json.loads, sys.argv[2:])
 tokenizer = AutoTokenizer.from_pretrained(folder)
-answers = []
-for prompt in prompts:
-    ids = tokenizer(prompt, return_tensors="pt")
-    out = model.generate(
-        **ids, do_sample=False, max_new_tokens=24, output_logits=True, return_dict_in_generate=True
-    )
-    best = torch.cat(out.logits).float().topk(2).values
-    tokens = out.sequences[0, ids["input_ids"].shape[1]:].tolist()
-    answers.append([tokens, (best[:, 0] - best[:, 1]).tolist()])
+answers = {dtype: [] for dtype in dtypes}
+for dtype in dtypes:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(
+            **ids, do_sample=False, max_new_tokens=24,
+            output_logits=True, return_dict_in_generate=True,
+        )
+        best = torch.cat(out.logits).float().topk(2).values
+        tokens = out.sequences[0, ids["input_ids"].shape[1]:].tolist()
+        answers[dtype].append([tokens, (best[:, 0] - best[:, 1]).tolist()])
 print(json.dumps(answers))
 """
-_ROUNDING = {"float32": 0.0, "bfloat16": 0.3}
+ROUNDING = {"float32": 0.0, "bfloat16": 0.3}
 """Logits as near as this may change places."""
 
 
@@ -57,20 +61,24 @@ def unload(shared_daemon: SpawnedDaemon, model: Model) -> object:
     model.unload(force=True)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.fixture(scope="module")
+def references(real_model: Path) -> Any:
+    """By dtype, for each prompt: transformers' tokens, and how far ahead of the next each was."""
+    arguments = [str(real_model), json.dumps(list(ROUNDING)), json.dumps(PROMPTS)]
+    command = [sys.executable, "-c", REFERENCE, *arguments]
+    run = subprocess.run(command, capture_output=True, check=True, timeout=120)
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
 def test_greedy_tokens_are_those_of_transformers(
-    client: Client, real_model: Path, dtype: str
+    client: Client, real_model: Path, references: Any, dtype: str
 ) -> None:
-    prompts = ["The capital of France is", "def fibonacci(n):\n", "Zwölf Boxkämpfer — 你好 🙂"]
-    command = [sys.executable, "-c", _REFERENCE, str(real_model), dtype, json.dumps(prompts)]
-    expected = json.loads(
-        subprocess.run(command, capture_output=True, check=True, timeout=120).stdout
-    )
     other = client.load(str(real_model), dtype=dtype)  # type: ignore[arg-type]
-    for prompt, (token_ids, gaps) in zip(prompts, expected, strict=True):
+    for prompt, (token_ids, gaps) in zip(PROMPTS, references[dtype], strict=True):
         options = {"max_new_tokens": 24, "return_token_ids": True, **EXACT}
         result = other.generate(prompt, do_sample=False, **options)
-        sure = next((i for i, gap in enumerate(gaps) if gap <= _ROUNDING[dtype]), len(gaps))
+        sure = next((i for i, gap in enumerate(gaps) if gap <= ROUNDING[dtype]), len(gaps))
         assert list(result.token_ids)[:sure] == token_ids[:sure]
         with other.stream(prompt, temperature=0, **options) as stream:
             streamed = [token for delta in stream for token in delta.token_ids]

@@ -38,14 +38,36 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loaderd.server.box": {"loaderd.server.errors", "loaderd.v1"},
     "loaderd.server.parent": set(),
     "loaderd.server.single_flight": set(),
-    "loaderd.server.config": {"loaderd.server.errors", "loaderd.server.store.names"},
+    "loaderd.server.addresses": set(),
+    "loaderd.server.access": {"loaderd.server.errors"},
+    "loaderd.server.setting_types": {
+        "loaderd.server.addresses",
+        "loaderd.server.errors",
+        "loaderd.server.store.names",
+    },
+    "loaderd.server.config": {"loaderd.server.addresses", "loaderd.server.setting_types"},
     "loaderd.server.store.names": {"loaderd.server.errors"},
     "loaderd.server.store": _BASE | {"loaderd.server.config", "loaderd.server.parent"},
     "loaderd.server.supervisor": _BASE | {"loaderd.worker.v1", "loaderd.server.config"},
-    "loaderd.server.models": _BASE | _LOWER | {"loaderd.worker.v1", "loaderd.server.box"},
-    "loaderd.server.rpc": _BASE | _LOWER | {"loaderd.worker.v1", "loaderd.server.models"},
-    "loaderd.server.daemon": _BASE | _LOWER | {"loaderd.server.models", "loaderd.server.rpc"},
-    "loaderd.server.cli": {"loaderd.server.config", "loaderd.server.daemon"},
+    "loaderd.server.models": _BASE
+    | _LOWER
+    | {"loaderd.worker.v1", "loaderd.server.access", "loaderd.server.box"},
+    "loaderd.server.rpc": _BASE
+    | _LOWER
+    | {
+        "loaderd.worker.v1",
+        "loaderd.server.access",
+        "loaderd.server.addresses",
+        "loaderd.server.models",
+    },
+    "loaderd.server.daemon": _BASE
+    | _LOWER
+    | {"loaderd.server.access", "loaderd.server.models", "loaderd.server.rpc"},
+    "loaderd.server.cli": {
+        "loaderd.server.access",
+        "loaderd.server.config",
+        "loaderd.server.daemon",
+    },
     "loaderd.server.worker": {
         "loaderd.v1",
         "loaderd.worker.v1",

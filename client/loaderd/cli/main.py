@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
 
 import typer
@@ -88,16 +89,64 @@ def _print_version(wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def program(
     context: typer.Context,
+    *,
     address: Annotated[
         str | None,
         typer.Option(
             "--address",
             "-a",
-            envvar="LOADERD_ADDRESS",
-            help="The daemon: host:port, or unix:/path of its socket.  [default: localhost:50051]",
+            help="The daemon: host:port, or unix:/path of its socket. Default: $LOADERD_ADDRESS, "
+            "else the daemon of $LOADERD_DAEMON, else localhost:50051.",
             show_default=False,
         ),
     ] = None,
+    daemon: Annotated[
+        str | None,
+        typer.Option(
+            "--daemon",
+            "-d",
+            metavar="NAME",
+            help="A daemon of ~/.config/loaderd/client.toml, in place of an address.",
+            show_default=False,
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File with the token that tells the daemon who calls. Default: $LOADERD_TOKEN, or "
+            "as the file has it for the daemon.",
+            show_default=False,
+        ),
+    ] = None,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Speak TLS; needless with one of the next three.")
+    ] = False,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What the daemon's certificate must be signed by. Default: the public "
+            "authorities.",
+            show_default=False,
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A certificate of your own, for a daemon that asks for one.",
+            show_default=False,
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The private key of --tls-cert.", show_default=False),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Let the token go over a network without TLS."),
+    ] = False,
     timeout: Annotated[
         float | None,
         typer.Option(
@@ -116,7 +165,17 @@ def program(
     """Ask a loaderd daemon to load models and to generate text."""
     if context.invoked_subcommand is None:
         output.result(context.get_help())
-    context.obj = Session(address, timeout)
+    context.obj = Session(
+        address=address,
+        daemon=daemon,
+        timeout=timeout,
+        token_file=token_file,
+        tls=tls,
+        tls_ca=tls_ca,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        insecure=insecure,
+    )
 
 
 def main() -> None:

@@ -30,6 +30,13 @@ class QuantizationName(StrEnum):
     NF4 = "nf4"
 
 
+class OffloadName(StrEnum):
+    """What `--offload` takes."""
+
+    CPU = "cpu"
+    DISK = "disk"
+
+
 def parser(parse: Callable[[str], T]) -> Callable[[str], T]:
     """Makes a usage error, with its text, of a value that `parse` does not take."""
 
@@ -61,6 +68,31 @@ KeepAlive = Annotated[
         metavar="SPAN",
         help="How long it stays loaded while nobody uses it, such as 30s, 10m or 2h; 0: until its "
         'first use has ended; "always": until it is unloaded. Default: the daemon\'s setting.',
+        show_default=False,
+    ),
+]
+DeviceMap = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WHERE",
+        help='"auto", "balanced", "sequential", "cpu", or one accelerator such as "cuda:0"; or '
+        'MODULE=DEVICE, again for each module, where DEVICE may be "disk" too.',
+        show_default=False,
+    ),
+]
+MaxMemory = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DEVICE=SIZE",
+        help="Most memory of a device, such as cuda:0=10GiB; again for more devices.",
+        show_default=False,
+    ),
+]
+Offload = Annotated[
+    OffloadName | None,
+    typer.Option(
+        help="Where layers may go that do not fit: main memory, or the disk after that. "
+        "Default: nowhere.",
         show_default=False,
     ),
 ]

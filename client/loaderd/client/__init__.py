@@ -21,6 +21,7 @@ from loaderd.client.sync.lease import Lease
 from loaderd.client.sync.model import Model
 from loaderd.client.sync.operation import DownloadOperation, LoadOperation, VerifyOperation
 from loaderd.client.sync.stream import GenerationStream, ModelWatch
+from loaderd.client.tls import Tls
 from loaderd.client.types import (
     CancelledDownload,
     ChangeReason,
@@ -58,6 +59,8 @@ from loaderd.client.types import (
     ModelList,
     ModelSource,
     ModelState,
+    Offload,
+    OffloadName,
     PlannedDevice,
     PlannedFile,
     ProblemKind,
@@ -140,6 +143,8 @@ __all__ = [
     "ModelSource",
     "ModelState",
     "ModelWatch",
+    "Offload",
+    "OffloadName",
     "PlannedDevice",
     "PlannedFile",
     "ProblemKind",
@@ -153,6 +158,7 @@ __all__ = [
     "SkippedFile",
     "Snapshot",
     "SnapshotList",
+    "Tls",
     "TokenAlternative",
     "TokenLogprob",
     "Tokenization",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 
@@ -38,3 +39,16 @@ def resolve_address(address: str | None) -> str:
             "address", f"{address!r} is no daemon address; use host:port or unix:/path/of/socket"
         )
     return f"{match['host']}:{port}"
+
+
+def is_local(target: str) -> bool:
+    """Whether what goes to a gRPC target surely stays on this box."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    match = _HOST_PORT.fullmatch(target)
+    if match is None:  # of the other schemes some have several addresses
+        return False
+    try:
+        return ipaddress.ip_address(match["host"].strip("[]")).is_loopback
+    except ValueError:
+        return match["host"] == "localhost"

@@ -6,6 +6,7 @@ import math
 
 from google.protobuf.message import Message
 
+from loaderd.client.connection import Connection
 from loaderd.client.errors import InvalidArgumentError
 from loaderd.client.status import CallContext
 
@@ -44,6 +45,11 @@ def check_timeout(timeout: float | None) -> float | None:
     return timeout
 
 
-def call_context(address: str, request: Message, timeout: float | None) -> CallContext:
+def call_context(connection: Connection, request: Message, timeout: float | None) -> CallContext:
     """What the errors of this call may tell."""
-    return CallContext(address, timeout, getattr(request, "request_id", None) or None)
+    return CallContext(
+        connection.address,
+        timeout,
+        getattr(request, "request_id", None) or None,
+        tls=connection.credentials is not None,
+    )

@@ -336,6 +336,52 @@ class LeaseNotFoundError(LoaderdError):
     lease = _TextField()
 
 
+class UnauthenticatedError(LoaderdError):
+    """The call carries no credentials that the daemon knows: a token or a client certificate."""
+
+    code = StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+    problem = _TextField()
+
+
+class ForbiddenError(LoaderdError):
+    """The role that the daemon's operator gave this client does not allow the call."""
+
+    code = StatusCode.PERMISSION_DENIED
+    reason = "FORBIDDEN"
+    client = _TextField()
+    role = _TextField()
+    action = _TextField()
+
+
+class ClientLimitError(LoaderdError):
+    """This client has reached one of the limits that the daemon's operator set for it."""
+
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = "CLIENT_LIMIT"
+    client = _TextField()
+    limit = _TextField()
+    most = _NumberField()
+
+
+class ModelNotAllowedError(LoaderdError):
+    """The daemon's operator does not allow this model."""
+
+    code = StatusCode.PERMISSION_DENIED
+    reason = "MODEL_NOT_ALLOWED"
+    model = _TextField()
+
+
+class ModelTooLargeError(LoaderdError):
+    """The model is larger than the daemon's operator allows."""
+
+    code = StatusCode.PERMISSION_DENIED
+    reason = "MODEL_TOO_LARGE"
+    model = _TextField()
+    size_bytes = _NumberField()
+    max_bytes = _NumberField()
+
+
 class DaemonUnreachableError(LoaderdError):
     """No daemon answers at the address, or the connection to it was lost."""
 

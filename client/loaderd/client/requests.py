@@ -16,18 +16,29 @@ from grpc_health.v1 import health_pb2
 
 from loaderd.client.errors import InvalidArgumentError, InvalidNameError
 from loaderd.client.parameters import GenerationParameters, Seconds
-from loaderd.client.types import Dtype, DtypeName, Message, Quantization, QuantizationName
+from loaderd.client.types import (
+    Dtype,
+    DtypeName,
+    Message,
+    Offload,
+    OffloadName,
+    Quantization,
+    QuantizationName,
+)
 from loaderd.v1 import cache_pb2, generation_pb2, model_pb2
 
 ModelName: TypeAlias = str | os.PathLike[str]
 """`org/name` or `name`, either with `@revision`, a model's id, or the path of a local folder."""
+
+DeviceMap: TypeAlias = str | Mapping[str, str]
+"""Where layers go: as a whole, such as "balanced" or "cuda:0", or the device of each module."""
 
 ChatMessages: TypeAlias = Sequence[Message | Mapping[str, str]]
 """A chat, oldest first: `Message`s, or mappings with "role" and "content"."""
 
 Setter: TypeAlias = Callable[[Any, str, Any], None]
 
-Choice = TypeVar("Choice", Dtype, Quantization)
+Choice = TypeVar("Choice", Dtype, Quantization, Offload)
 
 _NOT_UNICODE = "is not valid Unicode text"
 
@@ -70,8 +81,10 @@ def load_request(
     name: ModelName,
     *,
     dtype: Dtype | DtypeName | None,
-    device_map: str | None,
+    device_map: DeviceMap | None,
     quantization: Quantization | QuantizationName | None = None,
+    max_memory: Mapping[str, int] | None = None,
+    offload: Offload | OffloadName | None = None,
     keep_alive: Seconds | None = None,
     lease_ttl: Seconds | None = None,
     replicas: int | None = None,
@@ -81,7 +94,7 @@ def load_request(
     Raises:
         InvalidArgumentError: A value that the wire cannot carry.
     """
-    options = _load_options(dtype, device_map, quantization)
+    options = _load_options(dtype, device_map, quantization, max_memory, offload)
     request = model_pb2.LoadModelRequest(model=model_name(name), options=options)
     if keep_alive is not None:
         _set(request, "keep_alive", keep_alive)
@@ -96,8 +109,10 @@ def plan_request(
     name: ModelName,
     *,
     dtype: Dtype | DtypeName | None,
-    device_map: str | None,
+    device_map: DeviceMap | None,
     quantization: Quantization | QuantizationName | None = None,
+    max_memory: Mapping[str, int] | None = None,
+    offload: Offload | OffloadName | None = None,
     replicas: int | None = None,
 ) -> model_pb2.PlanModelRequest:
     """A PlanModelRequest; options that are None stay unset.
@@ -105,7 +120,7 @@ def plan_request(
     Raises:
         InvalidArgumentError: A value that the wire cannot carry.
     """
-    options = _load_options(dtype, device_map, quantization)
+    options = _load_options(dtype, device_map, quantization, max_memory, offload)
     request = model_pb2.PlanModelRequest(model=model_name(name), options=options)
     if replicas is not None:
         _set(request, "replicas", replicas)
@@ -114,11 +129,17 @@ def plan_request(
 
 def _load_options(
     dtype: Dtype | DtypeName | None,
-    device_map: str | None,
+    device_map: DeviceMap | None,
     quantization: Quantization | QuantizationName | None,
+    max_memory: Mapping[str, int] | None,
+    offload: Offload | OffloadName | None,
 ) -> model_pb2.LoadOptions:
     options = model_pb2.LoadOptions()
-    if device_map is not None:
+    if isinstance(device_map, Mapping):
+        if not device_map:
+            raise InvalidArgumentError.of("device_map", "names no module")
+        _set(options, "module_map", device_map)
+    elif device_map is not None:
         _set(options, "device_map", device_map)
     if dtype is not None:
         options.dtype = model_pb2.Dtype.ValueType(_member(Dtype, "dtype", dtype))
@@ -126,6 +147,10 @@ def _load_options(
         options.quantization = model_pb2.Quantization.ValueType(
             _member(Quantization, "quantization", quantization)
         )
+    if max_memory is not None:
+        _set(options, "max_memory", max_memory)
+    if offload is not None:
+        options.offload = model_pb2.Offload.ValueType(_member(Offload, "offload", offload))
     return options
 
 
@@ -413,6 +438,8 @@ _SETTERS: dict[str, Setter] = {
     "token_ids": _set_token_ids,
     "allowed_token_ids": _set_token_ids,
     "logit_bias": _set_mapping,
+    "max_memory": _set_mapping,
+    "module_map": _set_mapping,
     "chat_template_kwargs": _set_struct,
     "grace": _set_duration,
     "keep_alive": _set_duration,

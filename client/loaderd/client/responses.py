@@ -75,8 +75,10 @@ def lease(lease: model_pb2.Lease) -> types.LeaseInfo:
 def _load_options(options: model_pb2.LoadOptions) -> types.LoadOptions:
     return types.LoadOptions(
         dtype=member(types.Dtype, options.dtype) if options.dtype else None,
-        device_map=options.device_map if options.HasField("device_map") else None,
+        device_map=dict(options.module_map) or options.device_map or None,
         quantization=_quantization(options.quantization),
+        max_memory=dict(options.max_memory),
+        offload=member(types.Offload, options.offload) if options.offload else None,
     )
 
 
@@ -98,6 +100,7 @@ def _model_details(details: model_pb2.ModelDetails) -> types.ModelDetails:
         quantization_reason=details.quantization_reason,
         planned_bytes=details.planned_bytes,
         memory_bytes=details.memory_bytes,
+        offloaded_bytes=details.offloaded_bytes,
     )
 
 
@@ -157,6 +160,8 @@ def load_plan(response: model_pb2.PlanModelResponse) -> types.LoadPlan:
         dtype_reason=response.dtype_reason,
         kv_tokens=response.kv_tokens,
         unknown=tuple(response.unknown),
+        offloaded_cpu_bytes=response.offloaded_cpu_bytes,
+        offloaded_disk_bytes=response.offloaded_disk_bytes,
     )
 
 

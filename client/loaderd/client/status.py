@@ -14,6 +14,10 @@ from loaderd.client import errors
 
 _DOMAIN = "loaderd"
 _DETAILS_KEY = "grpc-status-details-bin"
+_TLS_ADVICE = (
+    "; if there is one, see whether it speaks TLS, whether the CA that was given signed its "
+    "certificate for this name, and whether it wants a certificate of this client"
+)
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,13 @@ class CallContext:
         address: The daemon's gRPC target.
         timeout: Seconds until the call's deadline; None: it has none.
         request_id: The id that the caller gave the request, if any.
+        tls: Whether the client speaks TLS.
     """
 
     address: str
     timeout: float | None
     request_id: str | None
+    tls: bool = False
 
 
 @dataclass
@@ -83,7 +89,7 @@ def _own_error(
         case grpc.StatusCode.UNAVAILABLE:
             return errors.DaemonUnreachableError, (
                 f"no loaderd daemon answers at {call.address}; start one with `loaderd`, or give "
-                "its address, for example in LOADERD_ADDRESS"
+                f"its address, for example in LOADERD_ADDRESS{_TLS_ADVICE if call.tls else ''}"
             )
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return errors.DeadlineError, (

@@ -145,6 +145,27 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND. The lease has ended, or holds another model. Metadata: lease.
     Details: ResourceInfo.
     """
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 31
+    """UNAUTHENTICATED. The daemon wants to know who calls, and the call carries no
+    credentials, or none that it knows. Metadata: problem.
+    """
+    ERROR_REASON_FORBIDDEN: _ErrorReason.ValueType  # 32
+    """PERMISSION_DENIED. The caller's role does not allow the call.
+    Metadata: client, role, action.
+    """
+    ERROR_REASON_CLIENT_LIMIT: _ErrorReason.ValueType  # 33
+    """RESOURCE_EXHAUSTED. The client has reached one of the operator's limits for
+    it. Metadata: client, limit ("streams", "requests", "tokens_per_minute" or
+    "models"), most, retry_after_s. Details: QuotaFailure, RetryInfo.
+    """
+    ERROR_REASON_MODEL_NOT_ALLOWED: _ErrorReason.ValueType  # 34
+    """PERMISSION_DENIED. The operator does not allow this model. Metadata: model.
+    Details: ResourceInfo.
+    """
+    ERROR_REASON_MODEL_TOO_LARGE: _ErrorReason.ValueType  # 35
+    """PERMISSION_DENIED. The model is larger than the operator allows.
+    Metadata: model, size_bytes, max_bytes. Details: ResourceInfo.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed.
@@ -277,5 +298,26 @@ Metadata: model. Details: RetryInfo.
 ERROR_REASON_LEASE_NOT_FOUND: ErrorReason.ValueType  # 30
 """NOT_FOUND. The lease has ended, or holds another model. Metadata: lease.
 Details: ResourceInfo.
+"""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 31
+"""UNAUTHENTICATED. The daemon wants to know who calls, and the call carries no
+credentials, or none that it knows. Metadata: problem.
+"""
+ERROR_REASON_FORBIDDEN: ErrorReason.ValueType  # 32
+"""PERMISSION_DENIED. The caller's role does not allow the call.
+Metadata: client, role, action.
+"""
+ERROR_REASON_CLIENT_LIMIT: ErrorReason.ValueType  # 33
+"""RESOURCE_EXHAUSTED. The client has reached one of the operator's limits for
+it. Metadata: client, limit ("streams", "requests", "tokens_per_minute" or
+"models"), most, retry_after_s. Details: QuotaFailure, RetryInfo.
+"""
+ERROR_REASON_MODEL_NOT_ALLOWED: ErrorReason.ValueType  # 34
+"""PERMISSION_DENIED. The operator does not allow this model. Metadata: model.
+Details: ResourceInfo.
+"""
+ERROR_REASON_MODEL_TOO_LARGE: ErrorReason.ValueType  # 35
+"""PERMISSION_DENIED. The model is larger than the operator allows.
+Metadata: model, size_bytes, max_bytes. Details: ResourceInfo.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

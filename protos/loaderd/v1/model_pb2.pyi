@@ -141,6 +141,32 @@ them: bitsandbytes.
 """
 Global___Quantization: _TypeAlias = Quantization  # noqa: Y015
 
+class _Offload:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OffloadEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Offload.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OFFLOAD_UNSPECIFIED: _Offload.ValueType  # 0
+    """Nowhere: what does not fit is refused."""
+    OFFLOAD_CPU: _Offload.ValueType  # 1
+    """To main memory."""
+    OFFLOAD_DISK: _Offload.ValueType  # 2
+    """To main memory as far as there is room, then to the disk."""
+
+class Offload(_Offload, metaclass=_OffloadEnumTypeWrapper):
+    """Where layers may go for which the devices that a load asks for have no room. In
+    each step they come to a device that computes them, which is slow.
+    """
+
+OFFLOAD_UNSPECIFIED: Offload.ValueType  # 0
+"""Nowhere: what does not fit is refused."""
+OFFLOAD_CPU: Offload.ValueType  # 1
+"""To main memory."""
+OFFLOAD_DISK: Offload.ValueType  # 2
+"""To main memory as far as there is room, then to the disk."""
+Global___Offload: _TypeAlias = Offload  # noqa: Y015
+
 class _ModelSource:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -225,44 +251,120 @@ class LoadOptions(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ModuleMapEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class MaxMemoryEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     DTYPE_FIELD_NUMBER: _builtins.int
     DEVICE_MAP_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
+    MODULE_MAP_FIELD_NUMBER: _builtins.int
+    MAX_MEMORY_FIELD_NUMBER: _builtins.int
+    OFFLOAD_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
     """Unset or DTYPE_UNSPECIFIED: the daemon's policy, see Dtype. An unknown value
     is INVALID_ARGUMENT.
     """
     device_map: _builtins.str
-    """Where to put the layers: "auto" (the default; accelerators first, then CPU),
-    "cpu", or one accelerator such as "cuda:0". Anything else is
-    INVALID_ARGUMENT; a device that the box lacks is UNSUPPORTED_OPTION.
+    """Where to put the layers. "auto", the default: on the accelerator with the most
+    room, or on all together when none has enough; "balanced": on all accelerators,
+    evenly; "sequential": on the first one, and on the next when it is full; "cpu",
+    or one accelerator such as "cuda:0": there. Without accelerators the first
+    three are the CPU. Anything else is INVALID_ARGUMENT; a device that the box
+    lacks is UNSUPPORTED_OPTION.
     """
     quantization: Global___Quantization.ValueType
     """Unset or QUANTIZATION_UNSPECIFIED: none. An unknown value is INVALID_ARGUMENT;
     one that this box, this installation or this model cannot do is
     UNSUPPORTED_OPTION, and its problem says what is missing.
     """
+    offload: Global___Offload.ValueType
+    """Unset or OFFLOAD_UNSPECIFIED: nothing is offloaded. It allows, and does not
+    ask: a model that fits without is not offloaded. An unknown value is
+    INVALID_ARGUMENT; beside quantization it is UNSUPPORTED_OPTION.
+    """
+    @_builtins.property
+    def module_map(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """In place of device_map: a device for each layer, by the name of its module or
+        of one that holds it ("" is all): an accelerator, "cpu" or "disk". Layers on
+        "cpu" beside accelerators, and on "disk", are offloaded. INVALID_ARGUMENT
+        beside device_map, max_memory or offload, where a name is no module, where a
+        weight has no device, or where a layer is divided; a device that the box lacks
+        is UNSUPPORTED_OPTION.
+        """
+
+    @_builtins.property
+    def max_memory(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Most bytes of a device that the load may be planned with and that the model
+        keeps: weights, keys and values, and what it computes with. Devices that it
+        does not name have no other bound than their memory; 0 leaves one out. A device
+        that the box lacks is UNSUPPORTED_OPTION.
+        """
+
     def __init__(
         self,
         *,
         dtype: Global___Dtype.ValueType | None = ...,
         device_map: _builtins.str | None = ...,
         quantization: Global___Quantization.ValueType | None = ...,
+        module_map: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        max_memory: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        offload: Global___Offload.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_device_map", b"_device_map", "_dtype", b"_dtype", "_quantization", b"_quantization", "device_map", b"device_map", "dtype", b"dtype", "quantization", b"quantization"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_device_map", b"_device_map", "_dtype", b"_dtype", "_offload", b"_offload", "_quantization", b"_quantization", "device_map", b"device_map", "dtype", b"dtype", "offload", b"offload", "quantization", b"quantization"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device_map", b"_device_map", "_dtype", b"_dtype", "_quantization", b"_quantization", "device_map", b"device_map", "dtype", b"dtype", "quantization", b"quantization"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device_map", b"_device_map", "_dtype", b"_dtype", "_offload", b"_offload", "_quantization", b"_quantization", "device_map", b"device_map", "dtype", b"dtype", "max_memory", b"max_memory", "module_map", b"module_map", "offload", b"offload", "quantization", b"quantization"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__device_map: _TypeAlias = _typing.Literal["device_map"]  # noqa: Y015
     _WhichOneofArgType__device_map: _TypeAlias = _typing.Literal["_device_map", b"_device_map"]  # noqa: Y015
     _WhichOneofReturnType__dtype: _TypeAlias = _typing.Literal["dtype"]  # noqa: Y015
     _WhichOneofArgType__dtype: _TypeAlias = _typing.Literal["_dtype", b"_dtype"]  # noqa: Y015
+    _WhichOneofReturnType__offload: _TypeAlias = _typing.Literal["offload"]  # noqa: Y015
+    _WhichOneofArgType__offload: _TypeAlias = _typing.Literal["_offload", b"_offload"]  # noqa: Y015
     _WhichOneofReturnType__quantization: _TypeAlias = _typing.Literal["quantization"]  # noqa: Y015
     _WhichOneofArgType__quantization: _TypeAlias = _typing.Literal["_quantization", b"_quantization"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__device_map) -> _WhichOneofReturnType__device_map | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dtype) -> _WhichOneofReturnType__dtype | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__offload) -> _WhichOneofReturnType__offload | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__quantization) -> _WhichOneofReturnType__quantization | None: ...
 
@@ -1095,6 +1197,7 @@ class ModelDetails(_message.Message):
     QUANTIZATION_REASON_FIELD_NUMBER: _builtins.int
     PLANNED_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    OFFLOADED_BYTES_FIELD_NUMBER: _builtins.int
     architecture: _builtins.str
     """The class that serves it, for example "LlamaForCausalLM"."""
     dtype: Global___Dtype.ValueType
@@ -1130,9 +1233,16 @@ class ModelDetails(_message.Message):
     growth of its main memory without mapped files, and its allocations on
     accelerators.
     """
+    offloaded_bytes: _builtins.int
+    """Of weight_bytes, what is offloaded: in main memory beside accelerators, or on
+    the disk; 0: nothing.
+    """
     @_builtins.property
     def device_map(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Module name -> device; one entry with an empty name when it is all on one."""
+        """Module name -> device, for each layer and each weight that is in none; one entry
+        with an empty name when it is all on one. "disk", and "cpu" beside accelerators,
+        is what is offloaded.
+        """
 
     @_builtins.property
     def supported_parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1159,10 +1269,11 @@ class ModelDetails(_message.Message):
         quantization_reason: _builtins.str = ...,
         planned_bytes: _builtins.int = ...,
         memory_bytes: _builtins.int = ...,
+        offloaded_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "device_map", b"device_map", "dtype", b"dtype", "dtype_reason", b"dtype_reason", "engine", b"engine", "engine_reason", b"engine_reason", "has_chat_template", b"has_chat_template", "memory_bytes", b"memory_bytes", "parameter_count", b"parameter_count", "planned_bytes", b"planned_bytes", "quantization", b"quantization", "quantization_reason", b"quantization_reason", "supported_parameters", b"supported_parameters", "weight_bytes", b"weight_bytes", "worker_pid", b"worker_pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "device_map", b"device_map", "dtype", b"dtype", "dtype_reason", b"dtype_reason", "engine", b"engine", "engine_reason", b"engine_reason", "has_chat_template", b"has_chat_template", "memory_bytes", b"memory_bytes", "offloaded_bytes", b"offloaded_bytes", "parameter_count", b"parameter_count", "planned_bytes", b"planned_bytes", "quantization", b"quantization", "quantization_reason", b"quantization_reason", "supported_parameters", b"supported_parameters", "weight_bytes", b"weight_bytes", "worker_pid", b"worker_pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1266,12 +1377,16 @@ class PlanModelResponse(_message.Message):
     DTYPE_REASON_FIELD_NUMBER: _builtins.int
     KV_TOKENS_FIELD_NUMBER: _builtins.int
     UNKNOWN_FIELD_NUMBER: _builtins.int
+    OFFLOADED_CPU_BYTES_FIELD_NUMBER: _builtins.int
+    OFFLOADED_DISK_BYTES_FIELD_NUMBER: _builtins.int
     fits: _builtins.bool
     """Whether a load would be let begin now; if not, it would fail with
     DEVICE_MEMORY.
     """
     needed_bytes: _builtins.int
-    """What all replicas would take of all these devices, in bytes."""
+    """What all replicas would take of all these devices, in bytes, without what
+    would be on the disk.
+    """
     free_bytes: _builtins.int
     """What could be had of the devices that it may be on, in bytes."""
     dtype: Global___Dtype.ValueType
@@ -1280,6 +1395,12 @@ class PlanModelResponse(_message.Message):
     """Why this dtype."""
     kv_tokens: _builtins.int
     """For how many tokens keys and values are counted."""
+    offloaded_cpu_bytes: _builtins.int
+    """Weights that would be offloaded to main memory, in bytes; at most, where it is
+    not a module map that says it.
+    """
+    offloaded_disk_bytes: _builtins.int
+    """The same of the disk."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedDevice]:
         """Where it would go, and how much of it; empty when it does not fit."""
@@ -1309,10 +1430,12 @@ class PlanModelResponse(_message.Message):
         dtype_reason: _builtins.str = ...,
         kv_tokens: _builtins.int = ...,
         unknown: _abc.Iterable[_builtins.str] | None = ...,
+        offloaded_cpu_bytes: _builtins.int = ...,
+        offloaded_disk_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["breakdown", b"breakdown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["breakdown", b"breakdown", "devices", b"devices", "dtype", b"dtype", "dtype_reason", b"dtype_reason", "fits", b"fits", "free_bytes", b"free_bytes", "holders", b"holders", "kv_tokens", b"kv_tokens", "needed_bytes", b"needed_bytes", "unknown", b"unknown"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["breakdown", b"breakdown", "devices", b"devices", "dtype", b"dtype", "dtype_reason", b"dtype_reason", "fits", b"fits", "free_bytes", b"free_bytes", "holders", b"holders", "kv_tokens", b"kv_tokens", "needed_bytes", b"needed_bytes", "offloaded_cpu_bytes", b"offloaded_cpu_bytes", "offloaded_disk_bytes", b"offloaded_disk_bytes", "unknown", b"unknown"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1346,7 +1469,7 @@ Global___PlannedDevice: _TypeAlias = PlannedDevice  # noqa: Y015
 
 @_typing.final
 class MemoryBreakdown(_message.Message):
-    """Parts of the memory that a model takes, in bytes."""
+    """Parts of the memory that a model takes of all its devices, in bytes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1356,13 +1479,15 @@ class MemoryBreakdown(_message.Message):
     HEADROOM_BYTES_FIELD_NUMBER: _builtins.int
     COPIES_BYTES_FIELD_NUMBER: _builtins.int
     weights_bytes: _builtins.int
-    """The weights in their dtype."""
+    """The weights in their dtype, without those on the disk."""
     kv_cache_bytes: _builtins.int
     """Keys and values of one sequence, the least that is of use."""
     activation_bytes: _builtins.int
-    """What a step computes with, on each device."""
+    """What a step computes with, on each device that computes."""
     headroom_bytes: _builtins.int
-    """What a process needs besides, on each device."""
+    """What a process needs besides; where layers are spread, also room for whole
+    ones on each device.
+    """
     copies_bytes: _builtins.int
     """Copies of weights in a form that the CPU multiplies faster; 0 where they are
     not made, or there is no room for them.

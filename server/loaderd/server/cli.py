@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -31,13 +32,22 @@ _SERVER_PACKAGES = (
 )
 
 # By setting, what each of its values is.
-_REPEATABLE = {"allow_local": "DIR", "allow_pickle": "NAME", "preload": "MODEL"}
+_REPEATABLE = {
+    "allow_local": "DIR",
+    "allow_model": "PATTERN",
+    "allow_pickle": "NAME",
+    "deny_model": "PATTERN",
+    "listen": "ADDRESS",
+    "preload": "MODEL",
+}
 _FILE_ONLY = {"models"}
 
 _EPILOG = """\
 Each option can also be set by a variable (--drain-timeout: LOADERD_DRAIN_TIMEOUT) or in the TOML
 file that --config or LOADERD_CONFIG names (drain_timeout = 10). A flag wins over a variable, a
 variable over the file.
+
+`loaderd token create --help` tells how to make tokens for clients.
 
 exit codes: 0 stopped by SIGTERM or SIGINT; 1 failed; 2 bad settings or missing packages; 3 the
 address is taken or cannot be bound; 128 + n ended at once by a second signal n.
@@ -57,12 +67,25 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from loaderd.server.config import ConfigError, load_config
 
-    flags = vars(_parser().parse_args())
+    arguments = sys.argv[1:]
     try:
-        config = load_config(flags)
-        sys.exit(_run(config))
+        if arguments[:1] == ["token"]:
+            sys.exit(_token(arguments[1:]))
+        sys.exit(_run(load_config(vars(_parser().parse_args(arguments)))))
     except ConfigError as error:
         _fail(EXIT_USAGE, str(error))
+
+
+def _token(arguments: Sequence[str]) -> int:
+    from loaderd.server.access.clients import ClientsFileError
+    from loaderd.server.access.command import run
+    from loaderd.server.config import load_config
+
+    try:
+        run(arguments, lambda: load_config({}).clients)
+    except ClientsFileError as error:
+        _fail(EXIT_FAILED, str(error))
+    return EXIT_OK
 
 
 def _run(config: ServerConfig) -> int:

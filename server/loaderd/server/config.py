@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
     TomlConfigSettingsSource,
 )
 
-from loaderd.server.errors import InvalidNameError
-from loaderd.server.store.names import LocalName, parse_name
+from loaderd.server.addresses import Address, TcpAddress, UnixAddress
+from loaderd.server.setting_types import (
+    Addresses,
+    Endpoint,
+    FilePath,
+    FolderPath,
+    Folders,
+    Group,
+    Mode,
+    ModelName,
+    ModelNames,
+    Patterns,
+    PatternsOrFolders,
+    RepositoriesOrFolders,
+    Seconds,
+)
 
 DEFAULT_PORT = 50051
 
@@ -39,84 +41,14 @@ class ConfigError(Exception):
     """The settings do not make a daemon. Its text names the setting and says what to do."""
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _split(value: object) -> object:
-    return value.split(os.pathsep) if isinstance(value, str) else value
-
-
-def _absolute(path: Path) -> Path:
-    return path.expanduser().absolute()
-
-
-def _repository_or_folder(text: str) -> str:
-    """A repository's id as it is, a folder's path as its real one."""
-    try:
-        name = parse_name(text)
-    except InvalidNameError as error:
-        raise ValueError(f"{text!r}: {error.problem}") from None
-    if isinstance(name, LocalName):
-        return os.path.realpath(name.path)
-    if "@" in text:
-        raise ValueError(f"{text!r} holds a revision; allow the repository, {name.repo_id}")
-    return name.repo_id
-
-
-def _existing_folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder")
-    return path.resolve()
-
-
-def _no_file(path: Path) -> Path:
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is not a folder")
-    return path
-
-
 def _default_local_roots() -> tuple[Path, ...]:
     """The folder that the daemon is started in, unless that is everything."""
     folder = Path.cwd()
     return () if folder == Path(folder.root) else (folder,)
 
 
-def _hub_endpoint(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ValueError("must be an https:// address")
-    if parts.username or parts.password:
-        raise ValueError("must have no user or password; the token has a setting of its own")
-    if parts.scheme == "http" and not _is_loopback(parts.hostname):
-        raise ValueError("must be https:// unless it is on this box")
-    return url.rstrip("/")
-
-
 def _hub_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-
-
-Seconds = Annotated[float, Field(allow_inf_nan=False)]
-RepositoryOrFolder = Annotated[str, AfterValidator(_repository_or_folder)]
-FilePath = Annotated[Path, AfterValidator(_absolute)]
-Folder = Annotated[Path, AfterValidator(_absolute), AfterValidator(_existing_folder)]
-
-
-def _model_name(text: str) -> str:
-    """A name that clients could use; a local folder's path made absolute."""
-    text = str(_absolute(Path(text))) if text.startswith((".", "~")) else text
-    try:
-        parse_name(text)
-    except InvalidNameError as error:
-        raise ValueError(f"{text!r}: {error.problem}") from None
-    return text
-
-
-ModelName = Annotated[str, AfterValidator(_model_name)]
 
 
 class DeclaredModel(BaseModel):
@@ -130,8 +62,14 @@ class DeclaredModel(BaseModel):
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Number type of the weights. Default: the daemon's choice."""
 
-    device_map: str = "auto"
-    """Where to put its layers."""
+    device_map: str | dict[str, str] = "auto"
+    """Where to put its layers: as a whole, or a device for each module."""
+
+    max_memory: dict[str, ByteSize] = Field(default_factory=dict)
+    """Most memory of a device that it may take, such as {"cuda:0" = "10GiB"}. Default: no bound."""
+
+    offload: Literal["cpu", "disk"] | None = None
+    """Where what does not fit may go. Default: nowhere."""
 
     quantization: Literal["int8", "int4", "nf4"] | None = None
     """Keep weights in 8 or 4 bits. Default: as the files have them."""
@@ -151,18 +89,67 @@ class ServerConfig(BaseSettings):
     )
 
     host: str = "127.0.0.1"
-    """Address to listen on. Others than loopback need --insecure."""
+    """Host of --port. Others than loopback need TLS and clients that are known, or --insecure."""
 
     port: int | None = Field(default=None, ge=0, le=65535)
-    """TCP port; 0 picks a free one. Default: 50051, or no TCP when --socket is given."""
+    """TCP port; 0 picks a free one. Default: 50051, or no TCP when --socket or --listen is
+    given."""
 
     socket: FilePath | None = None
-    """Unix socket to listen on, for this user only."""
+    """Unix socket to listen on; who may open it is a matter of --socket-mode."""
+
+    listen: Addresses = ()
+    """Address to listen on, beside those of --port and --socket: host:port or unix:/path; give it
+    again for more (LOADERD_LISTEN: separated by commas). Default: none."""
+
+    socket_mode: Mode = 0o600
+    """Who may open the unix sockets, such as 0660 for their group as well. Default: 0600, this user
+    only."""
+
+    socket_group: Group | None = None
+    """Group of the unix sockets. Default: this user's."""
+
+    socket_role: Literal["admin", "user", "monitor"] = "admin"
+    """What those may do who come over a unix socket and show no token."""
+
+    tls_cert: FilePath | None = None
+    """Certificate of the daemon, with its chain, as PEM; every TCP address then speaks TLS. It and
+    the other two files are read again when they change. Default: none, no TLS."""
+
+    tls_key: FilePath | None = None
+    """Private key of --tls-cert, as PEM, without a password."""
+
+    tls_client_ca: FilePath | None = None
+    """Certificates that sign those of clients, as PEM: TLS then takes no client without one.
+    Default: none."""
+
+    clients: FilePath | None = None
+    """File that says who the clients are: their tokens and certificates, roles and limits; see
+    `loaderd token create --help`. It is read again when it changes. Default: none, and whoever can
+    connect may do everything."""
 
     insecure: bool = False
-    """Allow a --host that other machines reach: whoever reaches it may use and unload models."""
+    """Allow addresses that other machines reach without TLS, or without clients that are known:
+    whoever reaches them may read along, or use and unload models."""
 
-    cache_dir: Annotated[FilePath, AfterValidator(_no_file)] | None = None
+    user_loads: Literal["off", "cached", "any"] = "cached"
+    """Which models clients with the role user may load: none, those whose files are there, or also
+    those that must be downloaded first."""
+
+    allow_model: Patterns = ()
+    """Pattern of repositories that may be used, such as org/name or org/*; give it again for more
+    (LOADERD_ALLOW_MODEL: separated by colons). Default: all."""
+
+    deny_model: PatternsOrFolders = ()
+    """Pattern of repositories, or a local folder, that must not be used, whatever --allow-model and
+    --allow-local say; give it again for more (LOADERD_DENY_MODEL: separated by colons). Default:
+    none."""
+
+    max_model_bytes: ByteSize | None = Field(default=None, gt=0)
+    """How large a model may be, such as 20GB: one that is larger is neither downloaded nor loaded.
+    Default: no limit."""
+
+    cache_dir: FolderPath | None = None
     """Hugging Face cache. Default: as the hub library: HF_HUB_CACHE, else HF_HOME/hub, else
     ~/.cache/huggingface/hub."""
 
@@ -171,19 +158,17 @@ class ServerConfig(BaseSettings):
     snapshots that were not used for longest and are not in use are deleted. Default: no limit, and
     nothing is deleted unasked."""
 
-    allow_local: Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(_split)] = Field(
-        default_factory=_default_local_roots
-    )
+    allow_local: Folders = Field(default_factory=_default_local_roots)
     """Folder below which local models may be loaded; give it again for more (LOADERD_ALLOW_LOCAL:
     separated by colons). Default: the folder that the daemon is started in, none if that is /."""
 
-    allow_pickle: Annotated[tuple[RepositoryOrFolder, ...], NoDecode, BeforeValidator(_split)] = ()
+    allow_pickle: RepositoriesOrFolders = ()
     """Model whose weights may be pickles when it has no safetensors: org/name, or the absolute path
     of a local folder; give it again for more (LOADERD_ALLOW_PICKLE: separated by colons). A pickle
     can run code when it is not read with care: loaderd takes only tensors from it and refuses the
     rest, but allow only whom you trust. Default: none."""
 
-    hub_endpoint: Annotated[str, AfterValidator(_hub_endpoint)] = Field(
+    hub_endpoint: Endpoint = Field(
         default_factory=lambda: os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
         validate_default=True,
     )
@@ -196,6 +181,10 @@ class ServerConfig(BaseSettings):
     offline: bool = Field(default_factory=_hub_offline)
     """Never ask the hub. Default: HF_HUB_OFFLINE."""
 
+    offload_dir: FolderPath | None = None
+    """Folder for weights that are offloaded to the disk and cannot be read from the model's files.
+    Default: loaderd/offload below XDG_CACHE_HOME, else below ~/.cache."""
+
     standby: int = Field(default=1, ge=0, le=8)
     """Spare worker processes that have imported everything and wait for a load. With 0 each load
     starts its own, which takes seconds."""
@@ -204,13 +193,13 @@ class ServerConfig(BaseSettings):
     """Seconds that a model stays loaded while nobody uses it, unless a client says otherwise; 0:
     until its first use has ended; negative: until somebody unloads it."""
 
-    preload: Annotated[tuple[ModelName, ...], NoDecode, BeforeValidator(_split)] = ()
+    preload: ModelNames = ()
     """Model to load at the start and to keep; give it again for more (LOADERD_PRELOAD: separated by
     colons). One that does not load is tried again. Default: none."""
 
     models: tuple[DeclaredModel, ...] = ()
     """Models to load at the start, before those of --preload; in the file, a table [[models]] each
-    with name, dtype, device_map, quantization, replicas and keep_alive. Default: none."""
+    with name, and the options of a load. Default: none."""
 
     load_on_demand: Literal["off", "cached", "any"] = "cached"
     """Which models a request for text loads when they are not: none, those whose files are there,
@@ -245,20 +234,48 @@ class ServerConfig(BaseSettings):
     """How much to log, to standard error."""
 
     @model_validator(mode="after")
+    def _refuse_what_has_no_effect(self) -> ServerConfig:
+        given = self.model_fields_set
+        if "host" in given and self.port is None and (self.socket is not None or self.listen):
+            raise ValueError("host goes with port; give the port too, or host:port as --listen")
+        for address in self.addresses:
+            is_any = isinstance(address, TcpAddress) and address.port == 0
+            if self.addresses.count(address) > 1 and not is_any:
+                raise ValueError(f"{address} is given twice")
+        sockets = sorted(given & {"socket_mode", "socket_group", "socket_role"})
+        if sockets and not any(isinstance(each, UnixAddress) for each in self.addresses):
+            raise ValueError(f"{sockets[0]} is about unix sockets, and there is none; add --socket")
+        return self
+
+    @model_validator(mode="after")
     def _refuse_exposure(self) -> ServerConfig:
-        if self.tcp_port is not None and not (self.insecure or _is_loopback(self.host)):
-            raise ValueError(
-                f"host {self.host} can be reached from other machines, and this daemon has no "
-                "access control; listen on 127.0.0.1 or a --socket, or add --insecure"
-            )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together; give both")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs TLS; give tls_cert and tls_key too")
+        asks_who_calls = self.clients is not None or self.tls_client_ca is not None
+        if self.insecure or (self.tls_cert is not None and asks_who_calls):
+            return self
+        for address in self.addresses:
+            if isinstance(address, TcpAddress) and address.is_exposed:
+                raise ValueError(
+                    f"{address} can be reached from other machines; give it TLS (--tls-cert, "
+                    "--tls-key) and clients that are known (--clients or --tls-client-ca), listen "
+                    "on 127.0.0.1 or a --socket, or add --insecure"
+                )
         return self
 
     @property
-    def tcp_port(self) -> int | None:
-        """The port to listen on; None for no TCP."""
-        if self.port is None and self.socket is None:
-            return DEFAULT_PORT
-        return self.port
+    def addresses(self) -> tuple[Address, ...]:
+        """Where to listen; at least one."""
+        addresses: list[Address] = []
+        if self.port is not None:
+            addresses.append(TcpAddress(self.host, self.port))
+        elif self.socket is None and not self.listen:
+            addresses.append(TcpAddress(self.host, DEFAULT_PORT))
+        if self.socket is not None:
+            addresses.append(UnixAddress(self.socket))
+        return (*addresses, *self.listen)
 
     def hub_token(self) -> str | None:
         """The operator's hub token, read now.
@@ -324,7 +341,7 @@ def load_config(flags: Mapping[str, object]) -> ServerConfig:
 
 def _known_variables() -> set[str]:
     """The daemon's, and those of its clients, which may be set for the whole box."""
-    return {*ServerConfig.model_fields, "config", "address"}
+    return {*ServerConfig.model_fields, "config", "address", "daemon", "token"}
 
 
 def _describe(location: tuple[int | str, ...], kind: str, message: str) -> str:

@@ -382,6 +382,65 @@ class LeaseNotFoundError(LoaderdError):
     lease: str
 
 
+@dataclass(eq=False)
+class UnauthenticatedError(LoaderdError):
+    """The call carries no credentials that the daemon knows."""
+
+    reason = "UNAUTHENTICATED"
+    text = "the daemon does not know who calls: {problem}"
+    problem: str
+
+
+@dataclass(eq=False)
+class ForbiddenError(LoaderdError):
+    """The caller's role does not allow the call."""
+
+    reason = "FORBIDDEN"
+    text = "{client!r} has the role {role}, which may not {action}; ask the daemon's operator"
+    client: str
+    role: str
+    action: str
+
+
+@dataclass(eq=False)
+class ClientLimitError(LoaderdError):
+    """The client has reached one of its limits.
+
+    Attributes:
+        client: Its name.
+        limit: Which one: streams, requests, tokens_per_minute or models.
+        most: What it may have.
+        retry_after_s: Seconds after which it is worth to try again.
+    """
+
+    reason = "CLIENT_LIMIT"
+    text = "{client!r} has reached its limit of {most} {limit}; try again later"
+    client: str
+    limit: str
+    most: int
+    retry_after_s: int
+
+
+@dataclass(eq=False)
+class ModelNotAllowedError(LoaderdError):
+    """The operator does not allow this model."""
+
+    reason = "MODEL_NOT_ALLOWED"
+    text = "the daemon's operator does not allow model {model!r}"
+    model: str
+
+
+@dataclass(eq=False)
+class ModelTooLargeError(LoaderdError):
+    """The model is larger than the operator allows."""
+
+    reason = "MODEL_TOO_LARGE"
+    text = "model {model!r} has {size_bytes} bytes, and the daemon's operator allows {max_bytes}"
+    model: str
+    size_bytes: int
+    max_bytes: int
+
+
 BY_REASON: dict[str, type[LoaderdError]] = {
     kind.reason: kind for kind in LoaderdError.__subclasses__()
 }

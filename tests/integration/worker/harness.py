@@ -8,7 +8,7 @@ import queue
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -126,12 +126,20 @@ class Worker:
         error: worker_pb2.Error = self.expect("load_failed").error
         return error
 
-    def send_load(self, path: Path, *, allow_pickle: bool = False, **options: Any) -> None:
+    def send_load(
+        self,
+        path: Path,
+        *,
+        allow_pickle: bool = False,
+        weight_room: Mapping[str, int] | None = None,
+        **options: Any,
+    ) -> None:
         load = worker_pb2.Load(
             path=str(path),
             model="org/name",
             options=model_pb2.LoadOptions(**options),
             allow_pickle=allow_pickle,
+            weight_room=weight_room or {},
         )
         self.send(load=load)
 

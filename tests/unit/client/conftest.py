@@ -15,7 +15,8 @@ from tests.unit.client.terminal import Spawn, Terminal
 
 @pytest.fixture(autouse=True)
 def _no_address_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOADERD_ADDRESS", raising=False)
+    for name in ("ADDRESS", "DAEMON", "TOKEN"):
+        monkeypatch.delenv(f"LOADERD_{name}", raising=False)
 
 
 @pytest.fixture

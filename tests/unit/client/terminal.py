@@ -18,7 +18,7 @@ from typing import Self
 import pexpect
 from pexpect.fdpexpect import fdspawn
 
-WAIT_S = 20
+WAIT_S = 60
 CTRL_C, CTRL_D = "\x03", "\x04"
 _ROWS = 24
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from loaderd.cli.exits import ExitCode
-from loaderd.cli.options import DtypeName, QuantizationName
-from loaderd.client import Client, Dtype, Quantization
+from loaderd.cli.options import DtypeName, OffloadName, QuantizationName
+from loaderd.client import Client, Dtype, Offload, Quantization
 from tests.fake_daemon import FakeDaemon
 from tests.fake_daemon.models import FREED_BYTES, WEIGHT_BYTES
 from tests.unit.client.ctl import Ctl, document
@@ -79,6 +79,8 @@ def test_load_with_options_as_json(ctl: Ctl, daemon: FakeDaemon) -> None:
         "dtype": "float32",
         "device_map": "cpu",
         "quantization": "int8",
+        "max_memory": {},
+        "offload": None,
     }
     assert model["details"]["quantization"] == "int8"
     assert model["details"]["weight_bytes"] == WEIGHT_BYTES
@@ -97,6 +99,57 @@ def test_the_quantizations_are_those_of_the_sdk() -> None:
     assert {name.value for name in QuantizationName} == {
         member.name.lower() for member in Quantization if member is not Quantization.UNSPECIFIED
     }
+
+
+def test_the_offloads_are_those_of_the_sdk() -> None:
+    assert {name.value for name in OffloadName} == {
+        member.name.lower() for member in Offload if member is not Offload.UNSPECIFIED
+    }
+
+
+def test_bounds_and_where_layers_may_go(ctl: Ctl, daemon: FakeDaemon) -> None:
+    bounds = ("--max-memory", "cpu=10GiB", "--max-memory", "mps=0B", "--offload", "disk")
+    model = document(ctl("load", "demo/chat", "--device-map", "sequential", *bounds, "--json"))
+
+    sent = daemon.last("LoadModel").request.options
+    assert sent.device_map == "sequential"
+    assert dict(sent.max_memory) == {"cpu": 10 << 30, "mps": 0}
+    assert sent.offload == Offload.DISK
+    assert model["options"]["max_memory"] == {"cpu": 10 << 30, "mps": 0}
+    assert model["options"]["offload"] == "disk"
+
+
+def test_a_device_for_each_module(ctl: Ctl, daemon: FakeDaemon) -> None:
+    where = ("--device-map", "=cpu", "--device-map", "model.layers.1=disk")
+    planned = ctl("plan", "demo/chat", *where)
+    assert planned.exit_code == ExitCode.OK
+    assert "on the disk, at most" in planned.stdout
+    assert "in main memory" not in planned.stdout
+    loaded = ctl("load", "demo/chat", *where)
+
+    sent = daemon.last("LoadModel").request.options
+    assert dict(sent.module_map) == {"": "cpu", "model.layers.1": "disk"}
+    assert not sent.HasField("device_map")
+    assert "on cpu+disk, 19.0 MB of it offloaded" in loaded.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--device-map", "cpu", "--device-map", "model=cpu"], "give one place, or MODULE=DEVICE"),
+        (["--device-map", "a=cpu", "--device-map", "a=disk"], "given twice"),
+        (["--max-memory", "10GiB"], "DEVICE=SIZE"),
+        (["--max-memory", "cpu=much"], "no size"),
+        (["--max-memory", "cpu=1GB", "--max-memory", "cpu=2GB"], "given twice"),
+        (["--offload", "tape"], "tape"),
+    ],
+)
+def test_where_that_cannot_be_meant_is_wrong_usage(
+    ctl: Ctl, words: list[str], problem: str
+) -> None:
+    refused = ctl("load", "demo/chat", *words)
+    assert refused.exit_code == ExitCode.USAGE
+    assert problem in " ".join(refused.stderr.replace("│", " ").split())
 
 
 def test_load_tells_that_weights_are_quantized(ctl: Ctl) -> None:

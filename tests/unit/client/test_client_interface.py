@@ -37,6 +37,8 @@ EXPORTS = {
     "Model",
     "ModelWatch",
     "VerifyOperation",
+    # connections
+    "Tls",
     # models
     "ChangeReason",
     "LeaseInfo",
@@ -97,6 +99,8 @@ EXPORTS = {
     "HealthStatus",
     "ModelSource",
     "ModelState",
+    "Offload",
+    "OffloadName",
     "ProblemKind",
     "Quantization",
     "QuantizationName",

@@ -325,6 +325,31 @@ def test_quantizations_by_name(name: Any) -> None:
     assert by_name.options.quantization == member.value
 
 
+def test_a_map_of_modules_takes_the_place_of_a_device_map() -> None:
+    modules = {"": "cpu", "model.layers.1": "disk"}
+    options = load_request("a/b", dtype=None, device_map=modules).options
+    assert dict(options.module_map) == modules
+    assert not options.HasField("device_map")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"device_map": {}}, "device_map: names no module"),
+        ({"device_map": {"model": "\udcff"}}, "module_map: is not valid Unicode text"),
+        ({"max_memory": {"cpu": -1}}, "max_memory: must be from 0 to 18446744073709551615"),
+        ({"offload": "tape"}, "offload: 'tape' is none of cpu, disk"),
+    ],
+)
+def test_placement_that_cannot_be_sent_is_refused(
+    client: Client, options: Any, problem: str
+) -> None:
+    for call in (client.load, client.plan):
+        with pytest.raises(errors.InvalidArgumentError) as caught:
+            call("demo/chat", **options)
+        assert str(caught.value) == problem
+
+
 def test_an_unknown_quantization_is_refused(client: Client) -> None:
     with pytest.raises(errors.InvalidArgumentError, match="int8, int4, nf4") as caught:
         client.load("demo/chat", quantization="q4_0")  # type: ignore[arg-type]  # on purpose

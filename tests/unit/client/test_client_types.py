@@ -61,7 +61,9 @@ def test_what_is_not_known_is_none() -> None:
 
     unknown = (info.repo_id, info.commit, info.details, info.created_at, info.ready_at)
     assert (*unknown, info.failure) == (None,) * 6
-    assert info.options == types.LoadOptions(dtype=None, device_map=None, quantization=None)
+    assert info.options == types.LoadOptions(
+        dtype=None, device_map=None, quantization=None, max_memory={}, offload=None
+    )
     assert info.timings == types.LoadTimings(
         resolve=None, download=None, worker=None, weights=None, total=None
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -16,14 +17,18 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from safetensors.numpy import save_file
 
+from loaderd.server.access.quotas import Quotas
 from loaderd.server.models.idle import IdleModels, IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.restarts import Restarts
+from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.server import RpcServer
+from loaderd.server.store.policy import ModelPolicy
 from loaderd.server.store.store import ModelStore, StoreSettings
+from loaderd.server.supervisor.offload_folders import OffloadFolders
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
 from loaderd.v1 import (
@@ -88,6 +93,9 @@ async def open_box(
     on_demand: OnDemand = OnDemand.OFF,
     keep_alive_s: float = PINNED,
     restart_wait_s: float | None = None,
+    access: Access | None = None,
+    user_loads: OnDemand = OnDemand.ANY,
+    policy: ModelPolicy | None = None,
 ) -> AsyncIterator[Box]:
     """The insides with a model folder beside them; models come back only with a wait for it."""
     async with AsyncExitStack() as stack:
@@ -104,15 +112,18 @@ async def open_box(
                 hub_token=None,
                 offline=True,
                 stall_timeout=20,
+                policy=policy or ModelPolicy(),
             )
         )
         registry = ModelRegistry(MAX_REQUESTS, keep_alive_s)
-        planner = Planner(store, supervisor, IdleModels(registry))
-        loads = Loads(registry, store, supervisor, planner, on_demand)
+        disk = OffloadFolders(tmp_path / "disk")
+        planner = Planner(store, supervisor, IdleModels(registry), disk)
+        loads = Loads(registry, store, supervisor, planner, on_demand, user_loads=user_loads)
         restarts = Restarts(loads, restart_wait_s or 0.0)
         if restart_wait_s is not None:
             registry.on_death = restarts.begin
-        server = RpcServer(registry, loads, planner, store, supervisor)
+        access = access or Access(None, Quotas(time.monotonic))
+        server = RpcServer(registry, loads, planner, store, supervisor, access=access)
         port = server.bind("127.0.0.1:0")
         socket = f"unix:{tmp_path / 'box.sock'}"
         server.bind(socket)

@@ -1,10 +1,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from loaderd.server.addresses import TcpAddress, UnixAddress
 from loaderd.server.config import ConfigError, ServerConfig, load_config
 
 
@@ -17,7 +19,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_defaults_are_safe() -> None:
     config = load_config({})
-    assert (config.host, config.tcp_port, config.socket) == ("127.0.0.1", 50051, None)
+    assert config.addresses == (TcpAddress("127.0.0.1", 50051),)
     assert config.allow_local == (Path.cwd(),)
     assert not config.insecure
 
@@ -57,8 +59,61 @@ def test_models_whose_pickles_are_allowed(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_socket_replaces_tcp_unless_a_port_is_asked_for(tmp_path: Path) -> None:
-    assert load_config({"socket": str(tmp_path / "s")}).tcp_port is None
-    assert load_config({"socket": str(tmp_path / "s"), "port": "0"}).tcp_port == 0
+    socket = UnixAddress(tmp_path / "s")
+    assert load_config({"socket": str(socket.path)}).addresses == (socket,)
+    both = load_config({"socket": str(socket.path), "port": "0"}).addresses
+    assert both == (TcpAddress("127.0.0.1", 0), socket)
+
+
+def test_several_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    socket = UnixAddress(tmp_path / "s")
+    monkeypatch.setenv("LOADERD_LISTEN", f"[::1]:1,{socket}")
+    assert load_config({}).addresses == (TcpAddress("::1", 1), socket)
+    assert load_config({"port": "2"}).addresses == (
+        TcpAddress("127.0.0.1", 2),
+        TcpAddress("::1", 1),
+        socket,
+    )
+    file = tmp_path / "loaderd.toml"
+    file.write_text('listen = ["localhost:3"]\nsocket = "/tmp/t"\nsocket_mode = 0o660\n')
+    monkeypatch.delenv("LOADERD_LISTEN")
+    monkeypatch.setenv("LOADERD_SOCKET_GROUP", "0")
+    config = load_config({"config": str(file)})
+    assert config.addresses == (UnixAddress(Path("/tmp/t")), TcpAddress("localhost", 3))
+    assert (config.socket_mode, config.socket_group) == (0o660, "0")
+    monkeypatch.setenv("LOADERD_SOCKET_MODE", "0666")
+    assert load_config({"config": str(file)}).socket_mode == 0o666
+
+
+EXPOSED = [{"host": "0.0.0.0"}, {"listen": ["127.0.0.1:0", "[::]:1"]}, {"listen": ["gpu-box:1"]}]
+TLS = {"tls_cert": "/etc/cert.pem", "tls_key": "/etc/key.pem"}
+KNOWN = [{"clients": "/etc/clients.toml"}, {"tls_client_ca": "/etc/ca.pem"}]
+
+
+@pytest.mark.parametrize("address", EXPOSED)
+def test_an_address_that_others_reach_needs_tls_and_clients_or_that_it_is_said(
+    address: dict[str, object],
+) -> None:
+    flags: Mapping[str, object]
+    for flags in ({}, TLS, KNOWN[0]):
+        with pytest.raises(ConfigError, match=r"--tls-cert.*--clients.*--insecure"):
+            load_config({**address, **flags})
+    for flags in ({**TLS, **KNOWN[0]}, {**TLS, **KNOWN[1]}, {"insecure": True}):
+        assert load_config({**address, **flags}).addresses
+
+
+def test_patterns_of_models(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    config = load_config(
+        {
+            "allow_model": ["org/*", "gpt2"],
+            "deny_model": ["org/bad-?", f"{tmp_path}/link"],
+            "max_model_bytes": "20GB",
+        }
+    )
+    assert config.allow_model == ("org/*", "gpt2")
+    assert config.deny_model == ("org/bad-?", str(tmp_path / "models"))
+    assert config.max_model_bytes == 20_000_000_000
 
 
 @pytest.mark.parametrize(
@@ -86,6 +141,22 @@ def test_a_socket_replaces_tcp_unless_a_port_is_asked_for(tmp_path: Path) -> Non
         ({"keep_alive": "1e9"}, "keep_alive"),
         ({"load_on_demand": "yes"}, "load_on_demand"),
         ({"preload": ["a/b/c"]}, "preload.*'a/b/c'"),
+        ({"listen": ["localhost"]}, "listen.*'localhost' is no address"),
+        ({"listen": ["unix:here"]}, "listen.*'unix:here' is no address"),
+        ({"listen": ["127.0.0.1:65536"]}, "listen.*65536"),
+        ({"listen": ["127.0.0.1:0"], "host": "::1"}, "host goes with port"),
+        ({"socket": "/tmp/s", "socket_mode": "rw"}, "socket_mode.*0660"),
+        ({"socket": "/tmp/s", "socket_mode": "01777"}, "socket_mode"),
+        ({"socket": "/tmp/s", "socket_group": "no such group"}, "socket_group.*no such group"),
+        ({"socket": "/tmp/s", "socket_role": "anonymous"}, "socket_role"),
+        ({"socket": "/tmp/s", "listen": ["unix:/tmp/s"]}, "unix:/tmp/s is given twice"),
+        ({"port": "7", "listen": ["127.0.0.1:7"]}, "127.0.0.1:7 is given twice"),
+        ({"socket_mode": "0660"}, "socket_mode is about unix sockets"),
+        ({"tls_cert": "a"}, "tls_key"),
+        ({"tls_client_ca": "a"}, "tls_cert"),
+        ({"allow_model": ["/models"]}, "allow_model.*--allow-local"),
+        ({"deny_model": ["a b"]}, "deny_model.*'a b'"),
+        ({"max_model_bytes": "0"}, "max_model_bytes"),
     ],
 )
 def test_a_bad_setting_is_named(flags: dict[str, object], says: str) -> None:
@@ -108,15 +179,18 @@ def test_models_that_are_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file.write_text(
         '[[models]]\nname = "org/name@v1"\ndtype = "float32"\nkeep_alive = 60\n'
         'quantization = "int8"\nreplicas = 2\n'
-        '[[models]]\nname = "./model"\n'
+        '[[models]]\nname = "./model"\nmax_memory = { cpu = "2GiB" }\noffload = "disk"\n'
+        '[[models]]\nname = "org/c"\ndevice_map = { "" = "cpu", "model.layers" = "disk" }\n'
     )
     monkeypatch.chdir(tmp_path)
     config = load_config({"config": str(file), "preload": ["org/other", "~/x"]})
-    first, second = config.models
+    first, second, third = config.models
     assert (first.name, first.dtype, first.keep_alive) == ("org/name@v1", "float32", 60)
     assert (first.quantization, first.replicas) == ("int8", 2)
     assert (second.name, second.device_map) == (str(tmp_path / "model"), "auto")
     assert second.keep_alive < 0
+    assert (second.max_memory, second.offload) == ({"cpu": 2 << 30}, "disk")
+    assert third.device_map == {"": "cpu", "model.layers": "disk"}
     assert config.preload == ("org/other", str(Path("~/x").expanduser()))
 
 
@@ -126,6 +200,8 @@ def test_models_that_are_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ('name = "a/b/c"', "models.0.name.*'a/b/c'"),
         ('name = "a/b"\ndtype = "int3"', "models.0.dtype"),
         ('name = "a/b"\nquantization = "int3"', "models.0.quantization"),
+        ('name = "a/b"\noffload = "tape"', "models.0.offload"),
+        ('name = "a/b"\nmax_memory = { cpu = "much" }', "models.0.max_memory"),
         ('name = "a/b"\ncolour = "red"', "models.0.colour"),
         ("keep_alive = 3", "models.0.name"),
     ],

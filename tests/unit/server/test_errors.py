@@ -34,6 +34,9 @@ _DETAILS = {
     "CACHE_NOT_WRITABLE": "PreconditionFailure",
     "DOWNLOAD_INTERRUPTED": "RetryInfo",
     "LEASE_NOT_FOUND": "ResourceInfo",
+    "CLIENT_LIMIT": "QuotaFailure",
+    "MODEL_NOT_ALLOWED": "ResourceInfo",
+    "MODEL_TOO_LARGE": "ResourceInfo",
 }
 
 

@@ -1,6 +1,7 @@
 """What a client sees of handlers that fail in every way there is."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -8,8 +9,10 @@ import grpc
 import pytest
 from grpc_status import rpc_status
 
+from loaderd.server.access.quotas import Quotas
 from loaderd.server.errors import ModelNotFoundError
-from loaderd.server.rpc.interceptor import StatusInterceptor
+from loaderd.server.rpc.access import Access
+from loaderd.server.rpc.interceptor import CallInterceptor
 from loaderd.v1 import model_pb2, model_pb2_grpc
 
 SECRET = "the text of an exception"
@@ -42,7 +45,7 @@ class Failing(model_pb2_grpc.ModelServiceServicer):
 
 @pytest.fixture
 async def channel() -> AsyncIterator[grpc.aio.Channel]:
-    server = grpc.aio.server(interceptors=[StatusInterceptor()])
+    server = grpc.aio.server(interceptors=[CallInterceptor(Access(None, Quotas(time.monotonic)))])
     model_pb2_grpc.add_ModelServiceServicer_to_server(
         Failing(),  # type: ignore[abstract]  # the other methods are not called
         server,

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from loaderd.server.errors import ModelUnsupportedError
+from loaderd.server.errors import DeviceMemoryError, ModelUnsupportedError
+from loaderd.server.models import record
 from loaderd.server.models.loads import OnDemand
 from loaderd.v1 import generation_pb2, model_pb2
 from tests.unit.server.box import Box, make_model, open_box, reason_of
@@ -230,6 +231,46 @@ async def test_a_model_that_failed_is_loaded_again_with_its_options(demand: Box)
 async def test_who_waits_for_a_load_on_demand_gets_its_failure(demand: Box) -> None:
     demand.launcher.load_error = ModelUnsupportedError(model="x", problem="y")
     assert await reason_of(demand.stream("count 1")) == "MODEL_UNSUPPORTED"
+
+
+async def test_a_load_that_has_just_failed_is_not_tried_by_every_request(demand: Box) -> None:
+    demand.launcher.load_error = ModelUnsupportedError(model="x", problem="y")
+    for _ in range(3):
+        assert await reason_of(demand.stream("count 1")) == "MODEL_UNSUPPORTED"
+    assert demand.launcher.loads == 1
+    demand.launcher.load_error = None
+    await demand.load()  # whoever asks for a load gets one
+    assert await generate(demand) == "0 1 "
+
+
+async def test_a_load_that_has_failed_is_tried_again_when_it_has_rested(
+    demand: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "_SHORTEST_REST_S", 0.0)
+    monkeypatch.setattr(record, "_LONGEST_REST_S", 0.0)
+    demand.launcher.load_error = ModelUnsupportedError(model="x", problem="y")
+    assert await reason_of(demand.stream("count 1")) == "MODEL_UNSUPPORTED"
+    demand.launcher.load_error = None
+    assert await generate(demand) == "0 1 "
+
+
+async def test_what_lacked_memory_is_tried_by_the_next_request(demand: Box) -> None:
+    demand.launcher.load_error = DeviceMemoryError(model="x")
+    assert await reason_of(demand.stream("count 1")) == "DEVICE_MEMORY"
+    demand.launcher.load_error = None
+    assert await generate(demand) == "0 1 "
+
+
+async def test_a_model_that_dies_in_its_last_request_has_failed(box: Box) -> None:
+    request = model_pb2.LoadModelRequest(model=str(box.folder), keep_alive=Duration())
+    async for _ in box.models.LoadModel(request, timeout=30):
+        pass
+    async with changes(box) as events:
+        assert await reason_of(box.stream("die")) == "WORKER_DIED"
+        async with asyncio.timeout(20):
+            while not events:
+                await asyncio.sleep(0.01)
+    assert [event.model.state for event in events] == [model_pb2.MODEL_STATE_FAILED]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from loaderd.server.store.names import HubName, LocalName
 from loaderd.server.store.pins import Pin, Pins
 from loaderd.server.store.resolve import CachedSnapshot, NotCached
 from loaderd.server.store.store import DownloadProgress, DownloadState, ModelStore
+from loaderd.server.supervisor.offload_folders import OffloadFolders
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
 from tests.fake_worker import FakeLauncher
@@ -112,7 +113,7 @@ async def box(tmp_path: Path) -> AsyncIterator[Box]:
             registry,
             models,
             supervisor,
-            Planner(models, supervisor, IdleModels(registry)),
+            Planner(models, supervisor, IdleModels(registry), OffloadFolders(tmp_path)),
             OnDemand.OFF,
         )
         yield Box(launcher, registry, store, loads)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from loaderd.server.config import ConfigError, DeclaredModel, ServerConfig
 from loaderd.server.errors import ModelUnsupportedError
-from loaderd.server.models.manifest import Declared, Manifest
+from loaderd.server.models.manifest import Declared, Manifest, declared
 from loaderd.server.models.record import LoadOptions
+from loaderd.server.models.where import Where
 from loaderd.v1 import model_pb2
 from tests.unit.server.box import Box, make_model
 from tests.waiting import until_in_loop as until
@@ -54,3 +59,31 @@ async def test_a_daemon_that_drains_loads_no_more(box: Box) -> None:
     await box.registry.drain(0)
     await manifest(box, Declared(str(box.folder))).run()
     assert box.launcher.loads == 0
+
+
+def test_where_layers_go_is_as_the_file_says() -> None:
+    models = (
+        DeclaredModel(name="org/a", max_memory={"cpu": 5}, offload="disk", device_map="balanced"),
+        DeclaredModel(name="org/b", device_map={"model": "cpu", "lm_head": "disk"}),
+    )
+    first, second, third = declared(ServerConfig(models=models, preload=("org/c",)))
+    assert first.options.where == Where(
+        "balanced", max_memory=(("cpu", 5),), offload=model_pb2.OFFLOAD_DISK
+    )
+    assert second.options.where == Where(module_map=(("lm_head", "disk"), ("model", "cpu")))
+    assert third.options == LoadOptions()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"device_map": {}}, "org/a: options.module_map: names no module"),
+        ({"device_map": "the moon"}, "org/a: options.device_map"),
+        ({"device_map": {"": "cpu"}, "offload": "disk"}, "org/a: options.module_map"),
+        ({"quantization": "int8", "offload": "disk"}, "org/a: options.quantization"),
+    ],
+)
+def test_what_the_file_cannot_mean_is_told(options: dict[str, Any], problem: str) -> None:
+    model = DeclaredModel(name="org/a", **options)
+    with pytest.raises(ConfigError, match=problem):
+        declared(ServerConfig(models=(model,)))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from loaderd.server.access.caller import Caller
 from loaderd.server.errors import LoaderdError, ModelUnsupportedError
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.loads import OnDemand
@@ -89,10 +90,10 @@ async def test_a_request_by_id_ends_when_another_model_has_the_same_files(
     assert (other.identity, other.state) == (failed.identity, ModelState.READY)
     asked, again = 0, hub.loads.again
 
-    async def counted(record: ModelRecord) -> ModelRecord:
+    async def counted(record: ModelRecord, caller: Caller | None) -> ModelRecord:
         nonlocal asked
         asked += 1
-        return await again(record)
+        return await again(record, caller)
 
     monkeypatch.setattr(hub.loads, "again", counted)
     try:

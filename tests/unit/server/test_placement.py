@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loaderd.server.errors import DeviceMemoryError, UnsupportedOptionError
-from loaderd.server.models.placement import DeviceBook, MemoryDevice, Needs, Placement
+from loaderd.server.errors import DeviceMemoryError
+from loaderd.server.models.fitting import place, place_all, together
+from loaderd.server.models.placement import DeviceBook, MemoryDevice, Needs
+from loaderd.server.models.where import Where
 
 GB = 10**9
 GPUS = [MemoryDevice(f"cuda:{index}", 80 * GB, 80 * GB, 0.0) for index in range(8)]
@@ -26,55 +28,24 @@ def needs(weights: int, copies: int = 0) -> Needs:
 
 def test_a_load_takes_one_accelerator_and_says_what_is_left() -> None:
     box = book(*GPUS, BIG_CPU)
-    placement = box.place(needs(60 * GB), "auto")
+    placement = place(box, needs(60 * GB), Where("auto"))
     assert placement.devices == {"cuda:0": 63 * GB}
     box.reserve("m:1", "org/a", placement.devices)
     assert box.available("cuda:0") == 17 * GB
-    assert box.place(needs(60 * GB), "auto").devices == {"cuda:1": 63 * GB}
+    assert place(box, needs(60 * GB), Where("auto")).devices == {"cuda:1": 63 * GB}
     assert [holder.name for holder in box.holders("cuda:0")] == ["org/a"]
-
-
-def test_what_no_single_accelerator_holds_is_spread_by_their_room() -> None:
-    small = replace(GPUS[1], total_bytes=40 * GB, free_bytes=40 * GB)
-    placement = book(GPUS[0], small, BIG_CPU).place(needs(90 * GB), "auto")
-    assert placement.fits
-    assert sum(placement.devices.values()) == placement.needed_bytes == 95 * GB
-    assert 1.9 < placement.devices["cuda:0"] / placement.devices["cuda:1"] < 2.1
-
-
-def test_nothing_goes_to_the_cpu_beside_accelerators_unasked() -> None:
-    box = book(GPUS[0], BIG_CPU)
-    box.reserve("m:1", "org/a", {"cuda:0": 70 * GB})
-    placement = box.place(needs(30 * GB), "auto")
-    assert not placement.fits
-    with pytest.raises(DeviceMemoryError) as caught:
-        placement.check("org/b")
-    assert (caught.value.needed_bytes, caught.value.free_bytes) == (33 * GB, 10 * GB)
-    assert caught.value.holders == "org/a (70.0 GB)"
-    assert box.place(needs(30 * GB), "cpu").devices == {"cpu": 33 * GB}
-
-
-def test_copies_are_counted_where_there_is_room_for_them() -> None:
-    box = book(BIG_CPU)
-    assert box.place(needs(20 * GB, copies=20 * GB), "auto").devices == {"cpu": 43 * GB}
-    assert box.place(needs(30 * GB, copies=30 * GB), "auto").devices == {"cpu": 33 * GB}
 
 
 def test_unified_memory_is_counted_once() -> None:
     box = book(replace(BIG_CPU, id="mps:0", total_bytes=48 * GB, shares="cpu"), BIG_CPU)
     box.reserve("m:1", "org/a", {"mps:0": 40 * GB})
     assert box.available("cpu") == box.available("mps:0") == 20 * GB
-    assert not box.place(needs(30 * GB), "cpu").fits
-
-
-def test_a_device_that_the_box_lacks_is_refused() -> None:
-    with pytest.raises(UnsupportedOptionError, match="cuda:1"):
-        book(GPUS[0], BIG_CPU).place(needs(GB), "cuda:1")
+    assert not place(box, needs(30 * GB), Where("cpu")).fits
 
 
 def test_what_other_programs_hold_is_not_to_be_had() -> None:
     box = book(replace(BIG_CPU, free_bytes=5 * GB))
-    assert not box.place(needs(10 * GB), "auto").fits
+    assert not place(box, needs(10 * GB), Where("auto")).fits
     with pytest.raises(DeviceMemoryError):
         box.reserve("m:1", "org/a", {"cpu": 6 * GB})
 
@@ -90,6 +61,43 @@ def test_a_stale_measurement_is_corrected_by_who_came_and_left() -> None:
     assert box.available("cuda:0") == 79 * GB  # measured before it left
     box.measure([replace(GPUS[0], free_bytes=78 * GB, measured_at=40.0), BIG_CPU])
     assert box.available("cuda:0") == 78 * GB
+
+
+def test_what_was_measured_before_a_model_left_does_not_count_as_taken_by_others() -> None:
+    box = book(GPUS[0], BIG_CPU)
+    box.reserve("m:1", "org/a", {"cuda:0": 50 * GB})
+    box.settle("m:1", {"cuda:0": 40 * GB}, {}, now=10.0)
+    box.release("m:1", now=30.0)
+    box.measure([replace(GPUS[0], free_bytes=40 * GB, measured_at=20.0), BIG_CPU])
+    assert box.available("cuda:0") == 80 * GB
+
+
+@pytest.mark.parametrize("is_seen_midway", [True, False])
+def test_what_was_measured_while_a_load_took_its_bytes_is_not_taken_over(
+    is_seen_midway: bool,
+) -> None:
+    box = book(GPUS[0], BIG_CPU)
+    midway = [replace(GPUS[0], free_bytes=60 * GB, measured_at=20.0), BIG_CPU]
+    box.reserve("m:1", "org/a", {"cuda:0": 50 * GB})
+    if is_seen_midway:
+        box.measure(midway)
+    assert box.available("cuda:0") == 30 * GB
+    box.settle("m:1", {"cuda:0": 40 * GB}, {}, now=30.0)
+    box.measure(midway)
+    assert box.available("cuda:0") == 40 * GB
+    box.release("m:1", now=40.0)
+    box.measure(midway)
+    assert box.available("cuda:0") == 80 * GB
+    box.measure([replace(GPUS[0], free_bytes=79 * GB, measured_at=50.0), BIG_CPU])
+    assert box.available("cuda:0") == 79 * GB
+
+
+def test_a_load_that_failed_midway_leaves_nothing_taken() -> None:
+    box = book(GPUS[0], BIG_CPU)
+    box.reserve("m:1", "org/a", {"cuda:0": 50 * GB})
+    box.release("m:1", now=30.0)
+    box.measure([replace(GPUS[0], free_bytes=60 * GB, measured_at=20.0), BIG_CPU])
+    assert box.available("cuda:0") == 80 * GB
 
 
 @dataclass
@@ -168,40 +176,26 @@ def test_the_order_of_those_who_fit_does_not_matter(first: list[int], second: li
     assert books[0].holders("cpu") == books[1].holders("cpu")
 
 
-@given(
-    st.lists(st.integers(0, 100), min_size=1, max_size=8),
-    st.builds(Needs, *[st.integers(0, 80)] * 5),
-)
-def test_a_placement_is_within_what_is_there(free: list[int], wanted: Needs) -> None:
-    devices = [MemoryDevice(f"cuda:{i}", 100, room, 0.0) for i, room in enumerate(free)]
-    box = book(*devices)
-    placement = box.place(wanted, "auto")
-    if placement.fits:
-        assert sum(placement.devices.values()) == placement.needed_bytes
-        assert all(count <= box.available(device) for device, count in placement.devices.items())
-        box.reserve("m:1", "org/a", placement.devices)
-
-
 def test_replicas_go_to_accelerators_of_their_own_while_there_are_some() -> None:
     small = replace(GPUS[1], total_bytes=40 * GB, free_bytes=40 * GB)
     box = book(GPUS[0], small, BIG_CPU)
-    places = [list(each.devices) for each in box.place_all(needs(10 * GB), "auto", 3)]
+    places = [list(each.devices) for each in place_all(box, needs(10 * GB), Where(), 3)]
     assert places == [["cuda:0"], ["cuda:1"], ["cuda:0"]]
     box.reserve("m:1", "org/a", {"cuda:0": 13 * GB})
-    (more,) = box.place_all(needs(10 * GB), "auto", 1, "m:1")
+    (more,) = place_all(box, needs(10 * GB), Where(), 1, "m:1")
     assert list(more.devices) == ["cuda:1"]
-    (large,) = box.place_all(needs(50 * GB), "auto", 1, "m:1")
+    (large,) = place_all(box, needs(50 * GB), Where(), 1, "m:1")
     assert list(large.devices) == ["cuda:0"], "it fits on no other"
 
 
 def test_replicas_that_share_an_accelerator_leave_each_other_room_for_keys_and_values() -> None:
     box = book(replace(GPUS[0], total_bytes=24 * GB, free_bytes=24 * GB), BIG_CPU)
-    first, second = box.place_all(needs(7 * GB), "cuda:0", 2)
+    first, second = place_all(box, needs(7 * GB), Where("cuda:0"), 2)
     assert (first.fits, second.fits) == (True, False), "the first one takes half of the rest"
-    together = Placement.together([first, second], 2)
-    assert not together.fits
-    assert together.needed_bytes == 20 * GB > together.free_bytes
-    assert [each.fits for each in box.place_all(needs(4 * GB), "cuda:0", 2)] == [True, True]
+    both = together([first, second], 2)
+    assert not both.fits
+    assert both.needed_bytes == 20 * GB > both.free_bytes
+    assert [each.fits for each in place_all(box, needs(4 * GB), Where("cuda:0"), 2)] == [True, True]
 
 
 @given(
@@ -211,18 +205,18 @@ def test_replicas_that_share_an_accelerator_leave_each_other_room_for_keys_and_v
 )
 def test_replicas_are_within_what_is_there(free: list[int], wanted: Needs, count: int) -> None:
     box = book(*(MemoryDevice(f"cuda:{i}", 100, room, 0.0) for i, room in enumerate(free)))
-    placements = box.place_all(wanted, "auto", count)
+    placements = place_all(box, wanted, Where(), count)
     assert all(each.fits for each in placements[:-1])
     assert len(placements) == count if placements[-1].fits else len(placements) <= count
-    together = Placement.together(placements, count)
-    assert together.fits == placements[-1].fits
+    both = together(placements, count)
+    assert both.fits == placements[-1].fits
     for share, each in enumerate(placements):
         if each.fits:
             box.reserve("m:1", "org/a", each.devices, share)
     assert all(box.available(f"cuda:{i}") >= 0 for i in range(len(free)))
-    if together.fits:
-        held = {d: sum(h.bytes for h in box.holders(d)) for d in together.devices}
-        assert held == together.devices
+    if both.fits:
+        held = {d: sum(h.bytes for h in box.holders(d)) for d in both.devices}
+        assert held == both.devices
     box.release("m:1", 1.0, share=0)
     left = sum(sum(each.devices.values()) for each in placements[1:])
     assert sum(h.bytes for i in range(len(free)) for h in box.holders(f"cuda:{i}")) == left

@@ -28,8 +28,8 @@ def some(count: int) -> Replicas:
 
 
 def add(replicas: Replicas) -> Replica:
-    link = SimpleNamespace(queued=0, memory_bytes=0)
-    worker = SimpleNamespace(pid=1, ended=False, link=link)
+    link = SimpleNamespace(failed=False, queued=0, memory_bytes=0)
+    worker = SimpleNamespace(pid=1, link=link)
     loaded = SimpleNamespace(worker=worker, loaded=worker_pb2.Loaded(), wait_s=0.0)
     return replicas.add(cast(LoadedWorker, loaded))
 

@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from loaderd.server.errors import DeviceMemoryError, ModelUnsupportedError, WorkerDiedError
+from loaderd.server.supervisor.launcher import WorkerProcess
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
 from loaderd.v1.generation_pb2 import StreamGenerateRequest
@@ -52,6 +53,48 @@ async def test_devices_wait_for_the_first_worker(
 ) -> None:
     assert [device.id for device in await supervisor.devices()] == ["cpu"]
     assert supervisor.versions["torch"] == "0"
+
+
+async def test_who_asks_for_devices_at_once_does_not_make_one_spare_too_many(
+    launcher: FakeLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = launcher.launch
+
+    async def launch_slowly(*arguments: str) -> WorkerProcess:
+        await asyncio.sleep(0.05)
+        return await launch(*arguments)
+
+    monkeypatch.setattr(launcher, "launch", launch_slowly)
+    supervisor = Supervisor(tmp_path, launcher, LIMITS)
+    await supervisor.start()
+    await asyncio.sleep(0.01)  # the first spare is on its way
+    await supervisor.devices()
+    workers = len(launcher.workers)
+    await supervisor.close()
+    assert workers == 1
+
+
+async def test_a_launch_that_is_given_up_is_not_waited_for(
+    launcher: FakeLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = WorkerLimits(standby=0, load_timeout=20, heartbeat_timeout=5, max_stream_bytes=1024)
+    supervisor = Supervisor(tmp_path, launcher, limits)
+    await supervisor.start()
+    begun = asyncio.Event()
+
+    async def launch_slowly(*_: str) -> WorkerProcess:
+        begun.set()
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
+    monkeypatch.setattr(launcher, "launch", launch_slowly)
+    load = asyncio.create_task(supervisor.load(LOAD))
+    await begun.wait()
+    load.cancel()
+    await asyncio.wait([load])
+    expected = dict(supervisor._server._expected)
+    await supervisor.close()
+    assert expected == {}
 
 
 async def test_without_spares_a_load_starts_its_own_worker(

@@ -73,7 +73,7 @@ def check_executed(cache: Path, deletion: Deletion, contents: CacheContents) -> 
     assert all(info.complete for info in after.snapshots)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(snapshots=SNAPSHOTS, orphans=ORPHANS)
 def test_what_is_planned_is_what_is_freed(snapshots: Any, orphans: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def test_what_is_planned_is_what_is_freed(snapshots: Any, orphans: list[str]) ->
         check_executed(cache, deletion, contents)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(snapshots=SNAPSHOTS, orphans=ORPHANS, max_bytes=st.integers(0, 3000))
 def test_pruning_to_a_size(snapshots: Any, orphans: list[str], max_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -74,8 +74,8 @@ def test_memory_held_and_memory_to_have(gpus: Gpus) -> None:
     assert devices.allocated_bytes() == 5 * GIB
     assert devices.free_bytes("cuda:1") == devices.free_bytes("cuda:1") == 40 * GIB
     assert devices.free_bytes("cuda") == 70 * GIB
-    cpu = devices.free_bytes("cpu")
-    assert devices.free_bytes("auto") == pytest.approx(110 * GIB + cpu, rel=0.05)
+    for device_map in ("auto", "balanced", "sequential"):
+        assert devices.free_bytes(device_map) == 110 * GIB
 
 
 def test_the_accelerator_is_used_unless_the_cpu_is_asked_for(gpus: Gpus) -> None:
@@ -90,7 +90,9 @@ def test_without_accelerators(no_gpus: None) -> None:
     assert not devices.uses_accelerator("auto")
 
 
-@pytest.mark.parametrize("device_map", ["auto", "cpu", "cuda", "cuda:0", "cuda:1"])
+@pytest.mark.parametrize(
+    "device_map", ["auto", "balanced", "sequential", "cpu", "cuda", "cuda:0", "cuda:1"]
+)
 def test_devices_that_are_there(gpus: Gpus, device_map: str) -> None:
     devices.check_device_map(device_map)
 
@@ -105,6 +107,13 @@ def test_devices_that_are_not_there(gpus: Gpus, device_map: str) -> None:
 def test_what_is_no_device(gpus: Gpus, device_map: str) -> None:
     with pytest.raises(InvalidArgumentError):
         devices.check_device_map(device_map)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"), [("cpu", "cpu"), ("mps", "mps:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")]
+)
+def test_devices_have_the_names_of_a_device_map(device: str, name: str) -> None:
+    assert devices.name_of(torch.device(device)) == name
 
 
 def test_control_groups_bound_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

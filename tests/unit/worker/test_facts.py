@@ -84,21 +84,3 @@ def test_details() -> None:
     assert details.has_chat_template
     assert details.worker_pid == os.getpid()
     assert set(details.supported_parameters) == engine.supported_parameters
-
-
-@pytest.mark.parametrize(
-    ("placed", "shown"),
-    [
-        ({"model.a": "cpu", "model.b": torch.device("cpu")}, {"": "cpu"}),
-        ({"a": "cuda:1", "b": "cpu"}, {"a": "cuda:1", "b": "cpu"}),
-        ({"": "mps"}, {"": "mps:0"}),
-    ],
-)
-def test_the_device_map_is_told_by_device_names(
-    placed: dict[str, Any], shown: dict[str, str]
-) -> None:
-    model = build("llama")
-    model.hf_device_map = placed
-    choice = DtypeChoice(Dtype.DTYPE_FLOAT32, "asked for")
-    details = model_details(model, Tokenizer(), choice, SequentialEngine, "")  # type: ignore[arg-type]
-    assert dict(details.device_map) == shown

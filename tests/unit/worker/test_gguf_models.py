@@ -104,7 +104,7 @@ def test_a_tensor_that_is_missing_is_not_made_up(file: Path, tmp_path: Path) -> 
         ModelLoader(str(damaged)).load_model()
 
 
-@pytest.mark.parametrize("name", [b"llama", b"block_count", b"attention.head_count"])
+@pytest.mark.parametrize("name", [b"llama", b"feed_forward_length", b"attention.head_count"])
 def test_what_transformers_cannot_read_is_refused(file: Path, tmp_path: Path, name: bytes) -> None:
     other = tmp_path / "other.gguf"
     other.write_bytes(file.read_bytes().replace(name, name[::-1]))

@@ -358,9 +358,7 @@ def test_a_class_without_sdpa_attends_eagerly(tmp_path: Path) -> None:
     assert not ModelLoader(str(tmp_path / "m")).load_model()._supports_sdpa
 
 
-@pytest.mark.parametrize(
-    "device_map", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "disk", "balanced"]
-)
+@pytest.mark.parametrize("device_map", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "disk", "balance"])
 def test_a_malformed_device_map(tiny: Path, device_map: str) -> None:
     with pytest.raises(InvalidArgumentError, match=r"options\.device_map"):
         ModelLoader(str(tiny), device_map=device_map).load_model()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loaderd.cli import options, output
+from loaderd.cli import options, output, placement
 from loaderd.cli.exits import ExitCode
 from loaderd.cli.progress import progress_display
 from loaderd.cli.session import session_of
@@ -26,9 +26,9 @@ def load(
         options.DtypeName | None,
         typer.Option(help="Number type of the weights. Default: the daemon's choice."),
     ] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help='"auto", "cpu", or one accelerator such as "cuda:0".')
-    ] = None,
+    device_map: options.DeviceMap = None,
+    max_memory: options.MaxMemory = None,
+    offload: options.Offload = None,
     keep_alive: options.KeepAlive = None,
     quantization: Annotated[
         options.QuantizationName | None,
@@ -44,7 +44,9 @@ def load(
         operation = client.start_load(
             model,
             dtype=dtype.value if dtype else None,
-            device_map=device_map,
+            device_map=placement.device_map(device_map or ()),
+            max_memory=placement.max_memory(max_memory or ()),
+            offload=offload.value if offload else None,
             keep_alive=keep_alive,
             quantization=quantization.value if quantization else None,
             replicas=replicas,
@@ -71,9 +73,9 @@ def plan(
         options.DtypeName | None,
         typer.Option(help="Number type of the weights. Default: the daemon's choice."),
     ] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help='"auto", "cpu", or one accelerator such as "cuda:0".')
-    ] = None,
+    device_map: options.DeviceMap = None,
+    max_memory: options.MaxMemory = None,
+    offload: options.Offload = None,
     quantization: Annotated[
         options.QuantizationName | None,
         typer.Option(help="Keep weights in 8 or 4 bits. Default: as the files have them."),
@@ -87,7 +89,9 @@ def plan(
         planned = client.plan(
             model,
             dtype=dtype.value if dtype else None,
-            device_map=device_map,
+            device_map=placement.device_map(device_map or ()),
+            max_memory=placement.max_memory(max_memory or ()),
+            offload=offload.value if offload else None,
             quantization=quantization.value if quantization else None,
             replicas=replicas,
             timeout=session.timeout,
@@ -204,11 +208,16 @@ def _plan_fields(plan: LoadPlan, replicas: int) -> list[tuple[str, str]]:
         ("needed" if replicas == 1 else f"needed by {replicas}", plan.needed_bytes),
         ("free", plan.free_bytes),
     ]
+    offloaded = [
+        ("in main memory, at most", plan.offloaded_cpu_bytes),
+        ("on the disk, at most", plan.offloaded_disk_bytes),
+    ]
     places = ", ".join(f"{device.id} ({size(device.bytes)})" for device in plan.devices)
     return [
         ("fits", f"yes, on {places}" if plan.fits else "no"),
         ("dtype", f"{_name(plan.dtype)}: {plan.dtype_reason}"),
         *((name, size(bytes_)) for name, bytes_ in sizes),
+        *((name, size(bytes_)) for name, bytes_ in offloaded if bytes_),
         *(("held by", f"{each.name} ({size(each.bytes)})") for each in plan.holders),
         *(("not counted", text) for text in plan.unknown),
     ]
@@ -226,6 +235,8 @@ def _sentence(model: ModelInfo, *, worked: bool, scaled: bool) -> str:
     if (details := model.details) is not None:
         weights = f", {_name(details.quantization)} weights" if details.quantization else ""
         parts.append(f"{_name(details.dtype)}{weights} on {_devices(model)}")
+        if details.offloaded_bytes:
+            parts.append(f"{size(details.offloaded_bytes)} of it offloaded")
     if scaled:
         parts.append(count(model.wanted_replicas, "replica"))
     if not worked:

@@ -13,8 +13,8 @@ import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from loaderd.client.address import resolve_address
 from loaderd.client.channel import CHANNEL_OPTIONS, call_context, check_timeout
+from loaderd.client.connection import Connection
 from loaderd.client.errors import CallCancelledError
 from loaderd.client.status import CallContext, error_from_rpc
 from loaderd.v1 import (
@@ -71,20 +71,23 @@ class AsyncStubs:
 class AsyncTransport:
     """A channel to one daemon. It belongs to the event loop that first uses it."""
 
-    def __init__(self, address: str | None, timeout: float | None) -> None:
-        self.address = resolve_address(address)
+    def __init__(self, connection: Connection, timeout: float | None) -> None:
+        self.connection = connection
         self._timeout = check_timeout(timeout)
         self._closed = False
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
         # Not before a loop runs: gRPC binds a channel to the loop that it is made in.
-        return grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        address, credentials = self.connection.address, self.connection.credentials
+        if credentials is None:
+            return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
 
     @cached_property
     def stubs(self) -> AsyncStubs:
         """The stubs of the channel."""
-        return AsyncStubs.of(self._channel)
+        return AsyncStubs.of(self.connection.authorized(self._channel))
 
     async def call(
         self,
@@ -109,7 +112,8 @@ class AsyncTransport:
         try:
             return await method(request, timeout=seconds)
         except grpc.RpcError as failure:
-            raise error_from_rpc(failure, call_context(self.address, request, seconds)) from failure
+            call = call_context(self.connection, request, seconds)
+            raise error_from_rpc(failure, call) from failure
         except asyncio.CancelledError:
             if _task_is_cancelled():
                 raise
@@ -145,7 +149,7 @@ class AsyncTransport:
         self._require_open()
         seconds = check_timeout(timeout)
         call = method(request, timeout=seconds)
-        return AsyncResponseStream(call, call_context(self.address, request, seconds))
+        return AsyncResponseStream(call, call_context(self.connection, request, seconds))
 
     async def close(self) -> None:
         """Closes the channel; calls under way end with `CallCancelledError`."""

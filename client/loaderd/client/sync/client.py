@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -10,9 +10,11 @@ from grpc import StatusCode
 
 from loaderd.client import responses
 from loaderd.client.channel import DEFAULT_TIMEOUT
+from loaderd.client.connection import resolve_connection
 from loaderd.client.errors import LoaderdError
 from loaderd.client.parameters import Seconds
 from loaderd.client.requests import (
+    DeviceMap,
     ModelName,
     health_request,
     load_request,
@@ -26,6 +28,7 @@ from loaderd.client.sync.model import Model
 from loaderd.client.sync.operation import LoadOperation
 from loaderd.client.sync.stream import ModelWatch
 from loaderd.client.sync.transport import Stubs, Transport
+from loaderd.client.tls import Tls
 from loaderd.client.types import (
     Device,
     Dtype,
@@ -33,6 +36,8 @@ from loaderd.client.types import (
     HealthStatus,
     LoadPlan,
     LoadProgress,
+    Offload,
+    OffloadName,
     Quantization,
     QuantizationName,
     ServerInfo,
@@ -49,21 +54,34 @@ class Client:
 
     Args:
         address: `host:port`, `unix:/path` or the path of a unix socket. None: `$LOADERD_ADDRESS`,
-            else `localhost:50051`.
+            else the daemon of `$LOADERD_DAEMON`, else `localhost:50051`.
+        daemon: In place of an address, the name of a daemon of `~/.config/loaderd/client.toml`.
+        token: Tells the daemon who calls. None: that of the named daemon, or `$LOADERD_TOKEN`.
+        tls: How to speak TLS; True trusts the public authorities. None: as the named daemon has
+            it, else none.
+        insecure: Whether the token may go over a network without TLS.
         timeout: Seconds that a call may take unless it says otherwise; None: no limit. Loads,
             downloads, generations and watches have no limit unless one is given.
     """
 
     def __init__(
-        self, address: str | None = None, *, timeout: float | None = DEFAULT_TIMEOUT
+        self,
+        address: str | None = None,
+        *,
+        daemon: str | None = None,
+        token: str | None = None,
+        tls: Tls | bool | None = None,
+        insecure: bool = False,
+        timeout: float | None = DEFAULT_TIMEOUT,
     ) -> None:
-        self._transport = Transport(address, timeout)
+        connection = resolve_connection(address, daemon, token, tls, insecure=insecure)
+        self._transport = Transport(connection, timeout)
         self._cache = CacheClient(self._transport)
 
     @property
     def address(self) -> str:
         """The daemon's address, as a gRPC target."""
-        return self._transport.address
+        return self._transport.connection.address
 
     @property
     def cache(self) -> CacheClient:
@@ -80,9 +98,11 @@ class Client:
         name: ModelName,
         *,
         dtype: Dtype | DtypeName | None = None,
-        device_map: str | None = None,
+        device_map: DeviceMap | None = None,
         keep_alive: Seconds | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        max_memory: Mapping[str, int] | None = None,
+        offload: Offload | OffloadName | None = None,
         replicas: int | None = None,
         on_progress: Callable[[LoadProgress], object] | None = None,
         timeout: float | None = None,
@@ -94,11 +114,15 @@ class Client:
         Args:
             name: `org/name`, `org/name@revision`, or the path of a local folder.
             dtype: Number type of weights and computation. None: the daemon's choice.
-            device_map: "auto", "cpu", or one accelerator such as "cuda:0". None: "auto".
+            device_map: "auto", "balanced" or "sequential" (accelerators; the CPU where there are
+                none), "cpu", an accelerator such as "cuda:0", or the device, or "disk", of each
+                module. None: "auto".
             keep_alive: How long the model stays loaded while nobody uses it; 0: until its first
                 use has ended; negative: until somebody unloads it. None: the daemon's setting, or
                 what the model has.
             quantization: Keeps weights in 8 or 4 bits. None: as the files have them.
+            max_memory: Most bytes of devices, by their ids. None: no bounds.
+            offload: Where layers may go that do not fit. None: nowhere.
             replicas: How many processes are to serve the model from now on, all under its name: one
                 that is loaded already gets more, or loses those that are too many when their
                 requests are over. None: as many as it has, 1 if it is new.
@@ -110,6 +134,8 @@ class Client:
             dtype=dtype,
             device_map=device_map,
             quantization=quantization,
+            max_memory=max_memory,
+            offload=offload,
             keep_alive=keep_alive,
             replicas=replicas,
             timeout=timeout,
@@ -121,8 +147,10 @@ class Client:
         name: ModelName,
         *,
         dtype: Dtype | DtypeName | None = None,
-        device_map: str | None = None,
+        device_map: DeviceMap | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        max_memory: Mapping[str, int] | None = None,
+        offload: Offload | OffloadName | None = None,
         keep_alive: Seconds | None = None,
         replicas: int | None = None,
         timeout: float | None = None,
@@ -133,6 +161,8 @@ class Client:
             dtype=dtype,
             device_map=device_map,
             quantization=quantization,
+            max_memory=max_memory,
+            offload=offload,
             keep_alive=keep_alive,
             replicas=replicas,
         )
@@ -147,8 +177,10 @@ class Client:
         ttl: Seconds,
         *,
         dtype: Dtype | DtypeName | None = None,
-        device_map: str | None = None,
+        device_map: DeviceMap | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        max_memory: Mapping[str, int] | None = None,
+        offload: Offload | OffloadName | None = None,
         keep_alive: Seconds | None = None,
         replicas: int | None = None,
         timeout: float | None = None,
@@ -161,6 +193,8 @@ class Client:
             dtype: See above.
             device_map: See above.
             quantization: See above.
+            max_memory: See above.
+            offload: See above.
             keep_alive: See above.
             replicas: See above.
             timeout: Seconds; None: as long as the load takes.
@@ -170,6 +204,8 @@ class Client:
             dtype=dtype,
             device_map=device_map,
             quantization=quantization,
+            max_memory=max_memory,
+            offload=offload,
             keep_alive=keep_alive,
             replicas=replicas,
             lease_ttl=ttl,
@@ -185,8 +221,10 @@ class Client:
         name: ModelName,
         *,
         dtype: Dtype | DtypeName | None = None,
-        device_map: str | None = None,
+        device_map: DeviceMap | None = None,
         quantization: Quantization | QuantizationName | None = None,
+        max_memory: Mapping[str, int] | None = None,
+        offload: Offload | OffloadName | None = None,
         replicas: int | None = None,
         timeout: float | None = None,
     ) -> LoadPlan:
@@ -198,7 +236,13 @@ class Client:
             SnapshotNotFoundError: The cache does not have the model.
         """
         request = plan_request(
-            name, dtype=dtype, device_map=device_map, quantization=quantization, replicas=replicas
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            quantization=quantization,
+            max_memory=max_memory,
+            offload=offload,
+            replicas=replicas,
         )
         return responses.load_plan(
             self._transport.call(self.raw.models.PlanModel, request, timeout)

@@ -11,8 +11,8 @@ from google.protobuf.message import Message
 from grpc.experimental import ChannelOptions
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from loaderd.client.address import resolve_address
 from loaderd.client.channel import CHANNEL_OPTIONS, call_context, check_timeout
+from loaderd.client.connection import Connection
 from loaderd.client.errors import UnexpectedAnswerError
 from loaderd.client.status import CallContext, error_from_rpc
 from loaderd.v1 import (
@@ -71,18 +71,25 @@ class Stubs:
         )
 
 
+def _open(connection: Connection) -> grpc.Channel:
+    if connection.credentials is None:
+        return grpc.insecure_channel(connection.address, options=_OPTIONS)
+    return grpc.secure_channel(connection.address, connection.credentials, options=_OPTIONS)
+
+
 class Transport:
     """A channel to one daemon."""
 
-    def __init__(self, address: str | None, timeout: float | None) -> None:
-        self.address = resolve_address(address)
+    def __init__(self, connection: Connection, timeout: float | None) -> None:
+        self.connection = connection
         self._timeout = check_timeout(timeout)
-        self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
+        self._channel = _open(connection)
         self._closed = False
-        self.stubs = Stubs.of(self._channel)
+        authorized = connection.authorized(self._channel)
+        self.stubs = Stubs.of(authorized)
         # As a stream of one message, which is the same on the wire: gRPC goes on with a unary call
         # whose caller was interrupted.
-        self._generate = self._channel.unary_stream(
+        self._generate = authorized.unary_stream(
             _GENERATE,
             request_serializer=generation_pb2.GenerateRequest.SerializeToString,
             response_deserializer=generation_pb2.GenerateResponse.FromString,
@@ -111,7 +118,8 @@ class Transport:
         try:
             return method(request, timeout=seconds)
         except grpc.RpcError as failure:
-            raise error_from_rpc(failure, call_context(self.address, request, seconds)) from failure
+            call = call_context(self.connection, request, seconds)
+            raise error_from_rpc(failure, call) from failure
 
     def generate(
         self, request: generation_pb2.GenerateRequest, timeout: float | None
@@ -143,7 +151,7 @@ class Transport:
         self._require_open()
         seconds = check_timeout(timeout)
         call = method(request, timeout=seconds)
-        return ResponseStream(call, call_context(self.address, request, seconds))
+        return ResponseStream(call, call_context(self.connection, request, seconds))
 
     def close(self) -> None:
         """Closes the channel; calls under way end with `CallCancelledError`."""

@@ -88,6 +88,21 @@ QuantizationName: TypeAlias = Literal["int8", "int4", "nf4"]
 """The names that are accepted where a `Quantization` is."""
 
 
+class Offload(IntEnum):
+    """Where layers may go for which the devices have no room."""
+
+    UNSPECIFIED = model_pb2.OFFLOAD_UNSPECIFIED
+    """Nowhere, or to a place that this release does not know."""
+    CPU = model_pb2.OFFLOAD_CPU
+    """To main memory."""
+    DISK = model_pb2.OFFLOAD_DISK
+    """To main memory as far as there is room, then to the disk."""
+
+
+OffloadName: TypeAlias = Literal["cpu", "disk"]
+"""The names that are accepted where an `Offload` is."""
+
+
 class ModelSource(IntEnum):
     """Where a model's files come from."""
 

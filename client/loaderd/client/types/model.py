@@ -13,6 +13,7 @@ from loaderd.client.types.enums import (
     Dtype,
     ModelSource,
     ModelState,
+    Offload,
     Quantization,
 )
 from loaderd.client.types.verification import VerifyProgress
@@ -24,10 +25,14 @@ class LoadOptions:
 
     dtype: Dtype | None
     """None: left to the daemon."""
-    device_map: str | None
-    """None: left to the daemon."""
+    device_map: str | Mapping[str, str] | None = field(hash=False)
+    """As a whole, or the device of each module. None: left to the daemon."""
     quantization: Quantization | None
     """None: none."""
+    max_memory: Mapping[str, int] = field(hash=False)
+    """Most bytes of the devices that have a bound."""
+    offload: Offload | None
+    """Where layers may go that do not fit. None: nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,8 @@ class ModelDetails:
     weight_bytes: int
     """Memory of the weights, in bytes."""
     device_map: Mapping[str, str] = field(hash=False)
-    """Module name to device; one entry with an empty name when it is all on one."""
+    """Module name to device, for each layer and each weight that is in none; one entry with an
+    empty name when it is all on one. "disk", and "cpu" beside accelerators, is offloaded."""
     has_chat_template: bool
     """Whether it takes `messages`."""
     supported_parameters: tuple[str, ...]
@@ -66,6 +72,8 @@ class ModelDetails:
     """What the plan before the load said that this replica would take."""
     memory_bytes: int
     """What the load did take, as its worker measured it."""
+    offloaded_bytes: int
+    """Of the weights, what is in main memory beside accelerators, or on the disk; 0: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,16 +20,16 @@ class PlannedDevice:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryBreakdown:
-    """Parts of the memory that a model takes."""
+    """Parts of the memory that a model takes of all its devices."""
 
     weights_bytes: int
-    """The weights in their dtype."""
+    """The weights in their dtype, without those on the disk."""
     kv_cache_bytes: int
     """Keys and values of one sequence, the least that is of use."""
     activation_bytes: int
-    """What a step computes with, on each device."""
+    """What a step computes with, on each device that computes."""
     headroom_bytes: int
-    """What a process needs besides, on each device."""
+    """What a process needs besides; where layers are spread, also room for whole ones."""
     copies_bytes: int
     """Copies of weights that a CPU multiplies faster; 0 where none are made."""
 
@@ -43,7 +43,7 @@ class LoadPlan:
     devices: tuple[PlannedDevice, ...]
     """Where it would go; empty when it does not fit."""
     needed_bytes: int
-    """What it would take of all these devices."""
+    """What it would take of all these devices, without what would be on the disk."""
     free_bytes: int
     """What could be had of the devices that it may be on."""
     holders: tuple[MemoryHolder, ...]
@@ -58,3 +58,7 @@ class LoadPlan:
     """For how many tokens keys and values are counted."""
     unknown: tuple[str, ...]
     """What is not counted because the model's configuration does not tell it."""
+    offloaded_cpu_bytes: int
+    """Weights that would be offloaded to main memory; at most, where no map of modules says it."""
+    offloaded_disk_bytes: int
+    """The same of the disk."""

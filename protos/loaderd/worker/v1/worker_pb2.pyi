@@ -249,19 +249,51 @@ class Load(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class WeightRoomEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PATH_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     ALLOW_PICKLE_FIELD_NUMBER: _builtins.int
+    WEIGHT_ROOM_FIELD_NUMBER: _builtins.int
+    OFFLOAD_FOLDER_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """The folder of the snapshot, complete and on this box."""
     model: _builtins.str
     """The name for error messages."""
     allow_pickle: _builtins.bool
     """The operator allows weights in pickles for this model."""
+    offload_folder: _builtins.str
+    """For weights on the disk that cannot be read from the model's files; empty where
+    the plan has none there.
+    """
     @_builtins.property
     def options(self) -> _model_pb2.LoadOptions:
         """As asked for."""
+
+    @_builtins.property
+    def weight_room(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Where the plan spreads layers: the weights that each device may hold, in bytes.
+        What it does not name holds none.
+        """
 
     def __init__(
         self,
@@ -270,10 +302,12 @@ class Load(_message.Message):
         model: _builtins.str = ...,
         options: _model_pb2.LoadOptions | None = ...,
         allow_pickle: _builtins.bool = ...,
+        weight_room: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        offload_folder: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_pickle", b"allow_pickle", "model", b"model", "options", b"options", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_pickle", b"allow_pickle", "model", b"model", "offload_folder", b"offload_folder", "options", b"options", "path", b"path", "weight_room", b"weight_room"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

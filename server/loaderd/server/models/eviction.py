@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+from loaderd.server.models.fitting import place_all
 from loaderd.server.models.placement import DeviceBook, Needs
+from loaderd.server.models.where import Where
 
 
 def to_evict(
     book: DeviceBook,
     needs: Needs,
-    device_map: str,
+    where: Where,
     idle: Sequence[str],
     now: float,
     *,
@@ -24,7 +26,7 @@ def to_evict(
     Args:
         book: What is free and who has the rest.
         needs: What is to fit.
-        device_map: Where.
+        where: Where it may go.
         idle: Ids of models that may go, the least recently used first.
         now: Monotonic time.
         count: How many replicas are to fit.
@@ -37,7 +39,7 @@ def to_evict(
         rest = copy.deepcopy(book)
         for model_id in gone:
             rest.release(model_id, now)
-        return rest.place_all(needs, device_map, count)[-1].fits
+        return place_all(rest, needs, where, count)[-1].fits
 
     going: list[str] = []
     for model_id in idle:

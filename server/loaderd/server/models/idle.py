@@ -35,34 +35,38 @@ class IdleModels:
         """Unloads models for another one and waits until their processes have ended.
 
         Args:
-            model_ids: Of `evictable`, asked for just now.
+            model_ids: Of `evictable` and `leaving`, asked for just now.
             newcomer: For which, for the log.
         """
-        logger.info("%s: unloaded for %s", ", ".join(model_ids), newcomer)
-        endings = [
-            self._registry.end(self._registry.find(model_id), ChangeReason.EVICTED)
-            for model_id in model_ids
-        ]
-        await asyncio.gather(*map(asyncio.shield, endings))
+        going = [self._registry.find(model_id) for model_id in model_ids]
+        unused = [record for record in going if record.state is ModelState.READY]
+        if unused:
+            ids = ", ".join(record.id for record in unused)
+            logger.info("%s: unloaded for %s", ids, newcomer)
+        for record in unused:
+            self._registry.end(record, ChangeReason.EVICTED)
+        await asyncio.gather(*(record.gone.wait() for record in going))
 
-    async def leaving(self) -> bool:
-        """Waits for the end of models and replicas that are being ended; whether there were any."""
-        records = self._registry.records()
-        leaving = [
-            record.gone.wait() for record in records if record.state is ModelState.UNLOADING
-        ] + [
+    async def dismissed(self) -> bool:
+        """Waits for the end of replicas that are being ended; whether there were any."""
+        ending = [
             replica.worker.wait()
-            for record in records
+            for record in self._registry.records()
             for replica in record.replicas.all
             if replica.ending
         ]
-        await asyncio.gather(*leaving)
-        return bool(leaving)
+        await asyncio.gather(*ending)
+        return bool(ending)
+
+    def leaving(self) -> list[str]:
+        """Ids of models that are being unloaded."""
+        records = self._registry.records()
+        return [record.id for record in records if record.state is ModelState.UNLOADING]
 
     def _is_unused(self, record: ModelRecord) -> bool:
         keep_alive = record.keep_alive
         return (
-            record.state is ModelState.READY
+            record.is_alive
             and not (record.active_requests or keep_alive.is_pinned or keep_alive.is_new)
             and not record.replicas.growing.locked()
             and not self._registry.leases.of(record.id)
@@ -91,9 +95,9 @@ class IdleUnloader:
         coming = []
         for record in self._registry.records():
             expiry = self._registry.expiry(record)
-            if expiry <= now:
+            if expiry <= now and record.is_alive:
                 self._registry.end(record, ChangeReason.IDLE)
-            elif expiry < math.inf:
+            elif now < expiry < math.inf:
                 coming.append(expiry)
         return min(coming, default=None)
 

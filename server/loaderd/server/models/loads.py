@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 
-from loaderd.server.errors import InternalError, LoaderdError, ModelNotLoadedError
+from loaderd.server.access.caller import OWNER, Caller
+from loaderd.server.access.roles import Role
+from loaderd.server.errors import (
+    ClientLimitError,
+    ForbiddenError,
+    InternalError,
+    LoaderdError,
+    ModelNotLoadedError,
+)
 from loaderd.server.models.lifecycle import ChangeReason, ModelState
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions, ModelRecord, identity_of, is_model_id
@@ -62,6 +70,7 @@ class _Wish:
 
     name: HubName | LocalName
     options: LoadOptions
+    caller: Caller | None
     replicas: int | None = None
 
 
@@ -74,6 +83,7 @@ class Loads:
         supervisor: Where their workers come from.
         planner: Says whether they fit.
         on_demand: Which models `ensure` loads.
+        user_loads: Which models clients with the role of a user load.
     """
 
     def __init__(
@@ -83,11 +93,14 @@ class Loads:
         supervisor: Supervisor,
         planner: Planner,
         on_demand: OnDemand,
+        *,
+        user_loads: OnDemand = OnDemand.ANY,
     ) -> None:
         self._registry = registry
         self._store = store
         self._scaling = Scaling(registry, supervisor, planner, store)
         self._on_demand = on_demand
+        self._user_loads = user_loads
         self._flights: SingleFlight[tuple[str, LoadOptions], LoadProgress, ModelRecord] = (
             SingleFlight()
         )
@@ -96,7 +109,11 @@ class Loads:
         )
 
     async def load(
-        self, text: str, options: LoadOptions, replicas: int | None = None
+        self,
+        text: str,
+        options: LoadOptions,
+        caller: Caller = OWNER,
+        replicas: int | None = None,
     ) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
         """Joins the model's load, or starts it; a model that is READY is there at once.
 
@@ -105,6 +122,7 @@ class Loads:
         Args:
             text: The model.
             options: How to load it.
+            caller: Who asks for it.
             replicas: How many of it there are to be from now on; None: as many as there are, 1
                 of a model that is new.
 
@@ -112,24 +130,32 @@ class Loads:
             Progress, and the model, READY with its replicas, at the end.
 
         Raises:
+            ForbiddenError: The caller may not.
+            ClientLimitError: The caller has loaded too many.
             LoaderdError: The name is invalid, or its files cannot be used.
         """
         self._registry.check_open()
         name = parse_name(text)
-        async with aclosing(self._scaled(_Wish(name, options, replicas))) as updates:
+        await self._check_user(caller, name, options)
+        async with aclosing(self._scaled(_Wish(name, options, caller, replicas))) as updates:
             async for update in updates:
                 if isinstance(update, ModelRecord):
                     self._registry.name(update, name)
                     update.keep_alive.given()
                 yield update
 
-    async def ensure(self, text: str) -> None:
+    async def ensure(self, text: str, caller: Caller = OWNER) -> None:
         """Loads the model that a request names, unless it is READY, as far as that is allowed.
 
         It is READY when this returns; nobody unloads it before the caller's next await.
 
+        Args:
+            text: The model.
+            caller: Who asks.
+
         Raises:
-            LoaderdError: As `load`, and ModelNotLoadedError: it may not be loaded.
+            LoaderdError: As `load`, and ModelNotLoadedError: it may not be loaded. A load that has
+                just failed is not tried again for a while: its error tells the others too.
         """
         while True:
             known = self._registry.known(text)
@@ -139,20 +165,27 @@ class Loads:
                 raise ModelNotLoadedError(model=text)
             if known is None:
                 await self._check_may_load(text, parse_name(text))
-                await outcome(self.load(text, LoadOptions()))
+                await outcome(self.load(text, LoadOptions(), caller))
                 continue
+            if known.failure is not None and time.monotonic() < known.rests_until:
+                raise known.failure.with_traceback(None)
             if not known.state.is_loading:
                 await self._check_may_load(text, known.exact_name)
-            loaded = await self.again(known)
+                await self._check_user(caller, known.exact_name, known.options)
+            loaded = await self.again(known, caller)
             if loaded is not known:  # other names of the same files came to be loaded
                 if is_model_id(text):
                     raise ModelNotLoadedError(model=text)
                 self._registry.name(loaded, parse_name(text))
 
-    async def again(self, record: ModelRecord) -> ModelRecord:
+    async def again(self, record: ModelRecord, caller: Caller | None = None) -> ModelRecord:
         """Loads a model of which the registry knows, with its options, or joins its load.
 
         A model that is READY gets the replicas that it is missing.
+
+        Args:
+            record: The model.
+            caller: Who asks for it; None leaves it to whose it was.
 
         Returns:
             The model, READY; another one, if that has the same files and options.
@@ -163,13 +196,27 @@ class Loads:
         self._registry.check_open()
         if record.state is ModelState.READY:
             return await outcome(self._scale(record, None))
-        return await outcome(self._updates(_Wish(record.exact_name, record.options)))
+        return await outcome(self._updates(_Wish(record.exact_name, record.options, caller)))
 
     async def _check_may_load(self, text: str, name: HubName | LocalName) -> None:
         if self._on_demand is OnDemand.CACHED:
             files = await self._store.resolve(name)
             if isinstance(files, NotCached):
                 raise ModelNotLoadedError(model=text)
+
+    async def _check_user(
+        self, caller: Caller, name: HubName | LocalName, options: LoadOptions
+    ) -> None:
+        """Refuses what the operator does not let users load."""
+        if caller.role is not Role.USER or self._user_loads is OnDemand.ANY:
+            return
+        files = await self._store.resolve(name)
+        if isinstance(files, NotCached):
+            raise ForbiddenError(caller.shown, caller.role, "download models")
+        if self._user_loads is OnDemand.OFF:
+            held = self._registry.held(identity_of(files), options)
+            if held is None or held.state is ModelState.UNLOADING:
+                raise ForbiddenError(caller.shown, caller.role, "load models")
 
     async def _scaled(self, wish: _Wish) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
         """A load, and then what it takes until there are as many replicas as are wished."""
@@ -178,9 +225,20 @@ class Loads:
                 if not isinstance(update, ModelRecord) or update.replicas.are(wish.replicas):
                     yield update
                     continue
+                self._check_may_scale(wish, update)
                 async with aclosing(self._scale(update, wish.replicas)) as steps:
                     async for step in steps:
                         yield step
+
+    def _check_may_scale(self, wish: _Wish, record: ModelRecord) -> None:
+        """Refuses users the models of others, and more than their limit."""
+        caller = wish.caller
+        if caller is None or wish.replicas is None:
+            return
+        is_own = bool(caller.name) and record.loaded_for == caller.name
+        if caller.role is Role.USER and not is_own:
+            raise ForbiddenError(caller.shown, caller.role, "scale models that others loaded")
+        self._registry.check_replicas(record, wish.replicas, caller)
 
     async def _scale(
         self, record: ModelRecord, replicas: int | None
@@ -202,26 +260,34 @@ class Loads:
             yield await flight.result()
 
     async def _updates(self, wish: _Wish) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
-        files = await self._store.resolve(wish.name)
-        if isinstance(files, NotCached):
-            # The commit is not known yet: one load of this name and revision, until it is.
-            key = f"{files.name.repo_id}@{files.name.revision}?"
-            work = partial(self._fetch, files.name, wish)
-        else:
-            key = identity_of(files)
-            work = partial(self._load, wish, files, None)
-        async with self._flights.join((key, wish.options), work) as flight:
-            async for progress in flight.progress():
-                yield progress
-            yield await flight.result()
+        while True:
+            files = await self._store.resolve(wish.name)
+            if isinstance(files, NotCached):
+                # The commit is not known yet: one load of this name and revision, until it is.
+                key = f"{files.name.repo_id}@{files.name.revision}?"
+                work = partial(self._fetch, files.name, wish)
+            else:
+                key = identity_of(files)
+                work = partial(self._load, wish, files, None)
+            try:
+                async with self._flights.join((key, wish.options), work) as flight:
+                    async for progress in flight.progress():
+                        yield progress
+                    yield await flight.result()
+                return
+            except ClientLimitError as error:
+                # Somebody else's load, which was refused: this caller's own begins.
+                if wish.caller is not None and error.client == wish.caller.name:
+                    raise
 
     async def _fetch(
         self, name: HubName, wish: _Wish, publish: Publish[LoadProgress]
     ) -> ModelRecord:
         """Downloads, then joins the load of the commit that came."""
-        record = self._registry.add(name, wish.options)
+        record = self._registry.add(name, wish.options, wish.caller)
         record.load_task = asyncio.current_task()
         with self._settled(record):
+            self._registry.check_replicas(record, wish.replicas or 1, wish.caller)
             files = await self._download(name, record, publish)
             work = partial(self._load, replace(wish, name=name), files, record)
             async with self._flights.join((identity_of(files), wish.options), work) as flight:
@@ -263,10 +329,13 @@ class Loads:
             return held
         if record is None:
             record = self._registry.failed(identity, options)
+            if record is not None:
+                self._registry.give(record, wish.caller)
         if record is None:
-            record = self._registry.add(wish.name, options)
+            record = self._registry.add(wish.name, options, wish.caller)
         record.load_task = asyncio.current_task()
         with self._settled(record):
+            self._registry.check_replicas(record, wish.replicas or 1, wish.caller)
             record.found(files)
             record.earlier_failure = record.failure
             self._registry.to(record, ModelState.LOADING)

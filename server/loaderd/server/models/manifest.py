@@ -7,11 +7,20 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from loaderd.server.errors import DrainingError, LoaderdError
+from loaderd.server.config import ConfigError, DeclaredModel, ServerConfig
+from loaderd.server.errors import (
+    DrainingError,
+    InvalidArgumentError,
+    LoaderdError,
+    UnsupportedOptionError,
+)
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, outcome
 from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.models.replicas import check_replicas
+from loaderd.server.models.where import AUTO, Where
+from loaderd.v1 import model_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +80,7 @@ class Manifest:
     async def _load(self, model: Declared) -> bool:
         """Whether it need not be tried again."""
         try:
-            loading = self._loads.load(model.name, model.options, model.replicas)
+            loading = self._loads.load(model.name, model.options, replicas=model.replicas)
             record = await outcome(loading)
             self._registry.keep(record, model.keep_alive_s)
         except DrainingError:
@@ -80,3 +89,40 @@ class Manifest:
             logger.error("%s, which is to be there always: %s", model.name, error)
             return False
         return True
+
+
+def declared(config: ServerConfig) -> list[Declared]:
+    """The models of the file, and those that the command line adds.
+
+    Raises:
+        ConfigError: A model's options are out of bounds.
+    """
+    models = []
+    for model in config.models:
+        dtype = model_pb2.Dtype.Value(f"DTYPE_{(model.dtype or 'unspecified').upper()}")
+        quantization = (model.quantization or "unspecified").upper()
+        try:
+            options = LoadOptions(
+                dtype=dtype,
+                quantization=model_pb2.Quantization.Value(f"QUANTIZATION_{quantization}"),
+                where=_where(model),
+            )
+            replicas = None if model.replicas is None else check_replicas(model.replicas)
+        except (InvalidArgumentError, UnsupportedOptionError) as error:
+            raise ConfigError(f"models: {model.name}: {error}") from error
+        keep_alive_s = model.keep_alive if model.keep_alive >= 0 else PINNED
+        models.append(Declared(model.name, options, keep_alive_s, replicas))
+    return models + [Declared(name) for name in config.preload]
+
+
+def _where(model: DeclaredModel) -> Where:
+    offload = model_pb2.Offload.Value(f"OFFLOAD_{(model.offload or 'unspecified').upper()}")
+    if model.device_map == {}:
+        raise InvalidArgumentError("options.module_map", "names no module")
+    modules = model.device_map if isinstance(model.device_map, dict) else {}
+    return Where(
+        device_map=AUTO if isinstance(model.device_map, dict) else model.device_map,
+        module_map=tuple(sorted(modules.items())),
+        max_memory=tuple(sorted(model.max_memory.items())),
+        offload=offload,
+    )

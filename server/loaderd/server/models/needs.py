@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from loaderd.server.models.placement import Needs
 from loaderd.server.store.shape import ModelShape
+from loaderd.server.store.weights import Tensor
 
 _LEAST_TOKENS = 4096
 """One sequence of so many tokens, or of the model's context, is the least that is of use."""
@@ -22,6 +25,8 @@ _CONTEXT_BYTES = 512 << 20
 """What the driver of an accelerator takes for a process."""
 _PROCESS_BYTES = 64 << 20
 """What loading adds to a process on the CPU besides: configuration, tokenizer, engine."""
+_LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
+"""The first part of a weight's name that counts names its layer."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,12 @@ class Estimate:
 
 
 def estimate(
-    shape: ModelShape, itemsize: int, *, on_accelerator: bool, bits: float | None = None
+    shape: ModelShape,
+    itemsize: int,
+    *,
+    on_accelerator: bool,
+    bits: float | None = None,
+    modules: Mapping[str, str] | None = None,
 ) -> Estimate:
     """Estimates what a model takes.
 
@@ -49,6 +59,7 @@ def estimate(
         itemsize: Bytes of a number in the dtype that it is loaded in.
         on_accelerator: Whether it goes to accelerators, else to the CPU.
         bits: Of a number of linear layers that are quantized at the load; None: they are not.
+        modules: The device of each module, where the request says it.
     """
     weights = shape.file_bytes if shape.quantized else shape.numbers * itemsize
     if bits is not None and not shape.quantized:
@@ -62,12 +73,17 @@ def estimate(
         unknown.append("keys and values: config.json does not tell layers, heads and their size")
     if activations is None:
         unknown.append("activations: config.json does not tell hidden size and vocabulary")
+    if not shape.tensors:
+        unknown.append("layers: only whoever reads the files knows how large each one is")
     needs = Needs(
         weights=weights,
         kv_cache=tokens * (kv_numbers or 0) * itemsize,
         activations=activations or 0,
-        headroom=int(weights * _MARGIN) + (_CONTEXT_BYTES if on_accelerator else _PROCESS_BYTES),
+        headroom=_CONTEXT_BYTES if on_accelerator else _PROCESS_BYTES,
         copies=0 if on_accelerator or is_packed else shape.linear_numbers * itemsize,
+        margin=int(weights * _MARGIN),
+        largest=_largest(shape, itemsize),
+        placed=_placed(shape, itemsize, weights, modules or {}),
     )
     return Estimate(needs, tokens if kv_numbers else 0, tuple(unknown))
 
@@ -78,3 +94,46 @@ def _activations(shape: ModelShape) -> int | None:
         return None
     inner = shape.sizes.get("intermediate_size") or 4 * hidden
     return _WIDEST * (_STEP_TOKENS * (4 * hidden + 2 * inner) + _STEP_ROWS * vocabulary)
+
+
+def _largest(shape: ModelShape, itemsize: int) -> int:
+    """Bytes of the largest layer, or of what is in none, such as embeddings."""
+    sizes: dict[str, int] = {}
+    for tensor in shape.tensors:
+        layer = _LAYER.match(tensor.name)
+        part = layer[0] if layer else tensor.name.rpartition(".")[0]
+        sizes[part] = sizes.get(part, 0) + _bytes(tensor, shape, itemsize)
+    return max(sizes.values(), default=0)
+
+
+def _placed(
+    shape: ModelShape, itemsize: int, weights: int, modules: Mapping[str, str]
+) -> dict[str, int]:
+    """The weights of each device; those whose names the map does not have count on each."""
+    # Files may name weights without the first part of their modules' names, as those of a model
+    # without its head do.
+    names = {module.partition(".")[2]: module for module in modules if "." in module}
+    names |= {module: module for module in modules}
+    placed = dict.fromkeys(modules.values(), 0)
+    known = 0
+    for tensor in shape.tensors:
+        holders = _holders(tensor.name)
+        found = next((names[name] for name in holders if name in names), None)
+        if found is not None:
+            count = _bytes(tensor, shape, itemsize)
+            placed[modules[found]] += count
+            known += count
+    return {device: count + max(weights - known, 0) for device, count in placed.items()}
+
+
+def _holders(tensor: str) -> Iterator[str]:
+    """A tensor's name and those of the modules that it is in, the innermost first."""
+    yield tensor
+    while "." in tensor:
+        tensor = tensor.rpartition(".")[0]
+        yield tensor
+    yield ""
+
+
+def _bytes(tensor: Tensor, shape: ModelShape, itemsize: int) -> int:
+    return tensor.size_bytes if shape.quantized else tensor.numbers * itemsize

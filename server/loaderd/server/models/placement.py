@@ -5,18 +5,12 @@ Pure: what is measured comes in as numbers, so that a simulated box can be drive
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
-from loaderd.server.errors import DeviceMemoryError, UnsupportedOptionError
-
-AUTO = "auto"
-CPU = "cpu"
-_NEWCOMER = ""
-"""Holds, in a copy of a book, what is being placed."""
-_KV_SHARE = 0.5
-"""What a worker takes for keys and values of what its weights leave free of an accelerator."""
+from loaderd.server.errors import DeviceMemoryError
+from loaderd.server.models.where import CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +44,18 @@ class MemoryDevice:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a model takes on one device, in bytes.
+    """What a model takes, in bytes.
 
     Attributes:
         weights: The weights in the dtype that they will have.
         kv_cache: The least that keys and values need to be of use.
-        activations: What a step computes with.
-        headroom: What a process needs besides on each device: its context, fragments, margins.
+        activations: What a step computes with, on each device.
+        headroom: What a process needs besides on each device: its context.
         copies: Copies of weights in a form that a CPU multiplies faster. They are made where
             there is room, so a model fits without them.
+        margin: What allocators leave unused beside the weights.
+        largest: The largest part of the weights that is not divided between devices.
+        placed: The weights of each device, where a module map says which are whose.
     """
 
     weights: int
@@ -66,10 +63,19 @@ class Needs:
     activations: int
     headroom: int
     copies: int = 0
+    margin: int = 0
+    largest: int = 0
+    placed: Mapping[str, int] = field(default_factory=dict, hash=False)
 
-    def on(self, count: int) -> int:
-        """Bytes on so many devices together, without copies."""
-        return self.weights + self.kv_cache + count * (self.activations + self.headroom)
+    @property
+    def divisible(self) -> int:
+        """What is spread where there are several devices."""
+        return self.weights + self.kv_cache + self.margin
+
+    @property
+    def each(self) -> int:
+        """What each device that computes takes besides."""
+        return self.activations + self.headroom
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,10 @@ class Placement:
         devices: Bytes on each device, if it fits: what is to be reserved.
         holders: Who has memory of the devices that it may be on.
         copies: Whether there is room for copies of the weights.
+        computing: How many of the devices compute.
+        weight_room: Of the reserved bytes of each device, those for weights, where layers are
+            spread; empty where all are on one device, or a module map says where they are.
+        offloaded: The most weights that are in main memory beside accelerators, or on the disk.
     """
 
     fits: bool
@@ -106,6 +116,9 @@ class Placement:
     devices: Mapping[str, int]
     holders: tuple[Holder, ...]
     copies: bool = False
+    computing: int = 1
+    weight_room: Mapping[str, int] = field(default_factory=dict)
+    offloaded: Mapping[str, int] = field(default_factory=dict)
 
     def check(self, model: str) -> None:
         """Refuses what does not fit.
@@ -116,29 +129,6 @@ class Placement:
         if not self.fits:
             raise DeviceMemoryError(model, self.needed_bytes, self.free_bytes, told(self.holders))
 
-    @classmethod
-    def together(cls, placements: Sequence[Placement], count: int) -> Placement:
-        """What replicas take that were placed one after the other.
-
-        Args:
-            placements: Of `DeviceBook.place_all`: all that fit, or those up to the first misfit.
-            count: How many were to be placed.
-        """
-        *earlier, last = placements
-        held = sum(each.needed_bytes for each in earlier)
-        devices: dict[str, int] = {}
-        for each in placements:
-            for device, share in each.devices.items():
-                devices[device] = devices.get(device, 0) + share
-        return cls(
-            fits=last.fits,
-            needed_bytes=held + (count - len(earlier)) * last.needed_bytes,
-            free_bytes=held + last.free_bytes,
-            devices=devices if last.fits else {},
-            holders=last.holders,
-            copies=all(each.copies for each in placements),
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class _Reservation:
@@ -147,14 +137,41 @@ class _Reservation:
     Attributes:
         name: The model's name.
         bytes: Reserved on each device.
+        begun: By memory, when it was last measured before this load began.
         taken: Of that, really taken on each device.
-        taken_since: Monotonic time from which on `taken` is.
+        taken_since: Monotonic time from which on `taken` is; infinity while nobody has said.
     """
 
     name: str
     bytes: Mapping[str, int]
-    taken: Mapping[str, int]
+    begun: Mapping[str, float]
+    taken: Mapping[str, int] = field(default_factory=dict)
+    taken_since: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class _Stay:
+    """How long one model had some memory, in monotonic times.
+
+    Attributes:
+        begun: Its load began after that.
+        taken_since: From then on it had `bytes`; infinity if it never was known what it had.
+        left: Until then.
+        bytes: How many it had.
+    """
+
+    begun: float
     taken_since: float
+    left: float
+    bytes: int
+
+    def returns(self, measured_at: float) -> int:
+        """What of its bytes is free now, and was not when the memory was measured."""
+        return self.bytes if self.taken_since <= measured_at < self.left else 0
+
+    def was_loading(self, measured_at: float) -> bool:
+        """Whether it had nobody knows how much when the memory was measured."""
+        return self.begun < measured_at < min(self.taken_since, self.left)
 
 
 class DeviceBook:
@@ -162,7 +179,8 @@ class DeviceBook:
 
     Two loads at once never count the same bytes: what is reserved and not taken yet is free only
     for whom it was reserved. A device measured before a model took its bytes, or before a model
-    left, still shows the memory as it was; the book corrects that until it is measured again.
+    left, still shows the memory as it was; the book corrects that until it is measured again. What
+    is measured while a load takes its bytes tells nothing, and is not taken over.
 
     Each replica of a model has a share of its own, whose number only tells it from the others.
     """
@@ -170,7 +188,7 @@ class DeviceBook:
     def __init__(self) -> None:
         self._devices: dict[str, MemoryDevice] = {}
         self._reservations: dict[tuple[str, int], _Reservation] = {}
-        self._returned: dict[str, list[tuple[float, int]]] = {}
+        self._left: dict[str, list[_Stay]] = {}
 
     @property
     def devices(self) -> tuple[MemoryDevice, ...]:
@@ -179,10 +197,15 @@ class DeviceBook:
 
     def measure(self, devices: Iterable[MemoryDevice]) -> None:
         """Takes over what was measured: all devices of the box, accelerators first."""
-        self._devices = {device.id: device for device in devices}
-        for pool, returned in self._returned.items():
-            later = [each for each in returned if each[0] > self._measured_at(pool)]
-            self._returned[pool] = later
+        self._devices = {
+            device.id: self._devices[device.id]
+            if device.id in self._devices and self._was_loading(device)
+            else device
+            for device in devices
+        }
+        for pool, stays in self._left.items():
+            later = [stay for stay in stays if stay.left > self._measured_at(pool)]
+            self._left[pool] = later
 
     def reserve(self, holder: str, name: str, bytes_of: Mapping[str, int], share: int = 0) -> None:
         """Reserves bytes by device for a load, which has taken none of them yet.
@@ -201,7 +224,8 @@ class DeviceBook:
             if wanted > available:
                 holders = self.holders(pool)
                 raise DeviceMemoryError(name, wanted, available, told(holders))
-        self._reservations[holder, share] = _Reservation(name, dict(bytes_of), {}, 0.0)
+        begun = {pool: self._measured_at(pool) for pool in self._by_pool(bytes_of)}
+        self._reservations[holder, share] = _Reservation(name, dict(bytes_of), begun)
 
     def note(self, holder: str, taken: Mapping[str, int], now: float, share: int = 0) -> None:
         """Notes what a load has taken of its reservation by now.
@@ -242,6 +266,11 @@ class DeviceBook:
             self._reservations[key] = replace(self._reservations[key], bytes=held)
             self.note(holder, taken, now, share)
 
+    def hand_over(self, holder: str, heir: str, share: int = 0) -> None:
+        """What a holder has is another one's from now on; nothing happens when it has nothing."""
+        if (holder, share) in self._reservations:
+            self._reservations[heir, share] = self._reservations.pop((holder, share))
+
     def release(self, holder: str, now: float, share: int | None = None) -> None:
         """Gives back what a model had; nothing happens when it had nothing.
 
@@ -254,9 +283,10 @@ class DeviceBook:
             if key[0] != holder or share not in {None, key[1]}:
                 continue
             reservation = self._reservations.pop(key)
-            for pool, count in self._by_pool(reservation.taken).items():
-                if reservation.taken_since <= self._measured_at(pool):
-                    self._returned.setdefault(pool, []).append((now, count))
+            taken = self._by_pool(reservation.taken)
+            for pool, begun in reservation.begun.items():
+                stay = _Stay(begun, reservation.taken_since, now, taken.get(pool, 0))
+                self._left.setdefault(pool, []).append(stay)
 
     def available(self, device: str) -> int:
         """Bytes of a device that nobody has and nobody has reserved."""
@@ -264,6 +294,11 @@ class DeviceBook:
         if found is None:
             return 0
         return min(self._available(found.pool), found.total_bytes)
+
+    def has(self, bytes_of: Mapping[str, int]) -> bool:
+        """Whether so many bytes by device could be had together."""
+        pools = self._by_pool(bytes_of)
+        return all(wanted <= self._available(pool) for pool, wanted in pools.items())
 
     def holders(self, device: str) -> tuple[Holder, ...]:
         """Who has reserved or taken bytes of a device's memory, the most first."""
@@ -285,101 +320,6 @@ class DeviceBook:
             for device in each.bytes
         }
 
-    def place_all(
-        self, needs: Needs, device_map: str, count: int, holder: str = ""
-    ) -> list[Placement]:
-        """Places replicas of a model beside each other; reserves nothing.
-
-        Under "auto" each goes to an accelerator without one of this model, where it fits there.
-        One that shares an accelerator with earlier ones has what their keys and values leave.
-
-        Args:
-            needs: Of each.
-            device_map: Where.
-            count: How many, at least 1.
-            holder: The model's id, if some of its replicas are there.
-
-        Returns:
-            Where each goes; the last one does not fit, or there are `count`.
-
-        Raises:
-            UnsupportedOptionError: The box has no such device.
-        """
-        rest = copy.deepcopy(self)
-        taken = rest.devices_of(holder)
-        placements: list[Placement] = []
-        while len(placements) < count:
-            placement = rest.place(needs, device_map, taken)
-            others = tuple(each for each in placement.holders if each.id != _NEWCOMER)
-            placements.append(replace(placement, holders=others))
-            if not placement.fits:
-                break
-            rest.reserve(_NEWCOMER, "", rest._filled(placement), share=len(placements))
-            taken |= placement.devices.keys()
-        return placements
-
-    def _filled(self, placement: Placement) -> dict[str, int]:
-        """What a placement will hold when its keys and values have the room that they take."""
-        return {
-            device: count + int(_KV_SHARE * (self.available(device) - count)) * (device != CPU)
-            for device, count in placement.devices.items()
-        }
-
-    def place(self, needs: Needs, device_map: str, rather_not: Collection[str] = ()) -> Placement:
-        """Says whether and where a model fits; reserves nothing.
-
-        "auto" takes the one accelerator with the most room, else all of them together, and the CPU
-        on a box without accelerators: nothing goes to the CPU beside accelerators unasked.
-
-        Args:
-            needs: What is to fit.
-            device_map: Where.
-            rather_not: Accelerators that "auto" takes only where it does not fit on another one.
-
-        Raises:
-            UnsupportedOptionError: The box has no such device.
-        """
-        for devices in self._choices(device_map, rather_not):
-            placement = self._place_on(devices, needs)
-            if placement.fits:
-                break
-        return placement
-
-    def _choices(self, device_map: str, rather_not: Collection[str]) -> list[list[MemoryDevice]]:
-        """Sets of devices to try, in this order; never empty."""
-        if device_map != AUTO:
-            wanted = device_map if ":" in device_map or device_map == CPU else f"{device_map}:0"
-            if wanted not in self._devices:
-                raise UnsupportedOptionError(
-                    "options.device_map", f"this box has no device {device_map!r}"
-                )
-            return [[self._devices[wanted]]]
-        accelerators = [each for each in self._devices.values() if each.is_accelerator]
-        if not accelerators:
-            return [list(self._devices.values())]
-        by_room = sorted(accelerators, key=lambda device: -self.available(device.id))
-        free_of_it = [device for device in by_room if device.id not in rather_not]
-        choices = [[device] for device in (*free_of_it[:1], by_room[0])]
-        if len(accelerators) > 1:
-            choices.append(accelerators)
-        return choices
-
-    def _place_on(self, devices: list[MemoryDevice], needs: Needs) -> Placement:
-        rooms = {device.id: self.available(device.id) for device in devices}
-        free, needed = sum(rooms.values()), needs.on(len(devices))
-        each = needs.activations + needs.headroom
-        fits = needed <= free and all(room >= each for room in rooms.values())
-        with_copies = fits and len(devices) == 1 and 0 < needs.copies <= free - needed
-        total = needed + needs.copies if with_copies else needed
-        return Placement(
-            fits=fits,
-            needed_bytes=total,
-            free_bytes=free,
-            devices=_spread(total, each, rooms) if fits else {},
-            holders=tuple(holder for device in devices for holder in self.holders(device.id)),
-            copies=with_copies,
-        )
-
     def _available(self, pool: str) -> int:
         """Bytes of a pool that nobody has: what is less, by its size or by what was measured."""
         device = self._devices.get(pool)
@@ -391,8 +331,19 @@ class DeviceBook:
             taken = self._by_pool(each.taken).get(pool, 0)
             reserved += max(count, taken)
             unbacked += count if each.taken_since > device.measured_at else max(count - taken, 0)
-        free = device.free_bytes + sum(count for _, count in self._returned.get(pool, []))
+        left = self._left.get(pool, [])
+        free = device.free_bytes + sum(stay.returns(device.measured_at) for stay in left)
         return max(min(device.total_bytes - reserved, free - unbacked), 0)
+
+    def _was_loading(self, device: MemoryDevice) -> bool:
+        """Whether a model was taking bytes when a device was measured."""
+        pool, measured_at = device.pool, device.measured_at
+        there = [
+            _Stay(each.begun[pool], each.taken_since, math.inf, 0)
+            for each in self._reservations.values()
+            if pool in each.begun
+        ]
+        return any(stay.was_loading(measured_at) for stay in (*there, *self._left.get(pool, [])))
 
     def _by_pool(self, bytes_of: Mapping[str, int]) -> dict[str, int]:
         pools: dict[str, int] = {}
@@ -409,19 +360,3 @@ class DeviceBook:
 def told(holders: Iterable[Holder]) -> str | None:
     """Holders for people, such as "org/a (2.1 GB), org/b (0.3 GB)"; None if there are none."""
     return ", ".join(f"{each.name} ({each.bytes / 1e9:.1f} GB)" for each in holders) or None
-
-
-def _spread(total: int, each: int, rooms: Mapping[str, int]) -> dict[str, int]:
-    """Divides bytes over devices by their room, with `each` on every one of them."""
-    left = total - each * len(rooms)
-    spare = sum(rooms.values()) - each * len(rooms)
-    shares = {
-        device: each + (left * (room - each) // spare if spare else 0)
-        for device, room in rooms.items()
-    }
-    missing = total - sum(shares.values())
-    for device, room in rooms.items():
-        more = min(missing, room - shares[device])
-        shares[device] += more
-        missing -= more
-    return shares

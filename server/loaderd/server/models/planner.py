@@ -12,19 +12,24 @@ from typing import Protocol
 
 from loaderd.server.box.cpu import CPU, cpu
 from loaderd.server.box.dtype import DtypeChoice, choose_dtype, cpu_flags
-from loaderd.server.errors import SnapshotNotFoundError, WorkerDiedError
+from loaderd.server.errors import DeviceMemoryError, SnapshotNotFoundError, WorkerDiedError
 from loaderd.server.models.eviction import to_evict
+from loaderd.server.models.fitting import place_all, together
 from loaderd.server.models.needs import Estimate, estimate
-from loaderd.server.models.placement import AUTO, DeviceBook, MemoryDevice, Needs, Placement
+from loaderd.server.models.placement import DeviceBook, MemoryDevice, Needs, Placement, told
 from loaderd.server.models.record import LoadOptions, ModelRecord
+from loaderd.server.models.where import DISK, SEQUENTIAL
 from loaderd.server.store.names import HubName, LocalName, parse_name
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder, NotCached
 from loaderd.server.store.shape import read_shape
 from loaderd.server.store.store import ModelStore
+from loaderd.server.supervisor.offload_folders import OffloadFolders
 from loaderd.server.supervisor.supervisor import LoadedWorker
 from loaderd.server.supervisor.worker import Worker
+from loaderd.v1 import model_pb2
 from loaderd.v1.model_pb2 import Dtype, Quantization
 from loaderd.v1.system_pb2 import Device, DeviceType, MemoryHolder
+from loaderd.worker.v1 import worker_pb2
 
 _ITEM_SIZES = {Dtype.DTYPE_FLOAT16: 2, Dtype.DTYPE_BFLOAT16: 2, Dtype.DTYPE_FLOAT32: 4}
 
@@ -57,16 +62,19 @@ class Evictable(Protocol):
     def evictable(self) -> Sequence[str]:
         """Ids of those that nobody uses, holds or has pinned; the least recently used first."""
 
+    def leaving(self) -> Sequence[str]:
+        """Ids of those that are being unloaded."""
+
+    async def dismissed(self) -> bool:
+        """Waits for the end of replicas that are being ended; whether there were any."""
+
     async def evict(self, model_ids: Sequence[str], newcomer: str) -> None:
         """Unloads models for another one and waits until their memory is free.
 
         Args:
-            model_ids: Which.
+            model_ids: Which, of those two.
             newcomer: For which, for the log.
         """
-
-    async def leaving(self) -> bool:
-        """Waits for the end of those that are being unloaded; whether there were any."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class LoadPlan:
     @property
     def placement(self) -> Placement:
         """Whether all replicas fit, and what they take together."""
-        return Placement.together(self.replicas, self.count)
+        return together(self.replicas, self.count)
 
 
 class Claim:
@@ -100,29 +108,60 @@ class Claim:
         share: Which of the model's shares it is.
         placement: Where it goes.
         needs: What it is to take.
+        disk: Where its folder for weights on the disk is, if it gets one.
     """
 
     def __init__(
-        self, book: DeviceBook, model_id: str, share: int, placement: Placement, needs: Needs
+        self,
+        book: DeviceBook,
+        model_id: str,
+        *,
+        share: int,
+        placement: Placement,
+        needs: Needs,
+        disk: OffloadFolders,
     ) -> None:
         self._book = book
         self._id = model_id
         self._share = share
         self._placement = placement
         self._needs = needs
+        self._disk = disk
         self._worker: Worker | None = None
         self._held_before = 0
+        self._is_given_up = False
 
     @property
     def accelerators(self) -> list[str]:
         """The devices other than the CPU that it is on, in an order that all claims have."""
         return sorted(set(self._placement.devices) - {CPU})
 
-    def device_map(self, asked: str) -> str:
-        """What the worker is to be asked for: "auto" is one accelerator where one has room."""
-        devices = tuple(self._placement.devices)
-        is_one = len(devices) == 1 and devices != (CPU,)
-        return devices[0] if asked == AUTO and is_one else asked
+    def load(self, options: LoadOptions) -> worker_pb2.Load:
+        """What the worker is to be asked for, as far as the plan says it.
+
+        Where layers are spread, accelerate fills one device after the other with them, up to the
+        room that the plan gives each.
+
+        Args:
+            options: What the client asked for.
+        """
+        placement, where = self._placement, options.where
+        asked = model_pb2.LoadOptions(
+            dtype=options.dtype,
+            quantization=options.quantization,
+            module_map=where.modules,
+            max_memory=where.bounds,
+            offload=where.offload,
+        )
+        if not where.module_map:
+            is_spread = bool(placement.weight_room)
+            asked.device_map = SEQUENTIAL if is_spread else next(iter(placement.devices))
+        uses_disk = DISK in placement.offloaded
+        return worker_pb2.Load(
+            options=asked,
+            weight_room=placement.weight_room,
+            offload_folder=str(self._disk.make(self._folder)) if uses_disk else "",
+        )
 
     def begun(self, worker: Worker) -> None:
         """Notes which worker takes the memory."""
@@ -130,8 +169,9 @@ class Claim:
 
     def note(self) -> None:
         """Notes what a load to the CPU has taken by its worker's last heartbeat."""
-        if self._worker is not None and tuple(self._placement.devices) == (CPU,):
-            taken = self._worker.link.own_bytes - self._held_before
+        if tuple(self._placement.devices) == (CPU,):
+            held = 0 if self._worker is None else self._worker.link.own_bytes
+            taken = held - self._held_before
             most = self._placement.devices[CPU]
             noted = {CPU: min(max(taken, 0), most)}
             self._book.note(self._id, noted, time.monotonic(), self._share)
@@ -139,18 +179,49 @@ class Claim:
     def settle(self, model: LoadedWorker) -> None:
         """Keeps what the loaded model holds until its worker ends, and tells it beside the plan."""
         loaded, needs = model.loaded, self._needs
+        devices = self._placement.devices
         more = {
-            device: needs.headroom + (needs.kv_cache if device == CPU else 0)
-            for device in self._placement.devices
+            device: needs.headroom
+            + needs.margin // len(devices)
+            + (needs.kv_cache if device == CPU else 0)
+            for device in devices
         }
         self._book.settle(self._id, dict(loaded.held_bytes), more, time.monotonic(), self._share)
         loaded.details.planned_bytes = self._placement.needed_bytes
         loaded.details.memory_bytes = sum(loaded.held_bytes.values())
         model.worker.on_end(self.release)
 
+    def told(self, error: DeviceMemoryError) -> DeviceMemoryError:
+        """What a worker says of its memory, with what only the plan knows."""
+        placement = self._placement
+        return DeviceMemoryError(
+            error.model,
+            placement.needed_bytes if error.needed_bytes is None else error.needed_bytes,
+            placement.free_bytes if error.free_bytes is None else error.free_bytes,
+            told(placement.holders),
+        )
+
+    def give_up(self) -> None:
+        """Gives it back when the worker has ended, which the kernel may hold for long."""
+        if self._worker is None or self._worker.ended:
+            self.release()
+            return
+        if self._is_given_up:
+            return
+        self._is_given_up = True
+        heir = f"{self._id}:{self._worker.pid}"  # the model may be loaded again meanwhile
+        self._book.hand_over(self._id, heir, self._share)
+        self._id = heir
+        self._worker.on_end(self.release)
+
     def release(self) -> None:
         """Gives it back."""
         self._book.release(self._id, time.monotonic(), self._share)
+        self._disk.remove(self._folder)
+
+    @property
+    def _folder(self) -> str:
+        return f"{self._id}-{self._share}"
 
 
 class Planner:
@@ -160,12 +231,16 @@ class Planner:
         store: Where the models' files are.
         inventory: Tells the devices.
         idle: May go where a load does not fit beside them.
+        disk: Where weights go that neither accelerators nor main memory hold.
     """
 
-    def __init__(self, store: ModelStore, inventory: Inventory, idle: Evictable) -> None:
+    def __init__(
+        self, store: ModelStore, inventory: Inventory, idle: Evictable, disk: OffloadFolders
+    ) -> None:
         self._store = store
         self._inventory = inventory
         self._idle = idle
+        self._disk = disk
         self._book = DeviceBook()
         self._shares = itertools.count()
         self._loading: set[Claim] = set()
@@ -190,8 +265,8 @@ class Planner:
     ) -> AsyncIterator[Sequence[Claim]]:
         """Reserves memory for replicas while they load; `Claim.settle` keeps it for those that do.
 
-        Where they do not fit, it waits for models that are being unloaded, then unloads some that
-        nobody uses.
+        Where they do not fit, it waits for models that are being unloaded, if that helps, and
+        unloads some that nobody uses.
 
         Args:
             record: The model, whose files are found.
@@ -210,7 +285,7 @@ class Planner:
             raise RuntimeError("the files of a model are found before it is planned")
         plan = await self._plan(name, files, options, count, record.id)
         while not plan.placement.fits:
-            if not await self._idle.leaving():
+            if not await self._idle.dismissed():
                 if not (going := self._to_evict(plan, options)):
                     break
                 await self._idle.evict(going, str(name))
@@ -224,7 +299,7 @@ class Planner:
             yield claims
         except BaseException:
             for claim in claims:
-                claim.release()
+                claim.give_up()
             raise
         finally:
             self._loading.difference_update(claims)
@@ -232,7 +307,14 @@ class Planner:
     def _reserve(self, record: ModelRecord, placement: Placement, plan: LoadPlan) -> Claim:
         share = next(self._shares)
         self._book.reserve(record.id, str(record.name), placement.devices, share)
-        return Claim(self._book, record.id, share, placement, plan.estimate.needs)
+        return Claim(
+            self._book,
+            record.id,
+            share=share,
+            placement=placement,
+            needs=plan.estimate.needs,
+            disk=self._disk,
+        )
 
     async def devices(self) -> list[Device]:
         """All devices as they are now, with who has reserved what.
@@ -251,9 +333,9 @@ class Planner:
         return devices
 
     def _to_evict(self, plan: LoadPlan, options: LoadOptions) -> list[str]:
-        idle, needs = self._idle.evictable(), plan.estimate.needs
+        going, needs = [*self._idle.leaving(), *self._idle.evictable()], plan.estimate.needs
         now = time.monotonic()
-        return to_evict(self._book, needs, options.device_map, idle, now, count=plan.count)
+        return to_evict(self._book, needs, options.where, going, now, count=plan.count)
 
     async def _plan(
         self,
@@ -270,17 +352,17 @@ class Planner:
             await self._measure()
         except WorkerDiedError as error:
             raise WorkerDiedError(model=str(name)) from error
-        accelerated = options.device_map != CPU and any(
-            device.is_accelerator for device in self._book.devices
-        )
+        where = options.where
+        accelerated = where.uses_accelerator([device.id for device in self._book.devices])
         dtype = choose_dtype(options.dtype, on_accelerator=accelerated, flags=cpu_flags())
         found = estimate(
             shape,
             _ITEM_SIZES[dtype.dtype],
             on_accelerator=accelerated,
             bits=_BITS.get(options.quantization),
+            modules=where.modules,
         )
-        placements = self._book.place_all(found.needs, options.device_map, count, model_id)
+        placements = place_all(self._book, found.needs, where, count, model_id)
         return LoadPlan(placements, count, found, dtype)
 
     async def _measure(self) -> list[Device]:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum
 
-from loaderd.server.errors import InvalidArgumentError, LoaderdError
+from loaderd.server.errors import (
+    DeviceMemoryError,
+    InvalidArgumentError,
+    LoaderdError,
+    UnsupportedOptionError,
+)
 from loaderd.server.models.keep_alive import KeepAlive
 from loaderd.server.models.lifecycle import ChangeReason, Lifecycle, ModelState
 from loaderd.server.models.replicas import Replicas, ReplicaView
+from loaderd.server.models.where import Where
 from loaderd.server.store.names import HubName, LocalName
 from loaderd.server.store.pins import Pin
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder
@@ -22,7 +29,8 @@ from loaderd.server.supervisor.supervisor import LoadedWorker
 from loaderd.v1 import model_pb2
 
 _ID = re.compile(r"m:[0-9a-f]{12}")
-_DEVICE_MAP = re.compile(r"auto|cpu|mps|(cuda|xpu):(0|[1-9]\d{0,2})")
+_SHORTEST_REST_S = 5.0
+_LONGEST_REST_S = 60.0
 
 
 class ModelSource(Enum):
@@ -39,26 +47,27 @@ class LoadOptions:
 
     Attributes:
         dtype: DTYPE_UNSPECIFIED is the policy's choice.
-        device_map: "auto", "cpu" or one accelerator.
         quantization: QUANTIZATION_UNSPECIFIED is none.
+        where: Where the layers may go.
 
     Raises:
         InvalidArgumentError: A value is out of bounds.
+        UnsupportedOptionError: What is offloaded cannot be quantized.
     """
 
     dtype: model_pb2.Dtype.ValueType = model_pb2.DTYPE_UNSPECIFIED
-    device_map: str = "auto"
     quantization: model_pb2.Quantization.ValueType = model_pb2.QUANTIZATION_UNSPECIFIED
+    where: Where = field(default_factory=Where)
 
     def __post_init__(self) -> None:
         if self.dtype not in model_pb2.Dtype.values():
             raise InvalidArgumentError("options.dtype", f"there is no dtype number {self.dtype}")
-        if not _DEVICE_MAP.fullmatch(self.device_map):
-            problem = 'must be "auto", "cpu", "mps", "cuda:N" or "xpu:N"'
-            raise InvalidArgumentError("options.device_map", problem)
         if self.quantization not in model_pb2.Quantization.values():
             problem = f"there is no quantization number {self.quantization}"
             raise InvalidArgumentError("options.quantization", problem)
+        if self.quantization and self.where.may_offload:
+            problem = "quantized weights cannot be offloaded"
+            raise UnsupportedOptionError("options.quantization", problem)
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,7 @@ class ModelRecord:
         leaving: Why it is being ended, if it is.
         freed_bytes: What its processes held when they ended.
         earlier_failure: Why it had failed when it began to be loaded again.
+        loaded_for: The client that it was loaded for; empty for one without a name.
     """
 
     def __init__(
@@ -156,6 +166,7 @@ class ModelRecord:
         self.leaving: ChangeReason | None = None
         self.freed_bytes = 0
         self.earlier_failure: LoaderdError | None = None
+        self.loaded_for = ""
 
     @property
     def state(self) -> ModelState:
@@ -167,6 +178,13 @@ class ModelRecord:
         """Whether workers have died that nobody has started again."""
         is_short = self.state is ModelState.READY and self.replicas.missing > 0
         return self.state is ModelState.FAILED or is_short
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it is READY, and its workers have not all died in this moment."""
+        serving = self.replicas.serving
+        is_served = any(not replica.worker.link.failed for replica in serving)
+        return self.state is ModelState.READY and is_served
 
     @property
     def change_reason(self) -> ChangeReason:
@@ -185,6 +203,20 @@ class ModelRecord:
         if isinstance(self.name, HubName) and self.commit:
             return replace(self.name, revision=self.commit)
         return self.name
+
+    @property
+    def rests_until(self) -> float:
+        """Monotonic time before which no request loads it again, since its load has just failed.
+
+        At least half of the time it does not load. What a device lacks may be there in a moment.
+        """
+        entered = self.lifecycle.entered
+        is_new = self.failure is not self.earlier_failure
+        has_failed = self.state is ModelState.FAILED and ModelState.READY not in entered
+        if not (has_failed and is_new) or isinstance(self.failure, DeviceMemoryError):
+            return -math.inf
+        took = entered[ModelState.FAILED] - entered[ModelState.RESOLVING]
+        return entered[ModelState.FAILED] + min(max(took, _SHORTEST_REST_S), _LONGEST_REST_S)
 
     def found(self, files: LocalFolder | CachedSnapshot) -> None:
         """Notes which files it is."""

@@ -11,7 +11,9 @@ from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+from loaderd.server.access.caller import Caller
 from loaderd.server.errors import (
+    ClientLimitError,
     DrainingError,
     InvalidArgumentError,
     LoaderdError,
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
 _MAX_FAILED = 16
+_LIMIT_RETRY_S = 30
 
 
 class ModelRegistry:
@@ -150,21 +153,41 @@ class ModelRegistry:
         same = self._same(identity, options)
         return next((record for record in same if record.state is ModelState.FAILED), None)
 
-    def add(self, name: HubName | LocalName, options: LoadOptions) -> ModelRecord:
+    def add(
+        self, name: HubName | LocalName, options: LoadOptions, caller: Caller | None = None
+    ) -> ModelRecord:
         """A new model, RESOLVING; it replaces one of the same name and options that failed.
+
+        Args:
+            name: What it was asked for by.
+            options: How it is loaded.
+            caller: Who asks for it; None: the daemon itself.
 
         Raises:
             DrainingError: The daemon is shutting down.
+            ClientLimitError: The caller has loaded too many.
         """
         self.check_open()
+        self._check_limit(caller)
         failed = [each for each in self._records.values() if each.state is ModelState.FAILED]
         for stale in failed:
             if stale.is_named(name) and stale.options == options:
                 self._forget(stale)
         record = ModelRecord(name, options, KeepAlive(self._keep_alive_s, time.monotonic))
+        record.loaded_for = caller.name if caller is not None else ""
         self._records[record.id] = record
         self._publish(record, None)
         return record
+
+    def give(self, record: ModelRecord, caller: Caller | None) -> None:
+        """Makes a model that had failed that of who loads it again; None leaves it as it is.
+
+        Raises:
+            ClientLimitError: The caller has loaded too many.
+        """
+        if caller is not None:
+            self._check_limit(caller)
+            record.loaded_for = caller.name
 
     def name(self, record: ModelRecord, name: HubName | LocalName) -> None:
         """Lets requests call a model by `name`, unless it is gone by now.
@@ -329,6 +352,25 @@ class ModelRegistry:
         await asyncio.gather(
             *(self.end(record, ChangeReason.SHUTDOWN) for record in list(self._records.values()))
         )
+
+    def check_replicas(self, record: ModelRecord, replicas: int, caller: Caller | None) -> None:
+        """Checks that a client may have so many replicas of a model beside its other models.
+
+        Raises:
+            ClientLimitError: It may not; each replica counts as a model.
+        """
+        self._check_limit(caller, replicas, record)
+
+    def _check_limit(
+        self, caller: Caller | None, more: int = 1, record: ModelRecord | None = None
+    ) -> None:
+        most = caller.limits.models if caller is not None else None
+        if caller is None or most is None:
+            return
+        records = self._records.values()
+        own = [each for each in records if each.loaded_for == caller.name and each.state.is_held]
+        if sum(each.replicas.wanted for each in own if each is not record) + more > most:
+            raise ClientLimitError(caller.name, "models", most, _LIMIT_RETRY_S)
 
     def _same(self, identity: str, options: LoadOptions) -> list[ModelRecord]:
         """All models of these files and options."""

@@ -157,7 +157,7 @@ class Replicas:
 
         def order(replica: Replica) -> tuple[bool, int, bool, int]:
             is_strange = not asker or replica.asker != asker
-            return replica.worker.ended, replica.requests, is_strange, replica.turn
+            return replica.worker.link.failed, replica.requests, is_strange, replica.turn
 
         return min(self.serving, key=order)
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from loaderd.server.errors import ModelNotLoadedError, WorkerDiedError
+from loaderd.server.errors import DeviceMemoryError, ModelNotLoadedError, WorkerDiedError
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.planner import Claim, Planner
 from loaderd.server.models.record import ModelRecord
@@ -16,7 +16,6 @@ from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.replicas import Replica
 from loaderd.server.store.store import ModelStore
 from loaderd.server.supervisor.supervisor import LoadedWorker, Supervisor
-from loaderd.v1 import model_pb2
 from loaderd.worker.v1 import worker_pb2
 
 
@@ -140,8 +139,10 @@ class Scaling:
                     await turn.enter_async_context(turns[device])
                 try:
                     model = await self._supervisor.load(self._command(record, claim), claim.begun)
-                except BaseException:
-                    claim.release()
+                except BaseException as error:
+                    claim.give_up()
+                    if isinstance(error, DeviceMemoryError):
+                        raise claim.told(error) from error
                     raise
                 claim.settle(model)
                 loaded.append(model)
@@ -202,16 +203,10 @@ class Scaling:
     def _command(self, record: ModelRecord, claim: Claim) -> worker_pb2.Load:
         if record.files is None:
             raise RuntimeError("the files of a model are found before it is loaded")
-        return worker_pb2.Load(
-            path=str(record.files.path),
-            model=str(record.name),
-            options=model_pb2.LoadOptions(
-                dtype=record.options.dtype,
-                device_map=claim.device_map(record.options.device_map),
-                quantization=record.options.quantization,
-            ),
-            allow_pickle=self._store.allows_pickle(record.name),
-        )
+        load = claim.load(record.options)
+        load.path, load.model = str(record.files.path), str(record.name)
+        load.allow_pickle = self._store.allows_pickle(record.name)
+        return load
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

@@ -14,9 +14,11 @@ from loaderd.server.models.keep_alive import LONGEST_S, PINNED
 from loaderd.server.models.leases import Lease
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.loads import LoadProgress
+from loaderd.server.models.placement import Needs, Placement
 from loaderd.server.models.planner import LoadPlan
 from loaderd.server.models.record import LoadOptions, LoadTimings, ModelView
 from loaderd.server.models.replicas import ReplicaView, check_replicas
+from loaderd.server.models.where import AUTO, CPU, DISK, Where
 from loaderd.server.rpc.convert_cache import download_progress, duration, verify_progress
 from loaderd.v1 import model_pb2, system_pb2
 
@@ -32,12 +34,19 @@ def load_options(message: model_pb2.LoadOptions) -> LoadOptions:
     """The options that a client asks for.
 
     Raises:
-        InvalidArgumentError: A value is out of bounds.
+        InvalidArgumentError: A value is out of bounds, or two do not go together.
+        UnsupportedOptionError: See `LoadOptions`.
     """
-    device_map = message.device_map if message.HasField("device_map") else "auto"
-    return LoadOptions(
-        dtype=message.dtype, device_map=device_map, quantization=message.quantization
+    if message.module_map and message.HasField("device_map"):
+        problem = "says itself what device_map would; give one of the two"
+        raise InvalidArgumentError("options.module_map", problem)
+    where = Where(
+        device_map=message.device_map if message.HasField("device_map") else AUTO,
+        module_map=tuple(sorted(message.module_map.items())),
+        max_memory=tuple(sorted(message.max_memory.items())),
+        offload=message.offload,
     )
+    return LoadOptions(dtype=message.dtype, quantization=message.quantization, where=where)
 
 
 def replicas(
@@ -98,11 +107,14 @@ def _replica(view: ReplicaView) -> model_pb2.Replica:
 
 def _options_asked_for(options: LoadOptions) -> model_pb2.LoadOptions:
     """The options without those that have their default."""
-    default = LoadOptions()
+    where = options.where
     return model_pb2.LoadOptions(
-        dtype=None if options.dtype == default.dtype else options.dtype,
-        device_map=None if options.device_map == default.device_map else options.device_map,
+        dtype=options.dtype or None,
+        device_map=None if where.device_map == AUTO else where.device_map,
         quantization=options.quantization or None,
+        module_map=dict(where.module_map),
+        max_memory=dict(where.max_memory),
+        offload=where.offload or None,
     )
 
 
@@ -188,7 +200,7 @@ def load_progress(progress: LoadProgress) -> model_pb2.LoadProgress:
 
 def load_plan(plan: LoadPlan) -> model_pb2.PlanModelResponse:
     """What a load would take, as clients see it."""
-    placement, needs = plan.placement, plan.estimate.needs
+    placement = plan.placement
     return model_pb2.PlanModelResponse(
         fits=placement.fits,
         devices=[
@@ -201,15 +213,24 @@ def load_plan(plan: LoadPlan) -> model_pb2.PlanModelResponse:
             system_pb2.MemoryHolder(model_id=each.id, name=each.name, bytes=each.bytes)
             for each in placement.holders
         ],
-        breakdown=model_pb2.MemoryBreakdown(
-            weights_bytes=needs.weights,
-            kv_cache_bytes=needs.kv_cache,
-            activation_bytes=needs.activations,
-            headroom_bytes=needs.headroom,
-            copies_bytes=needs.copies if placement.copies else 0,
-        ),
+        breakdown=_breakdown(plan.replicas[0], plan.estimate.needs),
         dtype=plan.dtype.dtype,
         dtype_reason=plan.dtype.reason,
         kv_tokens=plan.estimate.kv_tokens,
         unknown=plan.estimate.unknown,
+        offloaded_cpu_bytes=placement.offloaded.get(CPU, 0),
+        offloaded_disk_bytes=placement.offloaded.get(DISK, 0),
     )
+
+
+def _breakdown(placement: Placement, needs: Needs) -> model_pb2.MemoryBreakdown:
+    """What a plan's bytes are made of; the rest is headroom."""
+    parts = model_pb2.MemoryBreakdown(
+        weights_bytes=needs.weights - placement.offloaded.get(DISK, 0),
+        kv_cache_bytes=needs.kv_cache,
+        activation_bytes=needs.activations * placement.computing,
+        copies_bytes=needs.copies if placement.copies else 0,
+    )
+    counted = sum(count for _, count in parts.ListFields())
+    parts.headroom_bytes = max(placement.needed_bytes - counted, 0)
+    return parts

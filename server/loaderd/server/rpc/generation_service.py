@@ -10,9 +10,12 @@ from typing import Any
 
 import grpc
 
+from loaderd.server.access.caller import Caller
+from loaderd.server.access.quotas import Quotas
 from loaderd.server.errors import InvalidArgumentError
 from loaderd.server.models.loads import Loads
 from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.rpc.access import current_caller
 from loaderd.server.rpc.convert import keep_alive as keep_alive_of
 from loaderd.server.supervisor.output_stream import OutputStream
 from loaderd.v1 import generation_pb2, generation_pb2_grpc
@@ -26,9 +29,10 @@ _MAX_REQUEST_ID = 128
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Text from loaded models. The model's worker reads and checks the parameters."""
 
-    def __init__(self, registry: ModelRegistry, loads: Loads) -> None:
+    def __init__(self, registry: ModelRegistry, loads: Loads, quotas: Quotas) -> None:
         self._registry = registry
         self._loads = loads
+        self._quotas = quotas
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
@@ -97,15 +101,18 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return (await self._call(request.model, call)).apply_chat_template
 
     async def _call(self, model: str, call: worker_pb2.Call) -> worker_pb2.Reply:
-        use = ExitStack()
-        await self._loads.ensure(model)
-        _, worker = use.enter_context(self._registry.use(model))
-        return await worker.link.call(call, on_end=use.close)
+        caller = current_caller()
+        with ExitStack() as use:
+            use.enter_context(self._quotas.request(caller))
+            await self._loads.ensure(model, caller)
+            _, worker = use.enter_context(self._registry.use(model))
+            until_answered = use.pop_all()
+        return await worker.link.call(call, on_end=until_answered.close)
 
     @asynccontextmanager
     async def _run(
         self, request: generation_pb2.StreamGenerateRequest, context: Context
-    ) -> AsyncIterator[tuple[str, OutputStream]]:
+    ) -> AsyncIterator[tuple[str, _Metered]]:
         if not request.HasField("request_id"):
             request.request_id = secrets.token_hex(8)
         name = request.request_id
@@ -116,20 +123,47 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         lease_id = request.lease_id if request.HasField("lease_id") else None
         if lease_id is not None:
             self._registry.leases.check(lease_id)
-        await self._loads.ensure(request.model)
-        client = _client_of(context.peer())
+        caller = current_caller()
         # The model is in use until its worker is done, not until a slow client has read it all.
         with ExitStack() as use:
+            use.enter_context(self._quotas.request(caller))
+            await self._loads.ensure(request.model, caller)
+            client = caller.name or _connection_of(context.peer())
             asker = request.cache_salt or client
             model_id, worker = use.enter_context(
                 self._registry.use(request.model, keep_alive, lease_id, asker)
             )
             with worker.link.generate(request, on_end=use.close, client=client) as stream:
-                yield model_id, stream
+                metered = _Metered(stream, self._quotas, caller)
+                try:
+                    yield model_id, metered
+                finally:
+                    metered.charge()
 
 
-def _client_of(peer: str) -> str:
-    """Who asks, as far as the connection tells; empty if it does not.
+class _Metered:
+    """A stream whose tokens are taken off its client's as they come."""
+
+    def __init__(self, stream: OutputStream, quotas: Quotas, caller: Caller) -> None:
+        self._stream = stream
+        self._quotas = quotas
+        self._caller = caller
+        self._charged = 0
+
+    async def __aiter__(self) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
+        """The stream's messages."""
+        async for message in self._stream:
+            self.charge()
+            yield message
+
+    def charge(self) -> None:
+        """Takes off what has come since the last time, read or not."""
+        self._quotas.charge(self._caller, self._stream.tokens - self._charged)
+        self._charged = self._stream.tokens
+
+
+def _connection_of(peer: str) -> str:
+    """What stands for a client without a name: its connection; empty if that tells nothing.
 
     A TCP connection has a port of its own: whoever opens it is a client. Of a unix socket gRPC
     tells the same of all connections, so that those who use it are one client to the queue.

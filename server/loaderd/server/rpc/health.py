@@ -12,23 +12,25 @@ from loaderd.server.models.registry import ModelRegistry
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class Health:
     """Keeps the health service in step with the registry.
 
     A model is known by its names and its id from the first time that it is READY; it is SERVING
-    while a model of this name is READY.
+    while a model of this name is READY. Its id is forgotten when it is gone: no other model has it.
 
     Attributes:
         servicer: The standard service.
     """
 
     def __init__(self, registry: ModelRegistry, services: Iterable[str]) -> None:
-        self.servicer = aio.HealthServicer()
+        self.servicer = _Servicer()
         self._registry = registry
         self._services = ("", *services)
         self._models: set[str] = set()
+        self._ids: set[str] = set()
 
     async def follow(self) -> None:
         """Runs until the daemon drains."""
@@ -41,10 +43,24 @@ class Health:
         await self.servicer.enter_graceful_shutdown()
 
     async def _update(self) -> None:
-        ready = [view for view in self._registry.views() if view.state is ModelState.READY]
+        views = self._registry.views()
+        ready = [view for view in views if view.state is ModelState.READY]
         serving = {name for view in ready for name in (*view.aliases, view.id)}
         for name in serving - self._models:
             await self.servicer.set(name, SERVING)
         for name in self._models - serving:
             await self.servicer.set(name, NOT_SERVING)
         self._models = serving
+        there = {view.id for view in views}
+        for model_id in self._ids - there:
+            await self.servicer.forget(model_id)
+        self._ids = (self._ids | {view.id for view in ready}) & there
+
+
+class _Servicer(aio.HealthServicer):
+    """The standard service, which can forget."""
+
+    async def forget(self, service: str) -> None:
+        """Knows a service no more; who watches it is told so."""
+        await self.set(service, SERVICE_UNKNOWN)
+        self._server_status.pop(service, None)  # type: ignore[attr-defined]  # no other way

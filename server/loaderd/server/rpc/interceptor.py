@@ -1,4 +1,4 @@
-"""The one place where a failure becomes a status."""
+"""What every call passes: it is admitted, and its failure becomes a status."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from loaderd.server.errors import InternalError, InvalidArgumentError, LoaderdError
+from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.status import status_of
 
 logger = logging.getLogger(__name__)
@@ -29,13 +30,19 @@ class _Malformed:
     """Stands for a request whose bytes are no message of its type."""
 
 
-class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Ends every call in a status of ours, whatever its handler raises.
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Admits every call, and ends it in a status of ours, whatever its handler raises.
 
     Domain errors become their status. Anything else is a defect: the log gets the cause, the client
     INTERNAL with an incident number. Malformed requests, which gRPC would answer with UNKNOWN and
     the exception's text, become INVALID_ARGUMENT.
+
+    Args:
+        access: Admits calls.
     """
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
 
     async def intercept_service(
         self,
@@ -53,39 +60,39 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         encode = handler.response_serializer
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(
-                _streaming(handler.stream_stream, method, _checked_all), decode, encode
+                self._streaming(handler.stream_stream, method, _checked_all), decode, encode
             )
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                _streaming(handler.unary_stream, method, _checked), decode, encode
+                self._streaming(handler.unary_stream, method, _checked), decode, encode
             )
         return grpc.unary_unary_rpc_method_handler(
-            _unary(handler.unary_unary, method), decode, encode
+            self._unary(handler.unary_unary, method), decode, encode
         )
 
+    def _unary(self, handler: Any, method: str) -> Any:
+        async def call(request: Any, context: Context) -> Any:
+            async with _ends_in_status(method, context):
+                with self._access.admit(method, context, streams=False):
+                    return await handler(_checked(request), context)
 
-def _unary(handler: Any, method: str) -> Any:
-    async def call(request: Any, context: Context) -> Any:
-        async with _ends_in_status(method, context):
-            return await handler(_checked(request), context)
+        return call
 
-    return call
+    def _streaming(self, handler: Any, method: str, check: Callable[[Any], Any]) -> Any:
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            async with _ends_in_status(method, context):
+                with self._access.admit(method, context, streams=True):
+                    if not inspect.isasyncgenfunction(handler):  # writes through the context
+                        await handler(check(request), context)
+                        return
+                    responses = handler(check(request), context)
+                    try:
+                        async for response in responses:
+                            yield response
+                    finally:
+                        await responses.aclose()
 
-
-def _streaming(handler: Any, method: str, check: Callable[[Any], Any]) -> Any:
-    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-        async with _ends_in_status(method, context):
-            if not inspect.isasyncgenfunction(handler):  # writes through the context (health)
-                await handler(check(request), context)
-                return
-            responses = handler(check(request), context)
-            try:
-                async for response in responses:
-                    yield response
-            finally:
-                await responses.aclose()
-
-    return call
+        return call
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import ModelRecord
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc import convert
+from loaderd.server.rpc.access import current_caller
 from loaderd.v1 import model_pb2, model_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -36,7 +37,8 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         keep_alive, ttl = convert.keep_alive(request), convert.span(request, "lease_ttl")
         if ttl is not None:
             check_ttl(ttl, "lease_ttl")
-        async with aclosing(self._loads.load(request.model, options, replicas)) as updates:
+        loading = self._loads.load(request.model, options, current_caller(), replicas)
+        async with aclosing(loading) as updates:
             async for update in updates:
                 if isinstance(update, LoadProgress):
                     yield model_pb2.LoadModelResponse(progress=convert.load_progress(update))

@@ -1,4 +1,4 @@
-"""The public gRPC server: services, interceptor, settings, listeners."""
+"""The public gRPC server: services, interceptor, settings."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loaderd.server.models.loads import Loads
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.cache_service import CacheService
 from loaderd.server.rpc.generation_service import GenerationService
 from loaderd.server.rpc.health import Health
-from loaderd.server.rpc.interceptor import StatusInterceptor
+from loaderd.server.rpc.interceptor import CallInterceptor
 from loaderd.server.rpc.model_service import ModelService
 from loaderd.server.rpc.reflection import add_reflection
 from loaderd.server.rpc.system_service import SystemService
@@ -37,6 +38,8 @@ _OPTIONS = (
     # A ping that comes late, when its call has just ended, is no offence: on a busy box three of
     # them would end the connection, and whatever runs on it by then.
     ("grpc.keepalive_permit_without_calls", 1),
+    # Who connects and then says nothing is not waited for as long as gRPC would: two minutes.
+    ("grpc.server_handshake_timeout_ms", 10_000),
 )
 
 
@@ -54,8 +57,10 @@ class RpcServer:
         planner: Planner,
         store: ModelStore,
         supervisor: Supervisor,
+        *,
+        access: Access,
     ) -> None:
-        self._server = grpc.aio.server(options=_OPTIONS, interceptors=[StatusInterceptor()])
+        self._server = grpc.aio.server(options=_OPTIONS, interceptors=[CallInterceptor(access)])
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelService(registry, loads, planner), self._server
         )
@@ -63,7 +68,7 @@ class RpcServer:
             CacheService(registry, store), self._server
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(registry, loads), self._server
+            GenerationService(registry, loads, access.quotas), self._server
         )
         system_pb2_grpc.add_SystemServiceServicer_to_server(
             SystemService(registry, supervisor, planner, store.settings), self._server
@@ -82,13 +87,19 @@ class RpcServer:
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         add_reflection(self._server, (*services, health_name))
 
-    def bind(self, address: str) -> int:
+    def bind(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
         """Binds `host:port` or `unix:path`; the port that it got.
+
+        Args:
+            address: Where to listen.
+            credentials: Of TLS; None listens in the clear.
 
         Raises:
             RuntimeError: The address cannot be bound.
         """
-        return self._server.add_insecure_port(address)
+        if credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, credentials)
 
     async def start(self) -> None:
         """Serves."""

@@ -8,7 +8,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from loaderd.server.errors import LoaderdError
+from loaderd.server.errors import ClientLimitError, LoaderdError
 
 DOMAIN = "loaderd"
 
@@ -43,6 +43,11 @@ _CODES = {
     "DOWNLOAD_CANCELLED": code_pb2.ABORTED,
     "DOWNLOAD_INTERRUPTED": code_pb2.UNAVAILABLE,
     "LEASE_NOT_FOUND": code_pb2.NOT_FOUND,
+    "UNAUTHENTICATED": code_pb2.UNAUTHENTICATED,
+    "FORBIDDEN": code_pb2.PERMISSION_DENIED,
+    "CLIENT_LIMIT": code_pb2.RESOURCE_EXHAUSTED,
+    "MODEL_NOT_ALLOWED": code_pb2.PERMISSION_DENIED,
+    "MODEL_TOO_LARGE": code_pb2.PERMISSION_DENIED,
 }
 """The gRPC code of each reason."""
 
@@ -68,10 +73,16 @@ def status_of(error: LoaderdError) -> status_pb2.Status:
 
 def _details(error: LoaderdError) -> Iterator[Message]:
     yield error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
-    if seconds := _RETRY_AFTER_S.get(error.reason):
+    if seconds := _retry_after_s(error):
         yield error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=seconds))
     if describe := _DESCRIPTIONS.get(error.reason):
         yield describe(error)
+
+
+def _retry_after_s(error: LoaderdError) -> int | None:
+    if isinstance(error, ClientLimitError):
+        return error.retry_after_s
+    return _RETRY_AFTER_S.get(error.reason)
 
 
 def _resource(error: LoaderdError) -> Message:
@@ -108,6 +119,8 @@ def _quota(error: LoaderdError) -> Message:
     violation = error_details_pb2.QuotaFailure.Violation(
         subject=error.metadata.get("model", "daemon"), description=str(error)
     )
+    if isinstance(error, ClientLimitError):
+        violation.subject = f"client:{error.client}"
     details: Message = error_details_pb2.QuotaFailure(violations=[violation])
     return details
 
@@ -133,4 +146,7 @@ _DESCRIPTIONS: dict[str, Callable[[LoaderdError], Message]] = {
     "CACHE_LIMIT": _quota,
     "CACHE_NOT_WRITABLE": _precondition,
     "LEASE_NOT_FOUND": _lease,
+    "CLIENT_LIMIT": _quota,
+    "MODEL_NOT_ALLOWED": _resource,
+    "MODEL_TOO_LARGE": _resource,
 }

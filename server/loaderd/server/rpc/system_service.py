@@ -32,6 +32,7 @@ CAPABILITIES = (
     "generation.stream",
     "models.leases",
     "models.load_on_demand",
+    "models.placement",
     "models.plan",
     "models.replicas",
     "models.watch",

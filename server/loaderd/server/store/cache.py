@@ -78,16 +78,38 @@ class RepoFolder:
         if not cache_dir.is_dir():
             return
         for path in cache_dir.iterdir():
-            if not path.name.startswith(_FOLDER_PREFIX):
-                continue
-            repo_id = path.name.removeprefix(_FOLDER_PREFIX).replace("--", "/")
+            repo = RepoFolder._named(path.name, cache_dir)
             try:
-                HubName(repo_id)
                 is_folder = path.is_dir()
-            except (InvalidNameError, PermissionError):
-                continue  # not a folder that the hub library makes, or a link to what is not ours
-            if is_folder:
-                yield RepoFolder(cache_dir, repo_id)
+            except PermissionError:
+                continue  # a link to what is not ours
+            if repo is not None and is_folder:
+                yield repo
+
+    @staticmethod
+    def holding(path: Path, cache_dir: Path) -> RepoFolder | None:
+        """The repository whose folder has a path in it; None if none has.
+
+        Args:
+            path: A real path.
+            cache_dir: The cache.
+        """
+        cache = Path(os.path.realpath(cache_dir))
+        if not path.is_relative_to(cache) or path == cache:
+            return None
+        return RepoFolder._named(path.relative_to(cache).parts[0], cache_dir)
+
+    @staticmethod
+    def _named(folder: str, cache_dir: Path) -> RepoFolder | None:
+        """The repository of a folder's name; None if the hub library makes no such folder."""
+        if not folder.startswith(_FOLDER_PREFIX):
+            return None
+        repo_id = folder.removeprefix(_FOLDER_PREFIX).replace("--", "/")
+        try:
+            HubName(repo_id)
+        except InvalidNameError:
+            return None
+        return RepoFolder(cache_dir, repo_id)
 
     @property
     def path(self) -> Path:

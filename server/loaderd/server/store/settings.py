@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loaderd.server.store.hub_access import RetryPolicy
+from loaderd.server.store.policy import ModelPolicy
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class StoreSettings:
         retry: How often to ask a hub that is busy.
         max_bytes: How large downloads may make the cache; None: as large as its disk allows.
         allow_pickle: Repository ids, and real paths of local folders, whose weights may be pickles.
+        policy: Which models may be used.
     """
 
     cache_dir: Path
@@ -33,3 +35,4 @@ class StoreSettings:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     max_bytes: int | None = None
     allow_pickle: frozenset[str] = frozenset()
+    policy: ModelPolicy = field(default_factory=ModelPolicy)

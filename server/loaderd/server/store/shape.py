@@ -40,6 +40,7 @@ class ModelShape:
         quantizable_numbers: Of these, all but what gives the logits, which has a row a token.
         quantized: Whether the weights are packed, so that no dtype changes their size.
         sizes: By the keys of `_NAMES`, what config.json says.
+        tensors: Each one; empty where the headers are not those of safetensors.
     """
 
     numbers: int
@@ -48,6 +49,7 @@ class ModelShape:
     quantizable_numbers: int
     quantized: bool
     sizes: Mapping[str, int | None] = field(default_factory=dict, hash=False)
+    tensors: tuple[Tensor, ...] = ()
 
     @property
     def kv_numbers_per_token(self) -> int | None:
@@ -108,6 +110,7 @@ def read_shape(path: Path, model: str, *, allow_pickle: bool) -> ModelShape:
         ),
         quantized=quantized,
         sizes=sizes,
+        tensors=tuple(tensors),
     )
 
 

@@ -97,7 +97,12 @@ class ModelStore:
             _log.info("deleted %d bytes of downloads that never ended", freed)
 
     async def resolve(self, name: HubName | LocalName) -> Resolution:
-        """Says where a name's files are, without asking the hub; see `resolve.resolve`."""
+        """Says where a name's files are, without asking the hub; see `resolve.resolve`.
+
+        Raises:
+            ModelNotAllowedError, ModelTooLargeError: The operator does not allow it.
+            LoaderdError: As `resolve.resolve`.
+        """
         return await asyncio.to_thread(self._resolve, name)
 
     def allows_pickle(self, name: HubName | LocalName) -> bool:
@@ -146,6 +151,9 @@ class ModelStore:
         The hub is asked what the name is now, unless it is a commit. When the hub does not
         answer and the cache has a whole snapshot, that is the result, marked stale.
 
+        Raises:
+            ModelNotAllowedError: The operator does not allow it.
+
         The flight's result raises:
             OfflineNotCachedError: The hub must not be asked, and the cache lacks the name.
             SnapshotIncompleteError, SnapshotCorruptError: The same, but the cache has a part of
@@ -154,6 +162,7 @@ class ModelStore:
             DownloadCancelledError: See `cancel`.
             LoaderdError: See `Downloads.download`.
         """
+        self._check(name)
         return self._flights.join(name, partial(self._download, name))
 
     async def cancel(self, name: HubName) -> tuple[int, int]:
@@ -229,9 +238,12 @@ class ModelStore:
         Raises:
             SnapshotNotFoundError: The cache has no snapshot of the name.
             UnsupportedOptionError: A repair, and the hub must not be asked.
+            ModelNotAllowedError: A repair, and the operator does not allow the model.
             CacheNotWritableError: The cache is not ours to look into.
             LoaderdError: The repair failed; as `download`.
         """
+        if repair:
+            self._check(name)
         if repair and self.settings.offline:
             raise UnsupportedOptionError("repair", "the daemon is offline and must not ask the hub")
         repo = self._repo(name)
@@ -321,6 +333,7 @@ class ModelStore:
             async def admit(found: DownloadPlan) -> None:
                 nonlocal plan
                 plan = found
+                self.settings.policy.check_size(str(name), found.total_bytes)
                 await self._keeper.make_room(arrival, found)
                 publish(DownloadState(found))
 
@@ -364,13 +377,20 @@ class ModelStore:
             _log.warning("%s is served as it is in the cache: %s", name, error)
         return replace(found, revision=name.revision, stale=name.commit is None)
 
+    def _check(self, name: HubName | LocalName) -> None:
+        self.settings.policy.check(name, self.settings.cache_dir)
+
     def _resolve(self, name: HubName | LocalName) -> Resolution:
-        return resolve(
+        self._check(name)
+        found = resolve(
             self._exact(name) if isinstance(name, HubName) else name,
             cache_dir=self.settings.cache_dir,
             local_roots=self.settings.local_roots,
             allow_pickle=self.allows_pickle(name),
         )
+        if not isinstance(found, NotCached):
+            self.settings.policy.check_size(str(name), found.size_bytes)
+        return found
 
     def _exact(self, name: HubName) -> HubName:
         """The name by its whole commit if it has the begin of a cached one."""

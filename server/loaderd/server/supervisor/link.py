@@ -48,6 +48,11 @@ class WorkerLink:
         self._failure: LoaderdError | None = None
 
     @property
+    def failed(self) -> bool:
+        """Whether the worker has ended, or is being ended, and serves nobody any more."""
+        return self._failure is not None
+
+    @property
     def queued(self) -> int:
         """Requests whose turn has not come."""
         return sum(not stream.started for stream in self._streams.values())

@@ -25,7 +25,9 @@ class OutputStream:
 
     Attributes:
         started: Whether its turn has come.
-        ended: Whether the last message, or the failure, has come.
+        ended: Whether no more comes.
+        tokens: Tokens of the prompt and of what came so far. Until the end a delta counts as one,
+            which is a little less than there are: some tokens give no text.
     """
 
     def __init__(self, max_bytes: int, on_end: Callable[[], None]) -> None:
@@ -38,6 +40,7 @@ class OutputStream:
         self._changed = asyncio.Event()
         self.started = False
         self.ended = False
+        self.tokens = 0
 
     def put(self, *messages: StreamGenerateResponse) -> None:
         """Adds a step's messages; `finished` ends the stream, as does a reader that is too slow."""
@@ -47,6 +50,7 @@ class OutputStream:
         for message in messages:
             self.started |= not message.HasField("queued")
             step += _content_bytes(message)
+            self._count(message)
             if not any(_join(waiting, message) for waiting in reversed(self._waiting)):
                 self._waiting.append(message)
         self._waiting_bytes += step
@@ -81,6 +85,15 @@ class OutputStream:
                 return
             self._changed.clear()
             await self._changed.wait()
+
+    def _count(self, message: StreamGenerateResponse) -> None:
+        if message.HasField("started"):
+            self.tokens += message.started.prompt_tokens
+        elif message.HasField("delta"):
+            self.tokens += 1
+        elif message.HasField("finished"):
+            usage = message.finished.usage
+            self.tokens = usage.prompt_tokens + usage.generated_tokens
 
     def _end(self) -> None:
         self.ended = True

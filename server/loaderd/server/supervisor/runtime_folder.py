@@ -1,4 +1,4 @@
-"""The daemon's private folder: the workers' socket lives here, behind a lock."""
+"""Folders that belong to one daemon, behind a lock; the workers' socket lives in one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 logger = logging.getLogger(__name__)
 
@@ -17,19 +18,22 @@ _LOCK = "lock"
 _LONGEST = 60  # of the folder's path: a unix socket's path may have 107 bytes
 
 
-class RuntimeFolder:
+class OwnedFolder:
     """A fresh folder that only this user can enter, removed at the end.
 
     It holds a lock while it is in use. Folders without a holder are what killed daemons left, and
     are removed when the next one starts.
+
+    Args:
+        base: Where it is made.
     """
 
-    def __enter__(self) -> RuntimeFolder:
-        base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-        if not base.is_dir() or len(os.fsencode(base)) > _LONGEST:
-            base = Path("/tmp")  # noqa: S108 - mkdtemp makes the folder, with mode 0700
-        _sweep(base)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+    def __init__(self, base: Path) -> None:
+        self._base = base
+
+    def __enter__(self) -> Self:
+        sweep(self._base)
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._base))
         self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         return self
@@ -44,7 +48,18 @@ class RuntimeFolder:
         os.close(self._lock)
 
 
-def _sweep(base: Path) -> None:
+class RuntimeFolder(OwnedFolder):
+    """The one with the workers' socket."""
+
+    def __init__(self) -> None:
+        base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+        if not base.is_dir() or len(os.fsencode(base)) > _LONGEST:
+            base = Path("/tmp")  # noqa: S108 - mkdtemp makes the folder, with mode 0700
+        super().__init__(base)
+
+
+def sweep(base: Path) -> None:
+    """Removes what killed daemons left in a folder."""
     for folder in base.glob(_PREFIX + "*"):
         lock = folder / _LOCK
         try:

@@ -28,6 +28,7 @@ class StandbyPool:
         self._start = start
         self._spares: list[Worker] = []
         self._wanted = asyncio.Event()
+        self._adding = asyncio.Lock()
         self._filler: asyncio.Task[None] | None = None
 
     @property
@@ -71,10 +72,8 @@ class StandbyPool:
             LoaderdError: It died while it started.
             OSError: It could not be started.
         """
-        self._spares = [worker for worker in self._spares if not worker.ended]
-        if not self._spares:
-            self._spares.append(await self._start())
-        await asyncio.shield(self._spares[0].link.standby)
+        spare = await self._add(1) or self._spares[0]
+        await asyncio.shield(spare.link.standby)
 
     async def close(self) -> None:
         """Ends the spares."""
@@ -83,16 +82,23 @@ class StandbyPool:
             await asyncio.wait([self._filler])
         await asyncio.gather(*(worker.close() for worker in self._spares))
 
+    async def _add(self, size: int) -> Worker | None:
+        """Starts one spare if there are fewer than `size`; None if there are as many."""
+        async with self._adding:
+            self._spares = [worker for worker in self._spares if not worker.ended]
+            if len(self._spares) >= size:
+                return None
+            worker = await self._start()
+            self._spares.append(worker)
+            return worker
+
     async def _fill(self) -> None:
         backoff = _FIRST_BACKOFF_S
         while True:
             await self._wanted.wait()
             self._wanted.clear()
-            self._spares = [worker for worker in self._spares if not worker.ended]
             try:
-                while len(self._spares) < self._size:
-                    worker = await self._start()
-                    self._spares.append(worker)
+                while worker := await self._add(self._size):
                     await asyncio.shield(worker.link.standby)
                     backoff = _FIRST_BACKOFF_S
             except (OSError, LoaderdError) as error:

@@ -72,7 +72,7 @@ class Worker:
         server.expect(worker_id, token, link)
         try:
             process = await launcher.launch(worker_id, token, server.address)
-        except OSError:
+        except BaseException:
             server.forget(worker_id)
             raise
         worker = cls(process, link, limits)

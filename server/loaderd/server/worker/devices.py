@@ -12,7 +12,11 @@ from loaderd.server.errors import InvalidArgumentError, UnsupportedOptionError
 from loaderd.v1.system_pb2 import Device, DeviceType
 
 AUTO = "auto"
+BALANCED = "balanced"
+SEQUENTIAL = "sequential"
+DISK = "disk"
 
+_STRATEGIES = (AUTO, BALANCED, SEQUENTIAL)
 _INDEX = re.compile(r"0|[1-9][0-9]{0,3}")
 _ACCELERATORS = {
     "cuda": DeviceType.DEVICE_TYPE_CUDA,
@@ -29,10 +33,18 @@ def inventory() -> list[Device]:
 
 def accelerators() -> list[Device]:
     """The accelerators that this release of torch can use."""
-    kind = _accelerator_kind()
+    kind = accelerator_kind()
     if kind is None:
         return []
     return [_accelerator(kind, index) for index in range(torch.accelerator.device_count())]
+
+
+def accelerator_kind() -> str | None:
+    """The kind of accelerators that this box has, such as "cuda"; None if it has none."""
+    if not torch.accelerator.is_available():
+        return None
+    kind = torch.accelerator.current_accelerator().type
+    return kind if kind in _ACCELERATORS else None
 
 
 def allocated_bytes() -> int:
@@ -43,7 +55,7 @@ def allocated_bytes() -> int:
 def held_bytes() -> dict[str, int]:
     """Memory that this process holds, by device; see `own_bytes` for the CPU."""
     held = {CPU: own_bytes(psutil.Process())}
-    kind = _accelerator_kind()
+    kind = accelerator_kind()
     if kind == "mps":
         held["mps:0"] = int(torch.mps.driver_allocated_memory())
     elif kind is not None:
@@ -54,7 +66,7 @@ def held_bytes() -> dict[str, int]:
 
 def release_cached_memory() -> None:
     """Gives back accelerator memory that torch keeps for later."""
-    if _accelerator_kind() is not None:
+    if accelerator_kind() is not None:
         torch.accelerator.empty_cache()
 
 
@@ -64,44 +76,78 @@ def wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def is_device(device_map: str) -> bool:
+    """Whether a device map is a device, and no way to find some."""
+    return device_map not in _STRATEGIES
+
+
 def check_device_map(device_map: str) -> None:
     """Checks LoadOptions.device_map.
 
     Raises:
-        InvalidArgumentError: It is neither "auto" nor a device's name.
+        InvalidArgumentError: It is neither a way to find devices nor a device's name.
         UnsupportedOptionError: The box has no such device.
     """
-    kind, colon, index = device_map.partition(":")
-    if device_map in {AUTO, CPU}:
+    if is_device(device_map):
+        check_device(device_map, _DEVICE_MAP)
+
+
+def check_device(name: str, field: str) -> None:
+    """Checks a device's name.
+
+    Args:
+        name: Such as "cpu" or "cuda:0".
+        field: Where it was given, for the error.
+
+    Raises:
+        InvalidArgumentError: It is none.
+        UnsupportedOptionError: The box has no such device.
+    """
+    kind, colon, index = name.partition(":")
+    if name == CPU:
         return
     if kind not in _ACCELERATORS or (colon and not _INDEX.fullmatch(index)):
-        raise InvalidArgumentError(
-            _DEVICE_MAP, f'{device_map!r} is not "auto", "cpu" or a device such as "cuda:0"'
+        problem = (
+            f'{name!r} is not "auto", "balanced", "sequential", "cpu" or a device such as "cuda:0"'
+            if field == _DEVICE_MAP
+            else f'{name!r} is not "cpu" or a device such as "cuda:0"'
         )
-    count = torch.accelerator.device_count() if _accelerator_kind() == kind else 0
+        raise InvalidArgumentError(field, problem)
+    count = torch.accelerator.device_count() if accelerator_kind() == kind else 0
     if int(index or 0) >= count:
-        raise UnsupportedOptionError(_DEVICE_MAP, f"this box has no device {device_map!r}")
+        raise UnsupportedOptionError(field, f"this box has no device {name!r}")
 
 
 def uses_accelerator(device_map: str) -> bool:
     """Whether a model with this device map has layers on an accelerator."""
-    return device_map != CPU and _accelerator_kind() is not None
+    return device_map != CPU and accelerator_kind() is not None
 
 
 def kind_of(device_map: str) -> str:
     """The kind of device that a model with this device map is computed on, such as "cuda"."""
-    if device_map == AUTO:
-        return _accelerator_kind() or CPU
+    if not is_device(device_map):
+        return accelerator_kind() or CPU
     return device_map.partition(":")[0]
+
+
+def named(device_map: str) -> list[Device]:
+    """The devices that a device map means."""
+    if is_device(device_map):
+        wanted = device_map if ":" in device_map or device_map == CPU else f"{device_map}:0"
+        return [device for device in inventory() if device.id == wanted]
+    return accelerators() or [cpu()]
 
 
 def free_bytes(device_map: str) -> int:
     """Memory that a model with this device map can have."""
-    devices = inventory()
-    if device_map != AUTO:
-        wanted = device_map if ":" in device_map or device_map == CPU else f"{device_map}:0"
-        devices = [device for device in devices if device.id == wanted]
-    return sum(device.free_bytes for device in devices)
+    return sum(device.free_bytes for device in named(device_map))
+
+
+def name_of(device: torch.device) -> str:
+    """A device's name in a device map."""
+    if device.type != CPU and device.index is None:
+        return f"{device.type}:0"
+    return str(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -119,13 +165,6 @@ def is_broken(error: BaseException) -> bool:
     CUDA reports such an error again at every later call.
     """
     return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
-
-
-def _accelerator_kind() -> str | None:
-    if not torch.accelerator.is_available():
-        return None
-    kind = torch.accelerator.current_accelerator().type
-    return kind if kind in _ACCELERATORS else None
 
 
 def _accelerator(kind: str, index: int) -> Device:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loaderd.server.box.dtype import DtypeChoice
 from loaderd.server.worker.engine.parameters import ModelFacts, SamplingDefaults
 from loaderd.server.worker.engine.protocol import Engine
+from loaderd.server.worker.layers import layer_devices, offloaded_bytes, weights_of
 from loaderd.server.worker.quantization import count_bytes, count_numbers
 from loaderd.v1.model_pb2 import Dtype, ModelDetails, Quantization
 
@@ -65,7 +66,7 @@ def model_details(
     quantization_reason: str = "",
 ) -> ModelDetails:
     """What clients get to know of this model."""
-    parameters = list(model.parameters())
+    parameters = weights_of(model)
     return ModelDetails(
         architecture=type(model).__name__,
         dtype=dtype.dtype,
@@ -75,7 +76,8 @@ def model_details(
         context_length=model_facts(model).context_length,
         parameter_count=sum(map(count_numbers, parameters)),
         weight_bytes=sum(map(count_bytes, parameters)),
-        device_map=_device_map(model),
+        device_map=layer_devices(model),
+        offloaded_bytes=offloaded_bytes(model),
         has_chat_template=tokenizer.chat_template is not None,
         supported_parameters=sorted(engine.supported_parameters),
         worker_pid=os.getpid(),
@@ -111,23 +113,3 @@ def _sampling_defaults(config: Any) -> SamplingDefaults:
         repetition_penalty=float(own("repetition_penalty")),
         no_repeat_ngram_size=int(own("no_repeat_ngram_size")),
     )
-
-
-def _device_map(model: PreTrainedModel) -> dict[str, str]:
-    """Module name -> device; one entry with an empty name when it is all on one."""
-    placed = {name: _device_name(place) for name, place in _placements(model).items()}
-    if len(set(placed.values())) == 1:
-        return {"": next(iter(placed.values()))}
-    return placed
-
-
-def _placements(model: PreTrainedModel) -> dict[str, Any]:
-    placements: dict[str, Any] = getattr(model, "hf_device_map", None) or {"": model.device}
-    return placements
-
-
-def _device_name(place: int | str | torch.device) -> str:
-    device = torch.device(place)
-    if device.type != "cpu" and device.index is None:
-        return f"{device.type}:0"
-    return str(device)

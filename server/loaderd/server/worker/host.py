@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import accelerate  # noqa: F401 - loading imports it
 import torch
@@ -23,7 +24,7 @@ from loaderd.server.box.cpu import CPU, cores
 from loaderd.server.box.dtype import choose_dtype, cpu_flags
 from loaderd.server.errors import LoaderdError, ModelNotLoadedError
 from loaderd.server.worker import devices
-from loaderd.server.worker.engine.batching.build import batching_engine
+from loaderd.server.worker.engine.batching.build import EngineSettings, batching_engine
 from loaderd.server.worker.engine.batching.suitability import UnsuitableError
 from loaderd.server.worker.engine.batching.trials import Trials, default_folder
 from loaderd.server.worker.engine.completion import Tokenizer
@@ -32,10 +33,12 @@ from loaderd.server.worker.engine.protocol import Engine
 from loaderd.server.worker.engine.sequential import SequentialEngine
 from loaderd.server.worker.facts import TORCH_DTYPES, model_details, model_facts
 from loaderd.server.worker.failures import error_message, incident
+from loaderd.server.worker.layout import Layout
 from loaderd.server.worker.link import Link
 from loaderd.server.worker.loader import ModelLoader
 from loaderd.server.worker.quantization import choose_quantizer, quantization_reason
 from loaderd.server.worker.tokenization import Tokenization, special_ids
+from loaderd.v1.model_pb2 import Offload
 from loaderd.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
@@ -147,21 +150,24 @@ class ModelHost:
     def _load(self, command: worker_pb2.Load) -> worker_pb2.Loaded:
         begin, before = time.monotonic(), devices.held_bytes()
         options = command.options
-        device_map = options.device_map if options.HasField("device_map") else devices.AUTO
+        layout = _layout(command)
+        layout.check()
         dtype = choose_dtype(
             options.dtype,
-            on_accelerator=devices.uses_accelerator(device_map),
+            on_accelerator=layout.kind != CPU,
             flags=cpu_flags(),
             quantization=options.quantization,
         )
-        devices.check_device_map(device_map)
         quantizer = choose_quantizer(
-            options.quantization, device_map=device_map, dtype=TORCH_DTYPES[dtype.dtype]
+            options.quantization, device_map=layout.main, dtype=TORCH_DTYPES[dtype.dtype]
         )
         loader = ModelLoader(
             command.path,
             dtype=TORCH_DTYPES[dtype.dtype],
-            device_map=device_map,
+            device_map=layout.device_map,
+            max_memory=layout.max_memory,
+            offload=layout.offload,
+            offload_folder=layout.folder,
             shown_name=command.model,
             allow_pickle=command.allow_pickle,
             quantizer=quantizer,
@@ -172,7 +178,12 @@ class ModelHost:
         weights.FromNanoseconds(round((time.monotonic() - begin) * 1e9))
         facts = model_facts(model)
         completions = Tokenizer(tokenizer, special_ids(tokenizer))
-        engine, reason, later_bytes = self._engine(model, completions, command.model, facts)
+        bounds = {
+            device: before.get(device, 0) + most for device, most in options.max_memory.items()
+        }
+        engine, reason, later_bytes = self._engine(
+            model, completions, command.model, facts, EngineSettings(max_device_bytes=bounds)
+        )
         self._hosted = _Hosted(facts, engine, Tokenization(tokenizer, facts.vocabulary_size))
         details = model_details(
             model,
@@ -190,7 +201,12 @@ class ModelHost:
         return worker_pb2.Loaded(details=details, weights=weights, held_bytes=taken)
 
     def _engine(
-        self, model: PreTrainedModel, tokenizer: Tokenizer, name: str, facts: ModelFacts
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        name: str,
+        facts: ModelFacts,
+        settings: EngineSettings,
     ) -> tuple[Engine, str, int]:
         """The best engine that can serve the model, why it is this one, and `later_bytes`."""
         try:
@@ -201,6 +217,7 @@ class ModelHost:
                 self._emit,
                 on_death=_end_process,
                 context_length=facts.context_length,
+                settings=settings,
                 trials=Trials(default_folder()),
             )
         except UnsuitableError as error:
@@ -223,6 +240,20 @@ class ModelHost:
 
     def _emit(self, outputs: Sequence[worker_pb2.Output]) -> None:
         self._link.send(step=worker_pb2.Step(outputs=outputs))
+
+
+def _layout(command: worker_pb2.Load) -> Layout:
+    options = command.options
+    device_map: str | dict[str, str] = dict(options.module_map)
+    if not device_map:
+        device_map = options.device_map if options.HasField("device_map") else devices.AUTO
+    offload = Offload.Name(options.offload).removeprefix("OFFLOAD_").lower()
+    return Layout(
+        device_map,
+        max_memory=dict(command.weight_room) or None,
+        offload=offload if options.offload else "",
+        folder=Path(command.offload_folder) if command.offload_folder else None,
+    )
 
 
 def _end_process() -> None:

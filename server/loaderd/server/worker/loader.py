@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from loaderd.server.store.names import HubName, LocalName, parse_name_or_path
 from loaderd.server.store.resolve import NotCached, resolve
 from loaderd.server.worker import devices
 from loaderd.server.worker.failures import incident
+from loaderd.server.worker.layout import Layout
 from loaderd.server.worker.pretrained import ModelFolder
 from loaderd.server.worker.quantization import Quantizer
 
@@ -34,7 +35,11 @@ class ModelLoader:
         model_name: A folder, `org/name`, or `org/name@revision` (branch, tag or commit).
         cache_dir: The Hugging Face cache; default: the one that the hub library uses.
         dtype: Of the weights and of the computation.
-        device_map: "auto" (accelerators first, then the CPU), "cpu", or a device such as "cuda:0".
+        device_map: "auto", "balanced" or "sequential" for accelerators (the CPU on a box without),
+            "cpu", a device such as "cuda:0", or the device, or "disk", of each module.
+        max_memory: Most bytes of weights on each device; what it does not name gets none.
+        offload: Where layers may go that do not fit: nowhere, "cpu", or "disk" after that.
+        offload_folder: For weights on the disk that cannot be read from the model's files.
         token: The hub token; default: the one that the hub library uses.
         shown_name: What errors call the model; default: `model_name`.
         allow_pickle: Take weights in pickles when there are no safetensors. They are read as
@@ -48,7 +53,10 @@ class ModelLoader:
         *,
         cache_dir: Path | None = None,
         dtype: torch.dtype = torch.float16,
-        device_map: str = devices.AUTO,
+        device_map: str | Mapping[str, str] = devices.AUTO,
+        max_memory: Mapping[str, int] | None = None,
+        offload: str = "",
+        offload_folder: Path | None = None,
         token: str | None = None,
         shown_name: str | None = None,
         allow_pickle: bool = False,
@@ -57,7 +65,7 @@ class ModelLoader:
         self.model_name = model_name
         self.cache_dir = cache_dir or default_cache_dir()
         self.dtype = dtype
-        self.device_map = device_map
+        self.layout = Layout(device_map, max_memory, offload, offload_folder)
         self.quantizer = quantizer
         self._token = token
         self._shown_name = shown_name or model_name
@@ -70,7 +78,7 @@ class ModelLoader:
             LoaderdError: The name leads to no model that can be loaded here; the class says why.
         """
         with self._domain_errors("loading a model"):
-            return self._folder.load_model(self.dtype, self.device_map, self.quantizer)
+            return self._folder.load_model(self.dtype, self.layout, self.quantizer)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Loads the tokenizer; without a padding token, the end-of-sequence token pads.

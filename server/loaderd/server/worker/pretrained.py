@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +30,7 @@ from transformers.utils import is_gguf_available
 
 from loaderd.server.errors import (
     DeviceMemoryError,
+    DiskFullError,
     ModelUnsupportedError,
     SnapshotCorruptError,
     SnapshotIncompleteError,
@@ -36,6 +39,7 @@ from loaderd.server.errors import (
 from loaderd.server.store.selection import CONFIG, GGUF
 from loaderd.server.worker import devices
 from loaderd.server.worker.gguf_tokenizer import gguf_tokenizer
+from loaderd.server.worker.layout import Layout
 from loaderd.server.worker.quantization import FIELD as QUANTIZATION
 from loaderd.server.worker.quantization import Quantizer
 from loaderd.server.worker.tokenizer_files import has_tokenizer, without_foreign_files
@@ -65,13 +69,13 @@ class ModelFolder:
     file: str | None = None
 
     def load_model(
-        self, dtype: torch.dtype, device_map: str, quantizer: Quantizer | None = None
+        self, dtype: torch.dtype, layout: Layout, quantizer: Quantizer | None = None
     ) -> PreTrainedModel:
         """Loads the model, ready for inference.
 
         Args:
             dtype: Of the weights and of the computation.
-            device_map: "auto", "cpu" or a device such as "cuda:0".
+            layout: Where its layers may go.
             quantizer: What quantizes the weights, if anything does.
 
         Raises:
@@ -79,25 +83,31 @@ class ModelFolder:
             SnapshotCorruptError: A file is damaged, or a tensor is missing or of another shape.
             ModelUnsupportedError: It is no causal language model that transformers knows.
             DeviceMemoryError: It does not fit.
-            InvalidArgumentError: See `devices.check_device_map`.
-            UnsupportedOptionError: As above, or the model cannot be quantized.
+            DiskFullError: The disk cannot hold what is offloaded to it.
+            InvalidArgumentError: The layout does not fit the model.
+            UnsupportedOptionError: The box has no such device, or the model cannot be quantized.
         """
-        devices.check_device_map(device_map)
+        layout.check()
         weights = self._weights()
         config = self._config(weights.gguf_file)
         model_class = self._model_class(config)
         if quantizer is not None and (weights.gguf_file or _is_quantized(config)):
             raise UnsupportedOptionError(QUANTIZATION, "the model's files are quantized already")
-        free = quantizer.free_bytes(device_map) if quantizer else devices.free_bytes(device_map)
-        needed = _needed_bytes(weights, dtype, config, quantizer)
-        if needed > free:
+        packed = quantizer is not None or _is_quantized(config)
+        if packed and layout.may_offload:
+            raise UnsupportedOptionError(QUANTIZATION, "quantized weights cannot be offloaded")
+        free, needed = layout.free_bytes, _needed_bytes(weights, dtype, config, quantizer)
+        if free is not None and needed > free:
             raise DeviceMemoryError(self.name, needed, free)
+        # Only transformers knows the sizes of packed layers, when it makes them.
+        places = layout.arguments() if packed else layout.mapped(config, dtype, self.name, needed)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 config=config,
                 dtype=dtype,
-                device_map=device_map,
+                **places,
+                offload_folder=layout.folder,
                 **_quantization(weights.gguf_file, quantizer),
                 use_safetensors=not weights.are_pickles,
                 weights_only=True,
@@ -109,20 +119,21 @@ class ModelFolder:
                 **_TRUST,
             )
         except SafetensorError as error:
+            self._check_disk(error, layout.folder, needed)
             raise weights.unreadable(weights.listing) from error
         except ImportError as error:
             self._unsupported(error, "it needs a library that is not installed")
         except Exception as error:
             if devices.is_out_of_memory(error):
                 raise DeviceMemoryError(self.name) from error
+            self._check_disk(error, layout.folder, needed)
             if weights.gguf_file is None:
                 raise
             self._unsupported(error, _UNREADABLE_GGUF)  # the ways to misread it are many
         self._check_report(report, weights.listing)
         if quantizer is not None:
             quantizer.finish(model)
-        if "disk" in getattr(model, "hf_device_map", {}).values():
-            raise DeviceMemoryError(self.name)
+        layout.check_spill(getattr(model, "hf_device_map", {}), self.name, needed)
         return model
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -209,6 +220,12 @@ class ModelFolder:
                 f"tensor {tensor!r} of shape {tuple(expected)}",
                 f"shape {tuple(found)}",
             )
+
+    def _check_disk(self, error: Exception, folder: Path | None, needed: int) -> None:
+        """Tells a disk that could not take what is offloaded to it from other failures."""
+        is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if folder is not None and (is_full or f"(os error {errno.ENOSPC})" in str(error)):
+            raise DiskFullError(needed, shutil.disk_usage(folder).free) from error
 
     def _unsupported(self, error: Exception, problem: str) -> NoReturn:
         logger.warning("cannot load %s: %s", self.name, problem, exc_info=error)

@@ -43,25 +43,17 @@ class Quantizer:
         library: The library that does.
         config: transformers' name for it, an argument of from_pretrained.
         bits: Of a quantized weight, with its share of the scales.
-        spreads: Whether layers may be on a CPU when others are on accelerators.
     """
 
     kind: Quantization.ValueType
     library: str
     config: Any
     bits: float
-    spreads: bool = False
 
     @property
     def name(self) -> str:
         """As clients write it."""
         return Quantization.Name(self.kind).removeprefix("QUANTIZATION_").lower()
-
-    def free_bytes(self, device_map: str) -> int:
-        """Memory that a model with this device map can have."""
-        if not self.spreads and devices.uses_accelerator(device_map) and device_map == devices.AUTO:
-            return sum(device.free_bytes for device in devices.accelerators())
-        return devices.free_bytes(device_map)
 
     def finish(self, model: PreTrainedModel) -> None:
         """Refuses a model of which nothing was quantized, and readies one of which something was.
@@ -86,7 +78,7 @@ def choose_quantizer(
 
     Args:
         asked: The option.
-        device_map: Where the model goes.
+        device_map: Which devices compute.
         dtype: Of what is computed.
 
     Raises:
@@ -155,7 +147,7 @@ def _int8(_device: str, _dtype: torch.dtype) -> Quantizer:
     from transformers import TorchAoConfig
 
     config = TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
-    return Quantizer(Quantization.QUANTIZATION_INT8, "torchao", config, bits=8.5, spreads=True)
+    return Quantizer(Quantization.QUANTIZATION_INT8, "torchao", config, bits=8.5)
 
 
 def _int4(device: str, dtype: torch.dtype) -> Quantizer:

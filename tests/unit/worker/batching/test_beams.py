@@ -26,6 +26,7 @@ from tests.unit.worker.engine_client import (
     build,
 )
 
+SOME = PROMPTS[1:6]
 LONG = random.Random(4).choices(range(2, VOCABULARY), k=100)
 PENALTIES: dict[str, Any] = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
 SEARCHES: list[dict[str, Any]] = [
@@ -58,6 +59,12 @@ def ending(model: Any, prompt: list[int]) -> list[int]:
     return sorted({beam[place] for beam, place in zip(beams, (2, 4, 3, 5, 7), strict=True)})[:2]
 
 
+@pytest.fixture(scope="module")
+def endings(models: tuple[Any, Any]) -> list[list[int]]:
+    """What ends outputs early, for each of `SOME`."""
+    return [ending(models[0], prompt) for prompt in SOME]
+
+
 def search(client: Client, prompt: list[int], **options: Any) -> list[list[int]]:
     asked = {"bypass_prefix_cache": True, "return_token_ids": True} | options
     return outputs_by_index(client.generate(prompt, **asked))
@@ -66,11 +73,14 @@ def search(client: Client, prompt: list[int], **options: Any) -> list[list[int]]
 @pytest.mark.parametrize("options", SEARCHES)
 @pytest.mark.parametrize("ends", [False, True])
 def test_alone(
-    client: Client, models: tuple[Any, Any], options: dict[str, Any], ends: bool
+    client: Client,
+    models: tuple[Any, Any],
+    endings: list[list[int]],
+    options: dict[str, Any],
+    ends: bool,
 ) -> None:
     lengths = set[int]()
-    for prompt in PROMPTS[1:6]:
-        stops = ending(models[0], prompt) if ends else []
+    for prompt, stops in zip(SOME, endings if ends else [[]] * len(SOME), strict=True):
         expected = reference_beams(
             models[0], prompt, max_new_tokens=14, eos_token_id=[EOS, *stops], **options
         )
@@ -152,9 +162,9 @@ def test_every_number_of_outputs(
         "max_new_tokens": 40,
     }
     stops = ending(plain, PROMPT)
+    expected = reference_beams(plain, PROMPT, eos_token_id=[EOS, *stops], n=count, **options)
     for n in range(1, count + 1):
-        expected = reference_beams(plain, PROMPT, eos_token_id=[EOS, *stops], n=n, **options)
-        assert search(llama, PROMPT, stop_token_ids=stops, n=n, **options) == expected
+        assert search(llama, PROMPT, stop_token_ids=stops, n=n, **options) == expected[:n]
 
 
 def test_long_outputs_with_penalties(llama: Client, plain: Any) -> None:

@@ -59,6 +59,16 @@ def test_the_fullest_device_says_how_many_tokens_there_are(
     assert cache.spare_place == capacity.slot_tokens
 
 
+def test_a_bound_of_a_device_counts_what_is_held_already(
+    free: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "held_bytes", lambda: {"cuda:0": 2**29})
+    bounded = EngineSettings(max_device_bytes={"cuda:0": 2**30, "cuda:1": 2**40, "cpu": 5})
+    rooms = {device: bounded.room(device) for device in free}
+    assert rooms == {"cpu": 5, "cuda:0": 2**29, "cuda:1": 2**29}
+    assert EngineSettings(max_device_bytes={"cuda:0": 3}).room("cuda:0") == 0
+
+
 def test_memory_of_other_devices_does_not_help(free: dict[str, int]) -> None:
     free["cuda:0"] = 100
     with pytest.raises(UnsuitableError, match="too little memory"):

@@ -64,7 +64,7 @@ _PROMPTS = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.integers(0, 6), st.lists(_PROMPTS, max_size=40))
 def test_a_block_that_is_found_holds_what_was_written_for_this_prompt(
     blocks: int, prompts: list[tuple[list[int], str, bool]]

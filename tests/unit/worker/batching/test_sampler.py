@@ -96,7 +96,7 @@ def reference(request: GenerationRequest) -> LogitsProcessorList:
     return processors
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), fields=masks)
 def test_masks_and_penalties_are_those_of_transformers(seed: int, fields: dict[str, Any]) -> None:
     request = asked(max_new_tokens=STEPS, **fields)
@@ -109,7 +109,7 @@ def test_masks_and_penalties_are_those_of_transformers(seed: int, fields: dict[s
         assert run.ids(0)[-1] == scores.argmax()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     fields=st.lists(
         st.tuples(masks, st.sampled_from([{}, {"temperature": 0.9}, {"top_k": 5}, {"top_p": 0.8}])),

@@ -68,7 +68,7 @@ def check(counted: Tensor, expected: Tensor) -> None:
     assert ((counted - draws * expected).abs() <= 6 * deviation + 1).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), fields=limits)
 def test_tokens_come_as_often_as_transformers_would_draw_them(
     seed: int, fields: dict[str, Any]
@@ -80,7 +80,7 @@ def test_tokens_come_as_often_as_transformers_would_draw_them(
     assert (counted[expected > 0.004] > 0).all(), "a token that never comes"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10**6),
     fields=st.lists(limits, min_size=2, max_size=6),
@@ -156,7 +156,7 @@ def test_what_is_masked_is_never_drawn() -> None:
         assert counted.nonzero().squeeze(1).tolist() == [300, 301]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     rows=st.integers(1, 4),
@@ -185,7 +185,6 @@ def test_a_row_without_a_token_is_told_and_harms_no_other(
         assert min(first, last) >= 0
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     rows=st.integers(1, 4),

@@ -255,10 +255,10 @@ class Any(RuleBasedStateMachine):
 
 
 TestAnyOrder = Any.TestCase
-TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=40)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(priority=st.integers(-(2**31), 2**31 - 1), rate=st.integers(1, 3))
 def test_none_starves_behind_a_stream_of_others(priority: int, rate: int) -> None:
     scheduler = Scheduler(Capacity(slots=1, slot_tokens=20, tokens=20, queue=10**6))

@@ -135,7 +135,7 @@ def test_flat_models_have_them_too(architecture: str) -> None:
     findings.check_static(model, flat, Recording())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.dictionaries(st.integers(0, SLOTS - 1), st.integers(1, TOKENS - 8), min_size=1), st.data()
 )

@@ -36,6 +36,7 @@ from loaderd.server.worker.engine.protocol import Emit, GenerationRequest
 from loaderd.server.worker.engine.reception import Admitted, Reception
 from loaderd.server.worker.engine.supported import HONOURED
 from loaderd.server.worker.failures import incident
+from loaderd.server.worker.layers import input_device
 from loaderd.v1.generation_pb2 import FinishReason
 from loaderd.worker.v1.worker_pb2 import Output
 
@@ -223,7 +224,7 @@ class SequentialEngine:
         return None
 
     def _generate_all(self, job: Job) -> None:
-        prompt = torch.tensor([job.request.prompt], device=self._model.device)
+        prompt = torch.tensor([job.request.prompt], device=input_device(self._model))
         mask = (
             {"attention_mask": torch.ones_like(prompt)} if "attention_mask" in self._takes else {}
         )
@@ -249,7 +250,7 @@ class SequentialEngine:
         """
         if "use_cache" not in self._takes:
             return False
-        token = torch.zeros(1, 1, dtype=torch.int64, device=self._model.device)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=input_device(self._model))
         kept = self._model(token, use_cache=True).values()
         return any(hasattr(value, "reorder_cache") for value in kept)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -36,11 +36,11 @@ from loaderd.server.worker.engine.batching.suitability import (
     Findings,
     UnsuitableError,
     examine,
-    input_device,
 )
 from loaderd.server.worker.engine.batching.trials import UNREMEMBERED, Outcome, Trials, identity_of
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.protocol import Emit
+from loaderd.server.worker.layers import input_device, offloaded_bytes
 
 _NO_MEMORY = "too little memory is free for keys and values"
 
@@ -55,6 +55,7 @@ class EngineSettings:
         memory_share: Of the devices' free memory, for keys and values.
         max_memory_bytes: The most of it.
         prefix_share: Of that, for prompts that have been computed before.
+        max_device_bytes: The most that this process may hold of a device, for those with a bound.
     """
 
     max_slots: int = 64
@@ -62,6 +63,20 @@ class EngineSettings:
     memory_share: float = 0.5
     max_memory_bytes: int = 16 * 2**30
     prefix_share: float = 0.25
+    max_device_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    def room(self, device: str, promised: int = 0) -> int:
+        """Bytes of a device that this process may take yet, at most a share of what is free.
+
+        Args:
+            device: The device.
+            promised: What will be taken of its bound besides.
+        """
+        shared = int(devices.free_bytes(device) * self.memory_share)
+        most = self.max_device_bytes.get(device)
+        if most is None:
+            return shared
+        return max(min(shared, most - promised - devices.held_bytes().get(device, 0)), 0)
 
 
 class Built(NamedTuple):
@@ -105,13 +120,16 @@ def batching_engine(
     Raises:
         UnsuitableError: The model is not for this engine.
     """
+    if offloaded_bytes(model):
+        raise UnsuitableError("it has offloaded layers, which come to their device for each step")
     own_attention = model.config._attn_implementation
     try:
         outcome, linears, no_graphs = _prepare(model, trials, settings)
         graphs, decoding = _graphs(model, no_graphs)
         forward, how = _forward(model, outcome, linears.policy)
         spare = graphs is not None
-        cache, capacity = _memory(outcome, context_length, settings, spare=spare)
+        later = linears.missing_bytes
+        cache, capacity = _memory(outcome, context_length, settings, spare=spare, later=later)
         device = input_device(model)
         static = StaticSteps(forward, cache, device, graphs) if graphs else None
         runner = Runner(forward, cache, device, static)
@@ -130,19 +148,18 @@ def batching_engine(
         on_death=on_death,
     )
     reasons = [f"it computes the same in batches, {how}", decoding, str(linears.policy)]
-    later = linears.missing_bytes
     if later:
         threading.Thread(target=linears.make_copies, name="copies", daemon=True).start()
     return Built(engine, "; ".join(filter(None, reasons)), later)
 
 
 def _memory(
-    outcome: Outcome, context_length: int, settings: EngineSettings, *, spare: bool
+    outcome: Outcome, context_length: int, settings: EngineSettings, *, spare: bool, later: int = 0
 ) -> tuple[KvCache, Capacity]:
     devices.release_cached_memory()  # or it would count as taken
     sizes = outcome.bytes_per_token
     rooms = [
-        int(devices.free_bytes(device) * settings.memory_share) // size
+        settings.room(device, later if device == CPU else 0) // size
         for device, size in sizes.items()
     ]
     tokens = min(*rooms, settings.max_memory_bytes // sum(sizes.values()))
@@ -166,7 +183,7 @@ def _prepare(
         recorded; None where they can, or where nothing records.
     """
     identity = identity_of(model)
-    for_copies = int(devices.free_bytes(CPU) * settings.memory_share)
+    for_copies = settings.room(CPU)
     known = trials.find(identity)
     if known is not None:
         model.set_attn_implementation(NAME)

@@ -17,6 +17,7 @@ from loaderd.server.worker.engine.batching.forward import Forward, ModuleForward
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
 from loaderd.server.worker.engine.batching.runner import Runner
 from loaderd.server.worker.engine.batching.static_step import Graphs, StaticSteps
+from loaderd.server.worker.layers import input_device
 
 _PROMPTS = (range(1009, 5000, 331), range(2003, 9000, 719))
 """Token ids to try it with, modulo the vocabulary: no runs of special tokens, which models
@@ -117,12 +118,6 @@ def _rope_types(parameters: object) -> Iterator[str]:
 def _prompts(model: PreTrainedModel) -> list[list[int]]:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     return [[token % vocabulary for token in prompt] for prompt in _PROMPTS]
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go."""
-    device: torch.device = model.get_input_embeddings().weight.device
-    return device
 
 
 def _own_logits(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
