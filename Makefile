@@ -19,12 +19,13 @@ MODEL := .cache/models/SmolLM2-135M-Instruct
 CODE := server client tests benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test check docs protos model bench bench-engine bench-turmoil bench-simulation
-.PHONY: bench-peers clean
+.PHONY: help setup demo run test check docs protos model clean
+.PHONY: bench bench-engine bench-cold-start bench-recovery bench-turmoil bench-simulation
+.PHONY: bench-peers
 .PHONY: check-style check-types check-protos check-stubs
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(SETUP) ## Make .venv with everything for running and developing
 
@@ -52,6 +53,12 @@ bench: $(SETUP) $(MODEL) ## Run the benchmarks (ARGS="options")
 
 bench-engine: $(SETUP) $(MODEL) ## What the engine promises, each figure beside its bar (ARGS="options")
 	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+bench-cold-start: $(SETUP) $(MODEL) ## Loads with a warm standby beside new Python processes (ARGS="options")
+	$(BIN)/python -m benchmarks.cold_start --model $(MODEL) $(ARGS)
+
+bench-recovery: $(SETUP) $(MODEL) ## How soon streams end and models are back when workers are killed
+	$(BIN)/python -m benchmarks.recovery --model $(MODEL) $(ARGS)
 
 bench-turmoil: $(SETUP) $(MODEL) ## Models beside each other while clients unload and kill (ARGS="options")
 	$(BIN)/python -m benchmarks.turmoil --model $(MODEL) $(ARGS)

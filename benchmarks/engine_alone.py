@@ -103,7 +103,8 @@ class _Recorder:
         if "step" in event:
             with self._changed:
                 for output in event["step"].outputs:
-                    self._take(output)
+                    if output.key in self.streams:  # else it is of no request
+                        self._take(output)
                 self._changed.notify_all()
 
     def close(self) -> None:

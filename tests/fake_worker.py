@@ -67,6 +67,9 @@ class FakeWorker:
     def beat(self, own_bytes: int) -> None:
         self._send(heartbeat=worker_pb2.Heartbeat(own_bytes=own_bytes))
 
+    def report(self, report: worker_pb2.EngineReport) -> None:
+        self._output(worker_pb2.Output(report=report))
+
     async def _run(self) -> None:
         try:
             async with grpc.aio.insecure_channel(self._link) as channel:

@@ -112,7 +112,7 @@ def _is_about_loading(request: pytest.FixtureRequest) -> bool:
 
 def _unload_all(address: str, *, but: str | None) -> None:
     """Unloads what tests before have left, but for the model of a name as `model` makes it."""
-    plain = LoadOptions(dtype=None, device_map=None, quantization=None)
+    plain = LoadOptions(dtype=None, device_map=None, quantization=None, max_memory={}, offload=None)
     with Client(address) as client:
         for model in client.models():
             stays = model.name == but and model.info.options == plain

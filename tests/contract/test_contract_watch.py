@@ -65,6 +65,26 @@ async def test_a_cancelled_watch_says_so(client: AsyncClient) -> None:
         await anext(aiter(watch))
 
 
+async def test_a_model_tells_what_its_engine_has_done(
+    client: AsyncClient, model: AsyncModel
+) -> None:
+    before = (await model.refresh()).statistics
+    result = await model.generate("Hello", max_new_tokens=5, ignore_eos=True)
+
+    async def is_told() -> bool:
+        after = (await model.refresh()).statistics
+        assert before is not None
+        assert after is not None
+        grown = after.generated_tokens - before.generated_tokens
+        taken = after.prompt_tokens - before.prompt_tokens
+        return (grown, taken, after.running_requests) == (5, result.usage.prompt_tokens, 0)
+
+    await eventually(is_told)
+    assert model.info.statistics is not None
+    assert (model.info.statistics.kv_capacity_tokens or 0) > 0
+    assert (await client.info()).clients >= 1
+
+
 async def test_the_daemon_tells_about_itself(client: AsyncClient) -> None:
     first, second = await client.info(), await client.info()
 

@@ -256,6 +256,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             finished.timings.prefill.FromMilliseconds(20)
             finished.timings.decode.FromMilliseconds(500)
             finished.timings.time_to_first_token.FromMilliseconds(25)
+            self._daemon.models.count(model, finished.usage)
             yield generation_pb2.StreamGenerateResponse(finished=finished)
 
     def _check(self, request: generation_pb2.StreamGenerateRequest, model: model_pb2.Model) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from loaderd.v1 import cache_pb2, model_pb2, model_pb2_grpc, system_pb2
+from loaderd.v1 import cache_pb2, generation_pb2, model_pb2, model_pb2_grpc, system_pb2
 from tests.fake_daemon.cache import commit_of, verify_steps
 from tests.fake_daemon.downloads import download_progress, download_steps
 from tests.fake_daemon.failure import FailureError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FREED_BYTES = 123_456_789
 WEIGHT_BYTES = 38_000_000
 HELD_BYTES = 52_000_000
+KV_CAPACITY_TOKENS = 10_000
 
 
 class Load:
@@ -97,6 +98,14 @@ class Models:
         finally:
             with self._lock:
                 model.active_requests -= 1
+
+    def count(self, model: model_pb2.Model, usage: generation_pb2.Usage) -> None:
+        """Counts the tokens of a request that has ended; all of the last second, it seems."""
+        with self._lock:
+            model.statistics.prompt_tokens += usage.prompt_tokens
+            model.statistics.generated_tokens += usage.generated_tokens
+            model.statistics.prompt_tokens_per_second = usage.prompt_tokens
+            model.statistics.generated_tokens_per_second = usage.generated_tokens
 
     @contextmanager
     def join(self, request: model_pb2.LoadModelRequest) -> Iterator[model_pb2.Model]:
@@ -293,7 +302,9 @@ class Models:
         model.details.CopyFrom(details)
         model.ready_at.GetCurrentTime()
         model.timings.resolve.FromMilliseconds(5)
+        model.timings.weights.FromMilliseconds(15)
         model.timings.total.FromMilliseconds(25)
+        model.statistics.kv_capacity_tokens = KV_CAPACITY_TOKENS
         self._change(model, model_pb2.MODEL_STATE_READY)
         self._set_health(model, serving=True)
 
@@ -332,6 +343,8 @@ class Models:
             else model_pb2.CHANGE_REASON_LOAD,
         )
         event.time.GetCurrentTime()
+        if model.state:
+            event.previous_duration.FromMilliseconds(20)
         model.state = model_pb2.ModelState.ValueType(state)
         event.model.CopyFrom(model)
         for watcher in self._watchers:
@@ -341,6 +354,10 @@ class Models:
         copy = model_pb2.Model()
         copy.CopyFrom(model)
         copy.active_leases = self.leases.of(model.id)
+        if copy.state == model_pb2.MODEL_STATE_READY:
+            copy.statistics.running_requests = copy.active_requests
+        else:
+            copy.ClearField("statistics")
         if copy.ready_at.seconds:
             copy.last_used_at.CopyFrom(copy.ready_at)
             if copy.keep_alive.seconds >= 0 and not copy.active_leases:

@@ -25,6 +25,8 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
             standby_workers=1,
             versions={"python": "3.12.0", "torch": "2.9.0"},
             capabilities=["generation.stream"],
+            active_requests=sum(model.active_requests for model in self._models.all()),
+            clients=1,
         )
         response.started_at.FromSeconds(1_700_000_000)
         response.uptime.FromMilliseconds(61_500)
@@ -53,6 +55,7 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
                     free_bytes=12 << 30,
                     cores=8,
                     reserved_bytes=reserved,
+                    taken_bytes=reserved,
                     holders=holders,
                     available_bytes=(12 << 30) - reserved,
                 ),

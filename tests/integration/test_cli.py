@@ -12,7 +12,7 @@ import pytest
 
 from tests.daemon import SpawnedDaemon
 from tests.hub import Hub, HubRepo, faults
-from tests.unit.client.terminal import Terminal
+from tests.unit.client.terminal import CTRL_C, Terminal
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +72,27 @@ def test_a_life_from_the_first_question_to_the_end(
     assert "demo/SmolLM2" in json.dumps(snapshots)
     assert as_json(loaderctl("info", "--json"))["version"]
     assert as_json(loaderctl("devices", "--json"))
+    seen = as_json(loaderctl("top", "--once", "--json"))
+    assert seen["models"][0]["statistics"]["generated_tokens"] == 40
+    assert seen["models"][0]["timings"]["engine"] > 0
+    assert seen["devices"][-1]["taken_bytes"] > 0
+    assert seen["daemon"]["clients"] >= 1
+    assert re.search(r"steps +.*weights \d", loaderctl("show", "demo/SmolLM2").stdout)
 
     piped = loaderctl("run", "demo/SmolLM2", "-", "--max-new-tokens", "8", stdin="Say hello.")
     assert piped.returncode == 0
     assert piped.stdout.strip()
 
     assert loaderctl("health", "demo/SmolLM2").returncode == 0
-    unloaded = loaderctl("unload", "demo/SmolLM2")
-    assert unloaded.returncode == 0
-    assert re.search(r"\d [MG]B freed", unloaded.stdout)
+    with Terminal("--address", address, "ps", "--watch") as terminal:
+        terminal.expect(f"demo/SmolLM2 +{model['id']} +ready")
+        unloaded = loaderctl("unload", "demo/SmolLM2")
+        assert unloaded.returncode == 0
+        assert re.search(r"\d [MG]B freed", unloaded.stdout)
+        terminal.expect("ready -> unloading after .*, unload")
+        terminal.expect("no models are loaded")
+        terminal.send(CTRL_C)
+        assert terminal.ending() == 0
     assert as_json(loaderctl("ps", "--json")) == []
 
 

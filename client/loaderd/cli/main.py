@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from loaderd.cli import output
-from loaderd.cli.commands import cache, deletion, models, run, system, verification
+from loaderd.cli.commands import cache, deletion, models, run, show, system, top, verification
 from loaderd.cli.exits import MEANINGS, ExitCode, exit_code
 from loaderd.cli.session import Session
 from loaderd.cli.usage import UsageError
@@ -65,7 +65,9 @@ for command in (
     models.plan,
     models.unload,
     models.ps,
+    show.show,
     models.watch,
+    top.top,
     run.run,
     cache.pull,
     cache.ls,
@@ -151,7 +153,7 @@ def program(
         float | None,
         typer.Option(
             help="Seconds that each call may take. Default: no limit for load, pull, run, "
-            "verify and watch, 60 for the others.",
+            "verify, watch and ps --watch, 60 for the others.",
             show_default=False,
         ),
     ] = None,

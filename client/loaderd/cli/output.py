@@ -8,7 +8,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import Enum
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 STALE = (
     "the hub did not answer or may not be asked; what the cache had is used, and may be out of date"
@@ -64,19 +68,30 @@ def table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], file: TextIO | None = None
 ) -> None:
     """Prints a table to stdout or `file`; where that is no terminal, as wide as it needs to be."""
-    from rich.console import Console
+    console(file).print(grid(columns, rows))
+
+
+def grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table, for a `console`."""
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        grid.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def console(file: TextIO | None = None) -> Console:
+    """What draws on stdout or `file`; where that is no terminal, no line is too long."""
+    from rich.console import Console
+
     console = Console(file=file or sys.stdout, highlight=False)
     if not console.is_terminal:
         console.width = _UNLIMITED
-    console.print(grid)
+    return console
 
 
 def fields(pairs: Iterable[tuple[str, str]]) -> None:

@@ -71,6 +71,12 @@ def span(time: timedelta) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
+def brief(time: timedelta) -> str:
+    """As `span`, but what is less than a second in milliseconds: "25 ms"."""
+    seconds = max(time.total_seconds(), 0.0)
+    return f"{seconds * 1000:.0f} ms" if seconds < 0.9995 else span(time)
+
+
 def parse_span(text: str) -> timedelta:
     """The time span of "30d", "12h", "90m" or "45s".
 

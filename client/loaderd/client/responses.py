@@ -44,6 +44,7 @@ def model_info(model: model_pb2.Model) -> types.ModelInfo:
         expires_at=_time(model, "expires_at", model.expires_at),
         active_leases=model.active_leases,
         last_used_at=_time(model, "last_used_at", model.last_used_at),
+        statistics=_statistics(model.statistics) if model.HasField("statistics") else None,
         wanted_replicas=model.wanted_replicas,
         replicas=tuple(map(_replica, model.replicas)),
     )
@@ -59,6 +60,20 @@ def _replica(replica: model_pb2.Replica) -> types.Replica:
         memory_bytes=replica.memory_bytes,
         leaving=replica.leaving,
         ready_at=replica.ready_at.ToDatetime(UTC),
+    )
+
+
+def _statistics(statistics: model_pb2.ModelStatistics) -> types.ModelStatistics:
+    return types.ModelStatistics(
+        running_requests=statistics.running_requests,
+        queued_requests=statistics.queued_requests,
+        prompt_tokens=statistics.prompt_tokens,
+        cached_prompt_tokens=statistics.cached_prompt_tokens,
+        generated_tokens=statistics.generated_tokens,
+        prompt_tokens_per_second=statistics.prompt_tokens_per_second,
+        generated_tokens_per_second=statistics.generated_tokens_per_second,
+        kv_tokens=statistics.kv_tokens,
+        kv_capacity_tokens=statistics.kv_capacity_tokens or None,
     )
 
 
@@ -112,8 +127,11 @@ def _load_timings(timings: model_pb2.LoadTimings) -> types.LoadTimings:
     return types.LoadTimings(
         resolve=_span(timings, "resolve", timings.resolve),
         download=_span(timings, "download", timings.download),
+        verify=_span(timings, "verify", timings.verify),
+        placement=_span(timings, "placement", timings.placement),
         worker=_span(timings, "worker", timings.worker),
         weights=_span(timings, "weights", timings.weights),
+        engine=_span(timings, "engine", timings.engine),
         total=_span(timings, "total", timings.total),
     )
 
@@ -173,6 +191,7 @@ def model_event(event: model_pb2.ModelEvent) -> types.ModelEvent:
         previous_state=member(types.ModelState, event.previous_state),
         model=model_info(event.model),
         reason=member(types.ChangeReason, event.reason),
+        previous_duration=_span(event, "previous_duration", event.previous_duration),
     )
 
 
@@ -457,6 +476,8 @@ def server_info(response: system_pb2.GetServerInfoResponse) -> types.ServerInfo:
         standby_workers=response.standby_workers,
         versions=dict(response.versions),
         capabilities=tuple(response.capabilities),
+        active_requests=response.active_requests,
+        clients=response.clients,
     )
 
 
@@ -470,6 +491,7 @@ def device(message: system_pb2.Device) -> types.Device:
         free_bytes=message.free_bytes,
         cores=message.cores or None,
         reserved_bytes=message.reserved_bytes,
+        taken_bytes=message.taken_bytes,
         holders=tuple(map(_memory_holder, message.holders)),
         available_bytes=message.available_bytes,
     )

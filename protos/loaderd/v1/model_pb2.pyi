@@ -760,6 +760,7 @@ class ModelEvent(_message.Message):
     PREVIOUS_STATE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    PREVIOUS_DURATION_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Grows by one with each event of this daemon's life."""
     previous_state: Global___ModelState.ValueType
@@ -776,6 +777,12 @@ class ModelEvent(_message.Message):
     def model(self) -> Global___Model:
         """The model after the change."""
 
+    @_builtins.property
+    def previous_duration(self) -> _duration_pb2.Duration:
+        """How long it had been in the state before, by the monotonic clock; unset for a
+        model's first event.
+        """
+
     def __init__(
         self,
         *,
@@ -784,10 +791,11 @@ class ModelEvent(_message.Message):
         previous_state: Global___ModelState.ValueType = ...,
         model: Global___Model | None = ...,
         reason: Global___ChangeReason.ValueType = ...,
+        previous_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "previous_duration", b"previous_duration", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "previous_state", b"previous_state", "reason", b"reason", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "previous_duration", b"previous_duration", "previous_state", b"previous_state", "reason", b"reason", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -817,6 +825,7 @@ class Model(_message.Message):
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     ACTIVE_LEASES_FIELD_NUMBER: _builtins.int
     LAST_USED_AT_FIELD_NUMBER: _builtins.int
+    STATISTICS_FIELD_NUMBER: _builtins.int
     WANTED_REPLICAS_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
@@ -882,6 +891,10 @@ class Model(_message.Message):
         """When the last request on it ended, or it became READY; unset before."""
 
     @_builtins.property
+    def statistics(self) -> Global___ModelStatistics:
+        """What its engine does; set while it is READY."""
+
+    @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]:
         """Those that there are, oldest first. Fewer than are wanted: workers have died,
         and others are being started or were given up.
@@ -908,12 +921,13 @@ class Model(_message.Message):
         expires_at: _timestamp_pb2.Timestamp | None = ...,
         active_leases: _builtins.int = ...,
         last_used_at: _timestamp_pb2.Timestamp | None = ...,
+        statistics: Global___ModelStatistics | None = ...,
         wanted_replicas: _builtins.int = ...,
         replicas: _abc.Iterable[Global___Replica] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "details", b"details", "expires_at", b"expires_at", "failure", b"failure", "keep_alive", b"keep_alive", "last_used_at", b"last_used_at", "options", b"options", "ready_at", b"ready_at", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "details", b"details", "expires_at", b"expires_at", "failure", b"failure", "keep_alive", b"keep_alive", "last_used_at", b"last_used_at", "options", b"options", "ready_at", b"ready_at", "statistics", b"statistics", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_leases", b"active_leases", "active_requests", b"active_requests", "commit", b"commit", "created_at", b"created_at", "details", b"details", "expires_at", b"expires_at", "failure", b"failure", "id", b"id", "keep_alive", b"keep_alive", "last_used_at", b"last_used_at", "name", b"name", "options", b"options", "ready_at", b"ready_at", "replicas", b"replicas", "repo_id", b"repo_id", "source", b"source", "stale", b"stale", "state", b"state", "timings", b"timings", "wanted_replicas", b"wanted_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_leases", b"active_leases", "active_requests", b"active_requests", "commit", b"commit", "created_at", b"created_at", "details", b"details", "expires_at", b"expires_at", "failure", b"failure", "id", b"id", "keep_alive", b"keep_alive", "last_used_at", b"last_used_at", "name", b"name", "options", b"options", "ready_at", b"ready_at", "replicas", b"replicas", "repo_id", b"repo_id", "source", b"source", "stale", b"stale", "state", b"state", "statistics", b"statistics", "timings", b"timings", "wanted_replicas", b"wanted_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -976,6 +990,65 @@ class Replica(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Replica: _TypeAlias = Replica  # noqa: Y015
+
+@_typing.final
+class ModelStatistics(_message.Message):
+    """What a model's engines do now, those of all replicas that there are, and what
+    they have done since they were loaded. They tell it when work begins and ends,
+    and once a second between.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
+    QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_CAPACITY_TOKENS_FIELD_NUMBER: _builtins.int
+    running_requests: _builtins.int
+    """Requests that are computed now."""
+    queued_requests: _builtins.int
+    """Requests that wait for their turn."""
+    prompt_tokens: _builtins.int
+    """Tokens of prompts that were taken, those found in the prefix cache included."""
+    cached_prompt_tokens: _builtins.int
+    """Of these, those found in the prefix cache."""
+    generated_tokens: _builtins.int
+    """Tokens that were generated, of all completions."""
+    prompt_tokens_per_second: _builtins.float
+    """prompt_tokens of a second, over the last five seconds."""
+    generated_tokens_per_second: _builtins.float
+    """generated_tokens of a second, over the last five seconds."""
+    kv_tokens: _builtins.int
+    """Tokens that running requests have memory for, for their keys and values:
+    prompts and the most that they may generate.
+    """
+    kv_capacity_tokens: _builtins.int
+    """Tokens that there is such memory for; 0: the engine knows no bound."""
+    def __init__(
+        self,
+        *,
+        running_requests: _builtins.int = ...,
+        queued_requests: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_prompt_tokens: _builtins.int = ...,
+        generated_tokens: _builtins.int = ...,
+        prompt_tokens_per_second: _builtins.float = ...,
+        generated_tokens_per_second: _builtins.float = ...,
+        kv_tokens: _builtins.int = ...,
+        kv_capacity_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "generated_tokens", b"generated_tokens", "generated_tokens_per_second", b"generated_tokens_per_second", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_tokens", b"kv_tokens", "prompt_tokens", b"prompt_tokens", "prompt_tokens_per_second", b"prompt_tokens_per_second", "queued_requests", b"queued_requests", "running_requests", b"running_requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelStatistics: _TypeAlias = ModelStatistics  # noqa: Y015
 
 @_typing.final
 class Lease(_message.Message):
@@ -1290,6 +1363,9 @@ class LoadTimings(_message.Message):
     WORKER_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
+    VERIFY_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def resolve(self) -> _duration_pb2.Duration:
         """Looking for the files."""
@@ -1310,6 +1386,20 @@ class LoadTimings(_message.Message):
     def total(self) -> _duration_pb2.Duration:
         """From the request to READY."""
 
+    @_builtins.property
+    def verify(self) -> _duration_pb2.Duration:
+        """Making sure that the files are what they should be; near zero when that was
+        done before. Unset for local folders.
+        """
+
+    @_builtins.property
+    def placement(self) -> _duration_pb2.Duration:
+        """Planning its memory, and waiting for models that went for it."""
+
+    @_builtins.property
+    def engine(self) -> _duration_pb2.Duration:
+        """Finding the engine that can serve it, trying it, and warming it up."""
+
     def __init__(
         self,
         *,
@@ -1318,10 +1408,13 @@ class LoadTimings(_message.Message):
         worker: _duration_pb2.Duration | None = ...,
         weights: _duration_pb2.Duration | None = ...,
         total: _duration_pb2.Duration | None = ...,
+        verify: _duration_pb2.Duration | None = ...,
+        placement: _duration_pb2.Duration | None = ...,
+        engine: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["download", b"download", "resolve", b"resolve", "total", b"total", "weights", b"weights", "worker", b"worker"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["download", b"download", "engine", b"engine", "placement", b"placement", "resolve", b"resolve", "total", b"total", "verify", b"verify", "weights", b"weights", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["download", b"download", "resolve", b"resolve", "total", b"total", "weights", b"weights", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["download", b"download", "engine", b"engine", "placement", b"placement", "resolve", b"resolve", "total", b"total", "verify", b"verify", "weights", b"weights", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17loaderd/v1/system.proto\x12\nloaderd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\x94\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12.\n\nstarted_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06uptime\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x11\n\tcache_dir\x18\x05 \x01(\t\x12\x13\n\x0blocal_roots\x18\x06 \x03(\t\x12\x14\n\x0chub_endpoint\x18\x07 \x01(\t\x12\x0f\n\x07offline\x18\x08 \x01(\x08\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x17\n\x0fstandby_workers\x18\n \x01(\r\x12\x41\n\x08versions\x18\x0b \x03(\x0b\x32/.loaderd.v1.GetServerInfoResponse.VersionsEntry\x12\x14\n\x0c\x63\x61pabilities\x18\x0c \x03(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x14\n\x12ListDevicesRequest\":\n\x13ListDevicesResponse\x12#\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x12.loaderd.v1.Device\"\xdc\x01\n\x06\x44\x65vice\x12\n\n\x02id\x18\x01 \x01(\t\x12$\n\x04type\x18\x02 \x01(\x0e\x32\x16.loaderd.v1.DeviceType\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\r\n\x05\x63ores\x18\x06 \x01(\r\x12\x16\n\x0ereserved_bytes\x18\x07 \x01(\x04\x12)\n\x07holders\x18\x08 \x03(\x0b\x32\x18.loaderd.v1.MemoryHolder\x12\x17\n\x0f\x61vailable_bytes\x18\t \x01(\x04\"=\n\x0cMemoryHolder\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04*~\n\nDeviceType\x12\x1b\n\x17\x44\x45VICE_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45VICE_TYPE_CPU\x10\x01\x12\x14\n\x10\x44\x45VICE_TYPE_CUDA\x10\x02\x12\x13\n\x0f\x44\x45VICE_TYPE_MPS\x10\x03\x12\x13\n\x0f\x44\x45VICE_TYPE_XPU\x10\x04\x32\xb5\x01\n\rSystemService\x12T\n\rGetServerInfo\x12 .loaderd.v1.GetServerInfoRequest\x1a!.loaderd.v1.GetServerInfoResponse\x12N\n\x0bListDevices\x12\x1e.loaderd.v1.ListDevicesRequest\x1a\x1f.loaderd.v1.ListDevicesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17loaderd/v1/system.proto\x12\nloaderd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xbe\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12.\n\nstarted_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06uptime\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x11\n\tcache_dir\x18\x05 \x01(\t\x12\x13\n\x0blocal_roots\x18\x06 \x03(\t\x12\x14\n\x0chub_endpoint\x18\x07 \x01(\t\x12\x0f\n\x07offline\x18\x08 \x01(\x08\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x17\n\x0fstandby_workers\x18\n \x01(\r\x12\x41\n\x08versions\x18\x0b \x03(\x0b\x32/.loaderd.v1.GetServerInfoResponse.VersionsEntry\x12\x14\n\x0c\x63\x61pabilities\x18\x0c \x03(\t\x12\x17\n\x0f\x61\x63tive_requests\x18\r \x01(\r\x12\x0f\n\x07\x63lients\x18\x0e \x01(\r\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x14\n\x12ListDevicesRequest\":\n\x13ListDevicesResponse\x12#\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x12.loaderd.v1.Device\"\xf1\x01\n\x06\x44\x65vice\x12\n\n\x02id\x18\x01 \x01(\t\x12$\n\x04type\x18\x02 \x01(\x0e\x32\x16.loaderd.v1.DeviceType\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\r\n\x05\x63ores\x18\x06 \x01(\r\x12\x16\n\x0ereserved_bytes\x18\x07 \x01(\x04\x12)\n\x07holders\x18\x08 \x03(\x0b\x32\x18.loaderd.v1.MemoryHolder\x12\x17\n\x0f\x61vailable_bytes\x18\t \x01(\x04\x12\x13\n\x0btaken_bytes\x18\n \x01(\x04\"=\n\x0cMemoryHolder\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04*~\n\nDeviceType\x12\x1b\n\x17\x44\x45VICE_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45VICE_TYPE_CPU\x10\x01\x12\x14\n\x10\x44\x45VICE_TYPE_CUDA\x10\x02\x12\x13\n\x0f\x44\x45VICE_TYPE_MPS\x10\x03\x12\x13\n\x0f\x44\x45VICE_TYPE_XPU\x10\x04\x32\xb5\x01\n\rSystemService\x12T\n\rGetServerInfo\x12 .loaderd.v1.GetServerInfoRequest\x1a!.loaderd.v1.GetServerInfoResponse\x12N\n\x0bListDevices\x12\x1e.loaderd.v1.ListDevicesRequest\x1a\x1f.loaderd.v1.ListDevicesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,22 +35,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._loaded_options = None
   _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_DEVICETYPE']._serialized_start=903
-  _globals['_DEVICETYPE']._serialized_end=1029
+  _globals['_DEVICETYPE']._serialized_start=966
+  _globals['_DEVICETYPE']._serialized_end=1092
   _globals['_GETSERVERINFOREQUEST']._serialized_start=104
   _globals['_GETSERVERINFOREQUEST']._serialized_end=126
   _globals['_GETSERVERINFORESPONSE']._serialized_start=129
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=533
-  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_start=486
-  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_end=533
-  _globals['_LISTDEVICESREQUEST']._serialized_start=535
-  _globals['_LISTDEVICESREQUEST']._serialized_end=555
-  _globals['_LISTDEVICESRESPONSE']._serialized_start=557
-  _globals['_LISTDEVICESRESPONSE']._serialized_end=615
-  _globals['_DEVICE']._serialized_start=618
-  _globals['_DEVICE']._serialized_end=838
-  _globals['_MEMORYHOLDER']._serialized_start=840
-  _globals['_MEMORYHOLDER']._serialized_end=901
-  _globals['_SYSTEMSERVICE']._serialized_start=1032
-  _globals['_SYSTEMSERVICE']._serialized_end=1213
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=575
+  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_start=528
+  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_end=575
+  _globals['_LISTDEVICESREQUEST']._serialized_start=577
+  _globals['_LISTDEVICESREQUEST']._serialized_end=597
+  _globals['_LISTDEVICESRESPONSE']._serialized_start=599
+  _globals['_LISTDEVICESRESPONSE']._serialized_end=657
+  _globals['_DEVICE']._serialized_start=660
+  _globals['_DEVICE']._serialized_end=901
+  _globals['_MEMORYHOLDER']._serialized_start=903
+  _globals['_MEMORYHOLDER']._serialized_end=964
+  _globals['_SYSTEMSERVICE']._serialized_start=1095
+  _globals['_SYSTEMSERVICE']._serialized_end=1276
 # @@protoc_insertion_point(module_scope)

@@ -108,6 +108,8 @@ class GetServerInfoResponse(_message.Message):
     STANDBY_WORKERS_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
+    ACTIVE_REQUESTS_FIELD_NUMBER: _builtins.int
+    CLIENTS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The daemon's release, for example "0.1.0"."""
     pid: _builtins.int
@@ -122,6 +124,12 @@ class GetServerInfoResponse(_message.Message):
     """Whether it is shutting down and refuses new work."""
     standby_workers: _builtins.int
     """Worker processes that have imported everything and wait for a load."""
+    active_requests: _builtins.int
+    """Requests on models that run or wait now, of all models."""
+    clients: _builtins.int
+    """Clients with a call under way, or one within the last minute, whoever asks this
+    included. A client is a TCP connection; all who use a unix socket are one.
+    """
     @_builtins.property
     def started_at(self) -> _timestamp_pb2.Timestamp:
         """When it started."""
@@ -159,10 +167,12 @@ class GetServerInfoResponse(_message.Message):
         standby_workers: _builtins.int = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
+        active_requests: _builtins.int = ...,
+        clients: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["started_at", b"started_at", "uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_dir", b"cache_dir", "capabilities", b"capabilities", "draining", b"draining", "hub_endpoint", b"hub_endpoint", "local_roots", b"local_roots", "offline", b"offline", "pid", b"pid", "standby_workers", b"standby_workers", "started_at", b"started_at", "uptime", b"uptime", "version", b"version", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "cache_dir", b"cache_dir", "capabilities", b"capabilities", "clients", b"clients", "draining", b"draining", "hub_endpoint", b"hub_endpoint", "local_roots", b"local_roots", "offline", b"offline", "pid", b"pid", "standby_workers", b"standby_workers", "started_at", b"started_at", "uptime", b"uptime", "version", b"version", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -224,6 +234,7 @@ class Device(_message.Message):
     RESERVED_BYTES_FIELD_NUMBER: _builtins.int
     HOLDERS_FIELD_NUMBER: _builtins.int
     AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
+    TAKEN_BYTES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its name in LoadOptions.device_map, for example "cuda:0" or "cpu"."""
     type: Global___DeviceType.ValueType
@@ -244,6 +255,8 @@ class Device(_message.Message):
     """
     available_bytes: _builtins.int
     """What a load could have now: free, and reserved by nobody."""
+    taken_bytes: _builtins.int
+    """Of reserved_bytes, what loads have really taken, in bytes."""
     @_builtins.property
     def holders(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryHolder]:
         """Whose that is, the most first. On unified memory the devices that share it
@@ -262,10 +275,11 @@ class Device(_message.Message):
         reserved_bytes: _builtins.int = ...,
         holders: _abc.Iterable[Global___MemoryHolder] | None = ...,
         available_bytes: _builtins.int = ...,
+        taken_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_bytes", b"available_bytes", "cores", b"cores", "free_bytes", b"free_bytes", "holders", b"holders", "id", b"id", "name", b"name", "reserved_bytes", b"reserved_bytes", "total_bytes", b"total_bytes", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_bytes", b"available_bytes", "cores", b"cores", "free_bytes", b"free_bytes", "holders", b"holders", "id", b"id", "name", b"name", "reserved_bytes", b"reserved_bytes", "taken_bytes", b"taken_bytes", "total_bytes", b"total_bytes", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

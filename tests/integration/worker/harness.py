@@ -72,6 +72,7 @@ class Worker:
         self._log = (folder / "worker.log").open("w+")
         self._keys = itertools.count(1)
         self._outputs: dict[int, Outputs] = {}
+        self.reports: list[worker_pb2.EngineReport] = []
         self._replies: dict[int, worker_pb2.Reply] = {}
         self.process = subprocess.Popen(
             [*COMMAND, "--link", self.server.address, "--id", "w1"],
@@ -109,7 +110,10 @@ class Worker:
                 self.heartbeats.append(event.heartbeat)
             elif found == "step":
                 for output in event.step.outputs:
-                    self._outputs[output.key].add(output)
+                    if output.HasField("report"):
+                        self.reports.append(output.report)
+                    else:
+                        self._outputs[output.key].add(output)
             elif found == "reply":
                 self._replies[event.reply.key] = event.reply
             if found == kind:

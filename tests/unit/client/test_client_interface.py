@@ -99,6 +99,7 @@ EXPORTS = {
     "HealthStatus",
     "ModelSource",
     "ModelState",
+    "ModelStatistics",
     "Offload",
     "OffloadName",
     "ProblemKind",

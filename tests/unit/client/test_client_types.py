@@ -60,13 +60,11 @@ def test_what_is_not_known_is_none() -> None:
     info = responses.model_info(model_pb2.Model(id="m-1"))
 
     unknown = (info.repo_id, info.commit, info.details, info.created_at, info.ready_at)
-    assert (*unknown, info.failure) == (None,) * 6
+    assert (*unknown, info.failure, info.statistics) == (None,) * 7
     assert info.options == types.LoadOptions(
         dtype=None, device_map=None, quantization=None, max_memory={}, offload=None
     )
-    assert info.timings == types.LoadTimings(
-        resolve=None, download=None, worker=None, weights=None, total=None
-    )
+    assert set(dataclasses.asdict(info.timings).values()) == {None}
 
 
 def test_a_failed_model_says_why() -> None:

@@ -37,7 +37,7 @@ from tests.fake_worker import FakeLauncher
 from tests.waiting import until_in_loop as until
 
 MIB = 1 << 20
-ROOM = 700 * MIB
+ROOM = 1000 * MIB
 """What an accelerator holds: one of the models below, beside the context of a driver."""
 
 
@@ -319,12 +319,12 @@ LAYERS = 8
 
 @pytest.fixture
 def deep(box: Box) -> Path:
-    """A model of layers that no device of the box holds alone; 512 MiB of each are the context."""
+    """A model of layers that no device of the box holds alone; 768 MiB of each are the context."""
     folder = make_model(box.folder / "deep")
     names = [f"model.layers.{index}.mlp.weight" for index in range(LAYERS)]
     save_file({name: np.zeros(MIB, np.float16) for name in names}, folder / "model.safetensors")
     for device in box.launcher.devices[:2]:
-        device.total_bytes = device.free_bytes = (512 + 14) * MIB
+        device.total_bytes = device.free_bytes = (768 + 14) * MIB
     return folder
 
 
@@ -342,7 +342,7 @@ async def test_a_spread_load_may_use_what_was_reserved_and_no_more(box: Box, dee
     assert load.options.device_map == "sequential"
     assert dict(load.weight_room) == dict(plan.weight_room)
     for device, room in load.weight_room.items():
-        assert room <= plan.devices[device] - 512 * MIB
+        assert room <= plan.devices[device] - 768 * MIB
     assert sum(load.weight_room.values()) >= LAYERS * LAYER
     assert load.offload_folder == ""
     with pytest.raises(DeviceMemoryError) as caught:
@@ -362,7 +362,7 @@ async def test_nothing_is_offloaded_unless_it_may_be(
     monkeypatch.setattr(planner, "cpu", lambda: copy(main.SerializeToString()))
     with pytest.raises(DeviceMemoryError) as caught:
         await box.load("deep", LoadOptions(where=Where("cuda:1")))
-    assert caught.value.free_bytes == (512 + 14) * MIB
+    assert caught.value.free_bytes == (768 + 14) * MIB
     assert box.launcher.loads == 0
     options = LoadOptions(where=Where("cuda:1", offload=model_pb2.OFFLOAD_CPU))
     plan = (await box.planner.plan(str(deep), options)).placement
@@ -407,7 +407,7 @@ async def test_a_module_map_is_planned_by_the_sizes_of_its_modules(box: Box, dee
     modules = {f"model.layers.{index}": f"cuda:{index % 2}" for index in range(LAYERS)}
     where = Where(module_map=tuple(sorted({**modules, "model.layers.7": "disk"}.items())))
     plan = (await box.planner.plan(str(deep), LoadOptions(where=where))).placement
-    taken = {device: count - 512 * MIB for device, count in plan.devices.items()}
+    taken = {device: count - 768 * MIB for device, count in plan.devices.items()}
     assert 4 * LAYER < taken["cuda:0"] < 6 * LAYER  # what is offloaded is computed there
     assert 3 * LAYER < taken["cuda:1"] < 4 * LAYER
     assert plan.offloaded == {"disk": LAYER}

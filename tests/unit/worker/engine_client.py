@@ -59,6 +59,7 @@ class Client:
         self._decoder = decoder or Numbers()
         self.facts = model_facts(model)
         self.steps = 0
+        self.reports: list[worker_pb2.EngineReport] = []
         self.reason = ""
         self.died = threading.Event()
         self._outputs: dict[int, Outputs] = {}
@@ -84,9 +85,12 @@ class Client:
 
     def _take(self, outputs: Sequence[worker_pb2.Output]) -> None:
         with self._changed:
-            self.steps += 1
-            for output in outputs:
-                self._outputs[output.key].add(output)
+            if outputs[0].HasField("report"):
+                self.reports.append(outputs[0].report)
+            else:
+                self.steps += 1
+                for output in outputs:
+                    self._outputs[output.key].add(output)
             self._changed.notify_all()
 
     def start(
@@ -142,7 +146,7 @@ def build(architecture: str, **sizes: Any) -> Any:
 
 def reference(model: Any, prompt: Sequence[int] = PROMPT, **options: Any) -> list[int]:
     """What transformers generates by itself."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     # An engine may have taken the model's own options away.
     options = {"eos_token_id": EOS, "pad_token_id": EOS} | options
     with torch.no_grad():

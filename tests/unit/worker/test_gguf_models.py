@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +42,9 @@ def file(plain: Path) -> Path:
 
 @pytest.mark.parametrize("by_folder", [True, False])
 def test_it_is_the_model_that_it_was_made_of(plain: Path, file: Path, by_folder: bool) -> None:
-    loader = ModelLoader(str(file.parent if by_folder else file), dtype=torch.float32)
-    found, expected = loader.load_model(), ModelLoader(str(plain), dtype=torch.float32).load_model()
+    asked: dict[str, Any] = {"dtype": torch.float32, "device_map": "cpu"}
+    loader = ModelLoader(str(file.parent if by_folder else file), **asked)
+    found, expected = loader.load_model(), ModelLoader(str(plain), **asked).load_model()
     assert loader.is_gguf
     assert found.dtype == torch.float32
     for name, weight in expected.named_parameters():

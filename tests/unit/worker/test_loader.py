@@ -86,7 +86,7 @@ def cache(tmp_path: Path, tiny: Path, other: Path) -> Path:
 
 def weights_of(loader: ModelLoader) -> torch.Tensor:
     weights: torch.Tensor = loader.load_model().get_input_embeddings().weight
-    return weights
+    return weights.cpu()
 
 
 def stored(folder: Path) -> torch.Tensor:

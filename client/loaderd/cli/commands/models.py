@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
-from enum import Enum
+import sys
+from contextlib import suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,9 +14,11 @@ from loaderd.cli.exits import ExitCode
 from loaderd.cli.progress import progress_display
 from loaderd.cli.session import session_of
 from loaderd.cli.units import age, count, parse_span, size, span
+from loaderd.cli.watching import Lines, LiveTable, Objects, WatchDisplay, follow
+from loaderd.cli.words import devices, name, replicas_of, steps, until
 
 if TYPE_CHECKING:
-    from loaderd.client import ChangeReason, LoadPlan, ModelInfo, ModelState
+    from loaderd.client import LoadPlan, ModelInfo
 
 
 def load(
@@ -131,10 +134,24 @@ def unload(
         output.result(f"unloaded {unloaded.model.name}{freed}")
 
 
-def ps(context: typer.Context, json: options.Json = False) -> None:
+def ps(
+    context: typer.Context,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", "-w", help="Go on showing every change, until Ctrl-C; in pipes as `watch`."
+        ),
+    ] = False,
+    json: options.Json = False,
+) -> None:
     """List the models in memory."""
     session = session_of(context)
     with session.connect() as client:
+        if watch:
+            is_live = sys.stdout.isatty() and not json
+            with suppress(KeyboardInterrupt), client.watch(timeout=session.timeout) as updates:
+                follow(updates, LiveTable() if is_live else _lines(json=json))
+            return
         models = [model.info for model in client.models(timeout=session.timeout)]
     if json:
         output.json_result(models)
@@ -162,39 +179,13 @@ def ps(context: typer.Context, json: options.Json = False) -> None:
 
 def watch(context: typer.Context, json: options.Json = False) -> None:
     """Print every change of a model's state until interrupted; with --json one object a line."""
-    from loaderd.client import ModelList
-
     session = session_of(context)
     with session.connect() as client, client.watch(timeout=session.timeout) as updates:
-        for update in updates:
-            if json:
-                kind = "list" if isinstance(update, ModelList) else "event"
-                output.json_line({"type": kind, **output.plain(update)})
-            elif isinstance(update, ModelList):
-                for model in update:
-                    output.result(f"{model.name} ({model.id}): {_name(model.state)}")
-            else:
-                time = update.time.astimezone().strftime("%H:%M:%S")
-                output.result(
-                    f"{time} {_change(update.model, update.previous_state, update.reason)}"
-                )
+        follow(updates, _lines(json=json))
 
 
-_CHANGES = {
-    "idle": "nobody used it",
-    "evicted": "another model needs its memory",
-    "forgotten": "it had failed",
-    "shutdown": "the daemon shuts down",
-}
-"""What a reason says that the states do not."""
-
-
-def _change(model: ModelInfo, previous: ModelState, reason: ChangeReason) -> str:
-    if _name(reason) == "replicas":
-        return f"{model.name} ({model.id}): {_name(model.state)}, replicas: {_replicas(model)}"
-    arrow = f"{_name(previous)} -> {_name(model.state)}" if previous else _name(model.state)
-    why = model.failure.message if model.failure else _CHANGES.get(_name(reason), "")
-    return f"{model.name} ({model.id}): {arrow}" + (f": {why}" if why else "")
+def _lines(*, json: bool) -> WatchDisplay:
+    return Objects() if json else Lines()
 
 
 def _plan_fields(plan: LoadPlan, replicas: int) -> list[tuple[str, str]]:
@@ -215,7 +206,7 @@ def _plan_fields(plan: LoadPlan, replicas: int) -> list[tuple[str, str]]:
     places = ", ".join(f"{device.id} ({size(device.bytes)})" for device in plan.devices)
     return [
         ("fits", f"yes, on {places}" if plan.fits else "no"),
-        ("dtype", f"{_name(plan.dtype)}: {plan.dtype_reason}"),
+        ("dtype", f"{name(plan.dtype)}: {plan.dtype_reason}"),
         *((name, size(bytes_)) for name, bytes_ in sizes),
         *((name, size(bytes_)) for name, bytes_ in offloaded if bytes_),
         *(("held by", f"{each.name} ({size(each.bytes)})") for each in plan.holders),
@@ -233,8 +224,8 @@ def _sentence(model: ModelInfo, *, worked: bool, scaled: bool) -> str:
     """
     parts = [f"{model.name} is ready as {model.id}"]
     if (details := model.details) is not None:
-        weights = f", {_name(details.quantization)} weights" if details.quantization else ""
-        parts.append(f"{_name(details.dtype)}{weights} on {_devices(model)}")
+        weights = f", {name(details.quantization)} weights" if details.quantization else ""
+        parts.append(f"{name(details.dtype)}{weights} on {devices(model)}")
         if details.offloaded_bytes:
             parts.append(f"{size(details.offloaded_bytes)} of it offloaded")
     if scaled:
@@ -242,7 +233,8 @@ def _sentence(model: ModelInfo, *, worked: bool, scaled: bool) -> str:
     if not worked:
         parts.append("was loaded already")
     elif not scaled and model.timings.total is not None:
-        parts.append(f"loaded in {span(model.timings.total)}")
+        took = steps(model.timings)
+        parts.append(f"loaded in {span(model.timings.total)}" + (f" ({took})" if took else ""))
     return ", ".join(parts)
 
 
@@ -251,41 +243,12 @@ def _row(model: ModelInfo) -> tuple[str, ...]:
     return (
         model.name,
         model.id,
-        _name(model.state),
-        _name(details.dtype) if details else "-",
-        _devices(model) if details else "-",
-        _replicas(model),
+        name(model.state),
+        name(details.dtype) if details else "-",
+        devices(model) if details else "-",
+        replicas_of(model),
         size(details.weight_bytes) if details else "-",
         str(model.active_requests),
         age(model.ready_at),
-        _until(model),
+        until(model),
     )
-
-
-def _until(model: ModelInfo) -> str:
-    """How long it stays if nobody uses it."""
-    if model.active_leases:
-        return count(model.active_leases, "lease")
-    if model.keep_alive < timedelta():
-        return "pinned"
-    if model.expires_at is None:
-        return "-"
-    return f"in {span(model.expires_at - datetime.now(UTC))}"
-
-
-def _devices(model: ModelInfo) -> str:
-    of_replicas = {device for replica in model.replicas for device in replica.devices}
-    of_model = set(model.details.device_map.values()) if model.details else set()
-    return "+".join(sorted(of_replicas | of_model))
-
-
-def _replicas(model: ModelInfo) -> str:
-    """How many serve, and how many are to, if that differs."""
-    serving = sum(not replica.leaving for replica in model.replicas)
-    if serving == model.wanted_replicas:
-        return str(serving)
-    return f"{serving} of {model.wanted_replicas}"
-
-
-def _name(member: Enum) -> str:
-    return member.name.lower()

@@ -287,7 +287,11 @@ class AsyncClient:
         ]
 
     def watch(self, *, timeout: float | None = None) -> AsyncModelWatch:
-        """Yields a `ModelList` of all models as they are now, then a `ModelEvent` per change."""
+        """Yields a `ModelList` of all models as they are now, then a `ModelEvent` per change.
+
+        No change is left out between them. It goes on until it is closed; if the daemon shuts
+        down it raises `DrainingError`.
+        """
         request = model_pb2.WatchModelsRequest()
         return AsyncModelWatch(
             self._transport.stream(self.raw.models.WatchModels, request, timeout)

@@ -281,7 +281,11 @@ class Client:
         return [Model(self._transport, responses.model_info(model)) for model in response.models]
 
     def watch(self, *, timeout: float | None = None) -> ModelWatch:
-        """Yields a `ModelList` of all models as they are now, then a `ModelEvent` per change."""
+        """Yields a `ModelList` of all models as they are now, then a `ModelEvent` per change.
+
+        No change is left out between them. It goes on until it is closed; if the daemon shuts
+        down it raises `DrainingError`.
+        """
         request = model_pb2.WatchModelsRequest()
         return ModelWatch(self._transport.stream(self.raw.models.WatchModels, request, timeout))
 

@@ -84,10 +84,16 @@ class LoadTimings:
     """Looking for the files."""
     download: timedelta | None
     """Downloading."""
+    verify: timedelta | None
+    """Making sure that the files are what they should be; None for local folders."""
+    placement: timedelta | None
+    """Planning its memory, and waiting for models that went for it."""
     worker: timedelta | None
-    """Waiting for a worker process."""
+    """Waiting for a worker process; near zero with a warm standby."""
     weights: timedelta | None
     """Reading weights and tokenizer."""
+    engine: timedelta | None
+    """Finding the engine that can serve it, trying it, and warming it up."""
     total: timedelta | None
     """From the request to READY."""
 
@@ -122,6 +128,34 @@ class Replica:
     """Whether it takes no more requests, and ends when those that it has are over."""
     ready_at: datetime
     """When it was loaded, in UTC."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStatistics:
+    """What a model's engine does now, and what it has done since it was loaded.
+
+    The engine tells it when work begins and ends, and once a second between.
+    """
+
+    running_requests: int
+    """Requests that are computed now."""
+    queued_requests: int
+    """Requests that wait for their turn."""
+    prompt_tokens: int
+    """Tokens of prompts that were taken, those found in the prefix cache included."""
+    cached_prompt_tokens: int
+    """Of these, those found in the prefix cache."""
+    generated_tokens: int
+    """Tokens that were generated, of all completions."""
+    prompt_tokens_per_second: float
+    """Over the last five seconds."""
+    generated_tokens_per_second: float
+    """Over the last five seconds."""
+    kv_tokens: int
+    """Tokens that running requests have memory for: prompts and the most that they may
+    generate."""
+    kv_capacity_tokens: int | None
+    """Tokens that there is such memory for; None: the engine knows no bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +200,8 @@ class ModelInfo:
     """Leases that hold it now."""
     last_used_at: datetime | None
     """When the last request on it ended, or it became READY, in UTC; None before."""
+    statistics: ModelStatistics | None
+    """What its engine did until it was asked; None while it is not READY."""
     wanted_replicas: int
     """How many replicas there are to be."""
     replicas: tuple[Replica, ...]
@@ -247,6 +283,8 @@ class ModelEvent:
     """The model after the change."""
     reason: ChangeReason
     """Why it changed."""
+    previous_duration: timedelta | None
+    """How long it had been in the state before; None for a model's first event."""
 
 
 WatchUpdate: TypeAlias = ModelList | ModelEvent

@@ -37,6 +37,11 @@ class ServerInfo:
     """Releases of Python and of the workers' libraries, by name."""
     capabilities: tuple[str, ...]
     """Optional abilities of this daemon."""
+    active_requests: int
+    """Requests on models that run or wait now, of all models."""
+    clients: int
+    """Clients with a call under way, or one within the last minute, this one included. A client
+    is a TCP connection; all who use a unix socket are one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,8 @@ class Device:
     """Memory that is free: of the CPU now, of an accelerator when it was last looked at."""
     reserved_bytes: int
     """Memory that models have reserved: what loads will need, and what loaded models hold."""
+    taken_bytes: int
+    """Of the reserved memory, what loads have really taken."""
     holders: tuple[MemoryHolder, ...]
     """Whose that is, the most first."""
     available_bytes: int

@@ -532,8 +532,9 @@ class Output(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
     key: _builtins.int
-    """Generate.key."""
+    """Generate.key; 0 beside a report, which is of no request."""
     @_builtins.property
     def started(self) -> _generation_pb2.GenerationStarted:
         """The prompt was taken."""
@@ -558,6 +559,10 @@ class Output(_message.Message):
     def prompt_logprobs(self) -> _generation_pb2.PromptLogprobs:
         """More about the prompt."""
 
+    @_builtins.property
+    def report(self) -> Global___EngineReport:
+        """What the engine does: when work begins and ends, and once a second between."""
+
     def __init__(
         self,
         *,
@@ -568,16 +573,63 @@ class Output(_message.Message):
         error: Global___Error | None = ...,
         queued: _generation_pb2.GenerationQueued | None = ...,
         prompt_logprobs: _generation_pb2.PromptLogprobs | None = ...,
+        report: Global___EngineReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "error", b"error", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "queued", b"queued", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "error", b"error", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "queued", b"queued", "report", b"report", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "error", b"error", "event", b"event", "finished", b"finished", "key", b"key", "prompt_logprobs", b"prompt_logprobs", "queued", b"queued", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "error", b"error", "event", b"event", "finished", b"finished", "key", b"key", "prompt_logprobs", b"prompt_logprobs", "queued", b"queued", "report", b"report", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished", "error", "queued", "prompt_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished", "error", "queued", "prompt_logprobs", "report"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___Output: _TypeAlias = Output  # noqa: Y015
+
+@_typing.final
+class EngineReport(_message.Message):
+    """What an engine does now, and has done so far; see loaderd.v1.ModelStatistics."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
+    QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_CAPACITY_TOKENS_FIELD_NUMBER: _builtins.int
+    running_requests: _builtins.int
+    """Requests that are computed."""
+    queued_requests: _builtins.int
+    """Requests that wait."""
+    prompt_tokens: _builtins.int
+    """Of prompts, those found in the prefix cache included."""
+    cached_prompt_tokens: _builtins.int
+    """Of prompts, those found in the prefix cache."""
+    generated_tokens: _builtins.int
+    """Of all completions."""
+    kv_tokens: _builtins.int
+    """Tokens that running requests have memory for."""
+    kv_capacity_tokens: _builtins.int
+    """Tokens that there is memory for; 0: no bound is known."""
+    def __init__(
+        self,
+        *,
+        running_requests: _builtins.int = ...,
+        queued_requests: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_prompt_tokens: _builtins.int = ...,
+        generated_tokens: _builtins.int = ...,
+        kv_tokens: _builtins.int = ...,
+        kv_capacity_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "generated_tokens", b"generated_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_tokens", b"kv_tokens", "prompt_tokens", b"prompt_tokens", "queued_requests", b"queued_requests", "running_requests", b"running_requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineReport: _TypeAlias = EngineReport  # noqa: Y015
 
 @_typing.final
 class Call(_message.Message):

@@ -25,6 +25,7 @@ class ModelEvent:
         previous: The state before; None for a model's first event.
         model: The model after the change.
         reason: Why it changed.
+        previous_s: Seconds that it had been in the state before; None for a model's first event.
     """
 
     sequence: int
@@ -32,6 +33,7 @@ class ModelEvent:
     previous: ModelState | None
     model: ModelView
     reason: ChangeReason
+    previous_s: float | None
 
 
 class Subscription:
@@ -74,10 +76,11 @@ class EventBus:
         previous: ModelState | None,
         model: ModelView,
         reason: ChangeReason,
+        previous_s: float | None,
     ) -> None:
         """Tells all watchers."""
         self._sequence += 1
-        event = ModelEvent(self._sequence, time, previous, model, reason)
+        event = ModelEvent(self._sequence, time, previous, model, reason, previous_s)
         for subscription in self._subscriptions:
             subscription.put(event)
 

@@ -75,11 +75,13 @@ class Lifecycle:
     Attributes:
         clock: Monotonic seconds.
         entered: For each state entered so far, the monotonic time of the last entry.
+        previous_s: Seconds that it was in the state before this one; None in its first state.
     """
 
     clock: Callable[[], float]
     state: ModelState = ModelState.RESOLVING
     entered: dict[ModelState, float] = field(init=False)
+    previous_s: float | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.entered = {self.state: self.clock()}
@@ -92,10 +94,11 @@ class Lifecycle:
         """
         if state not in TRANSITIONS[self.state]:
             raise TransitionError(f"{self.state.value} -> {state.value}")
-        previous, self.state = self.state, state
+        now, previous, self.state = self.clock(), self.state, state
+        self.previous_s = now - self.entered[previous]
         if previous is ModelState.FAILED and state.is_loading:
-            self.entered = {ModelState.RESOLVING: self.clock()}  # it begins anew
-        self.entered[state] = self.clock()
+            self.entered = {ModelState.RESOLVING: now}  # it begins anew
+        self.entered[state] = now
         return previous
 
     def between(self, start: ModelState, *ends: ModelState) -> float | None:

@@ -343,7 +343,8 @@ class Loads:
                 record.pin = await self._store.hold(files, record.id)
             publish(_progress(record, None))
             if isinstance(files, CachedSnapshot):
-                await self._store.prove(files, lambda update: publish(_proving(record, update)))
+                with record.timing("verify"):
+                    await self._store.prove(files, lambda update: publish(_proving(record, update)))
                 publish(_progress(record, None))
             wanted = wish.replicas or record.replicas.wanted
             await self._scaling.load(record, wanted, least=wish.replicas or 1)

@@ -13,16 +13,16 @@ from loaderd.server.store.weights import Tensor
 
 _LEAST_TOKENS = 4096
 """One sequence of so many tokens, or of the model's context, is the least that is of use."""
-_STEP_TOKENS = 512
-"""Of a prompt, computed in one step."""
+_STEP_TOKENS, _ACCELERATOR_STEP_TOKENS = 512, 2048
+"""Of prompts, computed in one step."""
 _STEP_ROWS = 64
 """That a step chooses tokens for, each with the logits of the whole vocabulary."""
 _WIDEST = 4
 """Bytes of a number in which layers compute where that is faster."""
 _MARGIN = 0.05
 """Of the weights, for what allocators leave unused."""
-_CONTEXT_BYTES = 512 << 20
-"""What the driver of an accelerator takes for a process."""
+_CONTEXT_BYTES = 768 << 20
+"""What the driver of an accelerator and its libraries take for a process."""
 _PROCESS_BYTES = 64 << 20
 """What loading adds to a process on the CPU besides: configuration, tokenizer, engine."""
 _LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
@@ -67,7 +67,7 @@ def estimate(
     is_packed = shape.quantized or bits is not None
     tokens = min(shape.sizes.get("context_length") or _LEAST_TOKENS, _LEAST_TOKENS)
     kv_numbers = shape.kv_numbers_per_token
-    activations = _activations(shape)
+    activations = _activations(shape, _ACCELERATOR_STEP_TOKENS if on_accelerator else _STEP_TOKENS)
     unknown = []
     if kv_numbers is None:
         unknown.append("keys and values: config.json does not tell layers, heads and their size")
@@ -88,12 +88,12 @@ def estimate(
     return Estimate(needs, tokens if kv_numbers else 0, tuple(unknown))
 
 
-def _activations(shape: ModelShape) -> int | None:
+def _activations(shape: ModelShape, tokens: int) -> int | None:
     hidden, vocabulary = shape.sizes.get("hidden_size"), shape.sizes.get("vocabulary_size")
     if hidden is None or vocabulary is None:
         return None
     inner = shape.sizes.get("intermediate_size") or 4 * hidden
-    return _WIDEST * (_STEP_TOKENS * (4 * hidden + 2 * inner) + _STEP_ROWS * vocabulary)
+    return _WIDEST * (tokens * (4 * hidden + 2 * inner) + _STEP_ROWS * vocabulary)
 
 
 def _largest(shape: ModelShape, itemsize: int) -> int:

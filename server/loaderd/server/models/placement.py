@@ -300,6 +300,12 @@ class DeviceBook:
         pools = self._by_pool(bytes_of)
         return all(wanted <= self._available(pool) for pool, wanted in pools.items())
 
+    def taken(self, device: str) -> int:
+        """Bytes of a device that loads have really taken of what is reserved."""
+        found = self._devices.get(device)
+        pool = device if found is None else found.pool
+        return sum(self._by_pool(each.taken).get(pool, 0) for each in self._reservations.values())
+
     def holders(self, device: str) -> tuple[Holder, ...]:
         """Who has reserved or taken bytes of a device's memory, the most first."""
         found = self._devices.get(device)

@@ -327,6 +327,7 @@ class Planner:
             holders = self._book.holders(device.id)
             device.available_bytes = self._book.available(device.id)
             device.reserved_bytes = sum(holder.bytes for holder in holders)
+            device.taken_bytes = self._book.taken(device.id)
             device.holders.extend(
                 MemoryHolder(model_id=each.id, name=each.name, bytes=each.bytes) for each in holders
             )

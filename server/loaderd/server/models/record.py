@@ -7,7 +7,8 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum
@@ -76,8 +77,11 @@ class LoadTimings:
 
     resolve: float | None
     download: float | None
+    verify: float | None
+    placement: float | None
     worker: float | None
     weights: float | None
+    engine: float | None
     total: float | None
 
 
@@ -106,6 +110,7 @@ class ModelView:
     active_leases: int
     expires: float | None
     last_used: float | None
+    statistics: model_pb2.ModelStatistics | None
 
 
 class ModelRecord:
@@ -153,8 +158,7 @@ class ModelRecord:
         self.active_requests = 0
         self.quiet = asyncio.Event()
         self.quiet.set()
-        self.worker_wait_s: float | None = None
-        self.weights_s: float | None = None
+        self._steps: dict[str, float] = {}
         self.created_at = datetime.now(UTC)
         self.ready_at: datetime | None = None
         self.gone = asyncio.Event()
@@ -219,7 +223,8 @@ class ModelRecord:
         return entered[ModelState.FAILED] + min(max(took, _SHORTEST_REST_S), _LONGEST_REST_S)
 
     def found(self, files: LocalFolder | CachedSnapshot) -> None:
-        """Notes which files it is."""
+        """Notes which files it is, as the first thing of its load."""
+        self._steps.clear()
         self.files = files
         self.identity = identity_of(files)
         if isinstance(files, CachedSnapshot):
@@ -229,9 +234,23 @@ class ModelRecord:
                 self.source = ModelSource.CACHED
 
     def loaded_by(self, models: Sequence[LoadedWorker]) -> None:
-        """Notes how long its workers took: the slowest one."""
-        self.worker_wait_s = max(model.wait_s for model in models)
-        self.weights_s = max(model.loaded.weights.ToTimedelta().total_seconds() for model in models)
+        """Notes how long its workers took: the slowest one for each step."""
+        weights_s = [model.loaded.weights.ToTimedelta().total_seconds() for model in models]
+        self._steps["worker"] = max(model.wait_s for model in models)
+        self._steps["weights"] = max(weights_s)
+        self._steps["engine"] = max(
+            max(model.load_s - seconds, 0.0)
+            for model, seconds in zip(models, weights_s, strict=True)
+        )
+
+    @contextmanager
+    def timing(self, step: str) -> Iterator[None]:
+        """Notes how long a step of its load takes, by the name that it has in `LoadTimings`."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._steps[step] = time.monotonic() - begun
 
     def count(self, change: int) -> None:
         """Notes that a request begins, 1, or ends, -1."""
@@ -291,8 +310,11 @@ class ModelRecord:
             timings=LoadTimings(
                 resolve=ran(ModelState.RESOLVING, ModelState.DOWNLOADING, ModelState.LOADING),
                 download=ran(ModelState.DOWNLOADING, ModelState.LOADING),
-                worker=self.worker_wait_s,
-                weights=self.weights_s,
+                verify=self._steps.get("verify"),
+                placement=self._steps.get("placement"),
+                worker=self._steps.get("worker"),
+                weights=self._steps.get("weights"),
+                engine=self._steps.get("engine"),
                 total=ran(ModelState.RESOLVING, ModelState.READY),
             ),
             failure=self.failure,
@@ -301,6 +323,7 @@ class ModelRecord:
             active_leases=active_leases,
             expires=expires,
             last_used=self.keep_alive.last_used,
+            statistics=self.replicas.statistics() if self.state is ModelState.READY else None,
         )
 
 

@@ -238,7 +238,7 @@ class ModelRegistry:
             record.replicas.wanted,
         )
         self.events.publish(
-            datetime.now(UTC), record.state, self.view(record), ChangeReason.REPLICAS
+            datetime.now(UTC), record.state, self.view(record), ChangeReason.REPLICAS, None
         )
         self.changed.set()
 
@@ -316,6 +316,11 @@ class ModelRegistry:
         asyncio.get_running_loop().call_later(grace_s, record.quiet.set)
         await record.gone.wait()
         return self.view(record), record.freed_bytes
+
+    @property
+    def active_requests(self) -> int:
+        """Requests on models that run or wait."""
+        return self._active_requests
 
     @property
     def draining(self) -> bool:
@@ -446,7 +451,13 @@ class ModelRegistry:
             self._idle.set()
 
     def _publish(self, record: ModelRecord, previous: ModelState | None) -> None:
-        self.events.publish(datetime.now(UTC), previous, self.view(record), record.change_reason)
+        self.events.publish(
+            datetime.now(UTC),
+            previous,
+            self.view(record),
+            record.change_reason,
+            record.lifecycle.previous_s,
+        )
         self.changed.set()
 
     def _spawn(self, work: Coroutine[None, None, R]) -> asyncio.Task[R]:

@@ -136,6 +136,14 @@ class Replicas:
             return True
         return count == self.wanted and not self.missing and not self.growing.locked()
 
+    def statistics(self) -> model_pb2.ModelStatistics:
+        """What their engines do and have done, together."""
+        together = model_pb2.ModelStatistics()
+        for replica in self._all:
+            for figure, value in replica.worker.link.engine.read().ListFields():
+                setattr(together, figure.name, getattr(together, figure.name) + value)
+        return together
+
     def add(self, model: LoadedWorker) -> Replica:
         """A worker that serves from now on."""
         details = model.loaded.details

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 
 from loaderd.server.errors import DeviceMemoryError, ModelNotLoadedError, WorkerDiedError
 from loaderd.server.models.lifecycle import ModelState
@@ -147,7 +147,10 @@ class Scaling:
                 claim.settle(model)
                 loaded.append(model)
 
-        async with self._planner.claim(record, count, least) as claims:
+        is_new = record.state is ModelState.LOADING
+        async with AsyncExitStack() as stack:
+            with record.timing("placement") if is_new else nullcontext():
+                claims = await stack.enter_async_context(self._planner.claim(record, count, least))
             try:
                 outcomes = await asyncio.gather(*map(start, claims), return_exceptions=True)
                 alive = [model for model in loaded if not model.worker.ended]

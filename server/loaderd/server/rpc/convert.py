@@ -79,6 +79,7 @@ def model(view: ModelView) -> model_pb2.Model:
         active_leases=view.active_leases,
         expires_at=_timestamp(view.expires),
         last_used_at=_timestamp(view.last_used),
+        statistics=view.statistics,
         wanted_replicas=view.wanted_replicas,
         replicas=map(_replica, view.replicas),
     )
@@ -122,8 +123,11 @@ def _timings(timings: LoadTimings) -> model_pb2.LoadTimings:
     return model_pb2.LoadTimings(
         resolve=duration(timings.resolve),
         download=duration(timings.download),
+        verify=duration(timings.verify),
+        placement=duration(timings.placement),
         worker=duration(timings.worker),
         weights=duration(timings.weights),
+        engine=duration(timings.engine),
         total=duration(timings.total),
     )
 
@@ -181,6 +185,7 @@ def model_event(event: ModelEvent) -> model_pb2.ModelEvent:
         previous_state=state(event.previous),
         model=model(event.model),
         reason=model_pb2.ChangeReason.Value(f"CHANGE_REASON_{event.reason.name}"),
+        previous_duration=duration(event.previous_s),
     )
     message.time.FromDatetime(event.time)
     return message

@@ -17,6 +17,7 @@ from grpc_status import rpc_status
 
 from loaderd.server.errors import InternalError, InvalidArgumentError, LoaderdError
 from loaderd.server.rpc.access import Access
+from loaderd.server.rpc.clients import Clients
 from loaderd.server.rpc.status import status_of
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         access: Admits calls.
+        clients: Counts who calls.
     """
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, clients: Clients) -> None:
         self._access = access
+        self._clients = clients
 
     async def intercept_service(
         self,
@@ -73,7 +76,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _unary(self, handler: Any, method: str) -> Any:
         async def call(request: Any, context: Context) -> Any:
             async with _ends_in_status(method, context):
-                with self._access.admit(method, context, streams=False):
+                with (
+                    self._clients.calling(context.peer()),
+                    self._access.admit(method, context, streams=False),
+                ):
                     return await handler(_checked(request), context)
 
         return call
@@ -81,7 +87,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _streaming(self, handler: Any, method: str, check: Callable[[Any], Any]) -> Any:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             async with _ends_in_status(method, context):
-                with self._access.admit(method, context, streams=True):
+                with (
+                    self._clients.calling(context.peer()),
+                    self._access.admit(method, context, streams=True),
+                ):
                     if not inspect.isasyncgenfunction(handler):  # writes through the context
                         await handler(check(request), context)
                         return

@@ -10,6 +10,7 @@ from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.cache_service import CacheService
+from loaderd.server.rpc.clients import Clients
 from loaderd.server.rpc.generation_service import GenerationService
 from loaderd.server.rpc.health import Health
 from loaderd.server.rpc.interceptor import CallInterceptor
@@ -60,7 +61,10 @@ class RpcServer:
         *,
         access: Access,
     ) -> None:
-        self._server = grpc.aio.server(options=_OPTIONS, interceptors=[CallInterceptor(access)])
+        clients = Clients()
+        self._server = grpc.aio.server(
+            options=_OPTIONS, interceptors=[CallInterceptor(access, clients)]
+        )
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelService(registry, loads, planner), self._server
         )
@@ -71,7 +75,7 @@ class RpcServer:
             GenerationService(registry, loads, access.quotas), self._server
         )
         system_pb2_grpc.add_SystemServiceServicer_to_server(
-            SystemService(registry, supervisor, planner, store.settings), self._server
+            SystemService(registry, supervisor, planner, store.settings, clients), self._server
         )
         services = [
             file.DESCRIPTOR.services_by_name[name].full_name

@@ -13,6 +13,7 @@ import grpc
 
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.rpc.clients import Clients
 from loaderd.server.rpc.convert_cache import duration
 from loaderd.server.store.store import StoreSettings
 from loaderd.server.supervisor.supervisor import Supervisor
@@ -35,6 +36,7 @@ CAPABILITIES = (
     "models.placement",
     "models.plan",
     "models.replicas",
+    "models.statistics",
     "models.watch",
 )
 """Optional abilities that clients may ask for before they rely on them."""
@@ -49,11 +51,13 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
         supervisor: Supervisor,
         planner: Planner,
         store: StoreSettings,
+        clients: Clients,
     ) -> None:
         self._registry = registry
         self._supervisor = supervisor
         self._planner = planner
         self._store = store
+        self._clients = clients
         self._started_at = datetime.now(UTC)
         self._started = time.monotonic()
 
@@ -73,6 +77,8 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
             standby_workers=self._supervisor.standby_workers,
             versions={"python": platform.python_version(), **self._supervisor.versions},
             capabilities=CAPABILITIES,
+            active_requests=self._registry.active_requests,
+            clients=self._clients.count(),
         )
         info.started_at.FromDatetime(self._started_at)
         return info

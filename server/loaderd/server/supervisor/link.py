@@ -12,6 +12,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from loaderd.server.errors import InvalidArgumentError, LoaderdError
+from loaderd.server.supervisor.engine_meter import EngineMeter
 from loaderd.server.supervisor.output_stream import OutputStream
 from loaderd.v1 import generation_pb2
 from loaderd.worker.v1 import worker_pb2
@@ -31,6 +32,7 @@ class WorkerLink:
         memory_bytes: The memory that it held at its last heartbeat.
         own_bytes: Of main memory, what it then held without mapped files.
         last_seen: Monotonic time of its last event.
+        engine: What its engine does.
     """
 
     def __init__(self, max_stream_bytes: int) -> None:
@@ -40,6 +42,7 @@ class WorkerLink:
         self.memory_bytes = 0
         self.own_bytes = 0
         self.last_seen = time.monotonic()
+        self.engine = EngineMeter()
         self._max_stream_bytes = max_stream_bytes
         self._commands: asyncio.Queue[worker_pb2.AttachResponse | None] = asyncio.Queue()
         self._keys = itertools.count(1)
@@ -142,7 +145,10 @@ class WorkerLink:
             case "step":
                 outputs: dict[int, list[worker_pb2.Output]] = {}
                 for output in event.step.outputs:
-                    outputs.setdefault(output.key, []).append(output)
+                    if output.HasField("report"):
+                        self.engine.note(output.report)
+                    else:
+                        outputs.setdefault(output.key, []).append(output)
                 for key, own in outputs.items():
                     self._deliver(key, own)
             case "reply":

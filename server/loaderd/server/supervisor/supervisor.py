@@ -28,11 +28,13 @@ class LoadedWorker:
         worker: The worker.
         loaded: What it said of the model.
         wait_s: Seconds until a worker was ready to load.
+        load_s: Seconds that the worker took to load.
     """
 
     worker: Worker
     loaded: worker_pb2.Loaded
     wait_s: float
+    load_s: float
 
 
 class Supervisor:
@@ -91,10 +93,10 @@ class Supervisor:
             async with asyncio.timeout(self._limits.load_timeout):
                 worker = await self._pool.take()
                 worker.model = load.model
-                wait_s = time.monotonic() - started
+                begun = time.monotonic()
                 on_begin(worker)
                 loaded = await asyncio.shield(worker.link.load(load))
-                return LoadedWorker(worker, loaded, wait_s)
+                return LoadedWorker(worker, loaded, begun - started, time.monotonic() - begun)
         except BaseException as error:
             if worker is not None:
                 await worker.kill()  # what it held is free when the load has ended

@@ -69,9 +69,11 @@ def _new_host(link: Link) -> ModelHost:
     heartbeat.start()
     from loaderd.server.worker import devices
     from loaderd.server.worker.host import ModelHost
+    from loaderd.server.worker.warm_up import warm_up
 
     heartbeat.accelerator_bytes = devices.allocated_bytes
     host = ModelHost(link)
+    warm_up()
     host.stand_by()
     return host
 

@@ -121,6 +121,7 @@ def test_in_small_pieces(
     client: Client, own: list[list[int]], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._MOST", chunk)
+    monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._MOST_FREE", chunk)
     monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._LEAST", chunk)
     keys = [client.start(prompt, bypass_prefix_cache=True, **options()) for prompt in PROMPTS]
     assert [client.wait(key).token_ids for key in keys] == own

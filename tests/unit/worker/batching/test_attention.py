@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loaderd.server.worker.engine.batching.attention import Rule, attend_rows, seen_mask
+from loaderd.server.worker.engine.batching.attention_kernels import Rule, attend_rows, seen_mask
 
 KEYS, KEY_HEADS, GROUP, DIMENSIONS = 24, 2, 3, 8
 

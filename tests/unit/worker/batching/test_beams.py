@@ -118,6 +118,7 @@ def test_in_small_pieces(
     client: Client, models: tuple[Any, Any], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._MOST", chunk)
+    monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._MOST_FREE", chunk)
     monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._LEAST", chunk)
     options: dict[str, Any] = {"max_new_tokens": 10, "num_beams": 4, "n": 2}
     asked = {"bypass_prefix_cache": True, "return_token_ids": True} | options
@@ -311,6 +312,7 @@ def test_a_cancel_before_the_first_token_gives_empty_outputs(
     llama: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._MOST", 16)
+    monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._MOST_FREE", 16)
     gate = Gate(llama.model, monkeypatch)
     options: dict[str, Any] = {"bypass_prefix_cache": True, "echo": True}
     key = llama.start(LONG, num_beams=3, n=2, max_new_tokens=5, **options)

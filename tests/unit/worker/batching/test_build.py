@@ -69,6 +69,19 @@ def test_a_bound_of_a_device_counts_what_is_held_already(
     assert EngineSettings(max_device_bytes={"cuda:0": 3}).room("cuda:0") == 0
 
 
+def test_an_accelerator_with_enough_memory_has_room_for_all_slots(free: dict[str, int]) -> None:
+    free["cuda:0"] = 2**40
+    cache, capacity = _memory(tried(first=2**17, second=0), 2**17, SETTINGS, spare=True)
+    assert (capacity.slots, capacity.slot_tokens) == (SETTINGS.max_slots, SETTINGS.slot_tokens)
+    assert cache.blocks * BLOCK <= capacity.tokens / 3 + BLOCK
+
+
+def test_memory_that_no_slot_can_use_is_not_taken_for_prompts(free: dict[str, int]) -> None:
+    cache, capacity = _memory(tried(first=2**10, second=0), 256, SETTINGS, spare=True)
+    assert (capacity.slots, capacity.slot_tokens) == (SETTINGS.max_slots, 256)
+    assert cache.blocks * BLOCK <= capacity.tokens / 3 + BLOCK
+
+
 def test_memory_of_other_devices_does_not_help(free: dict[str, int]) -> None:
     free["cuda:0"] = 100
     with pytest.raises(UnsuitableError, match="too little memory"):

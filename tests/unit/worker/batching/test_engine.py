@@ -153,6 +153,7 @@ def test_a_request_is_cancelled_while_its_prompt_is_computed(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._MOST", 16)
+    monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._MOST_FREE", 16)
     gate = Gate(client.model, monkeypatch)
     key = client.start(LONG, max_new_tokens=5, bypass_prefix_cache=True)
     assert gate.entered.wait(TIMEOUT)

@@ -137,6 +137,7 @@ def test_a_cancelled_prompt_leaves_nothing_in_its_slot(
     expected = client.generate(max_new_tokens=40, **unspoiled, **ALONE).token_ids
     spoil(client, VOCABULARY - 1)
     monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._MOST", 150)
+    monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._MOST_FREE", 150)
     with monkeypatch.context() as patched:
         gate = Gate(client.model, patched)
         key = client.start([VOCABULARY - 1, *LONG], max_new_tokens=5, bypass_prefix_cache=True)
@@ -156,6 +157,7 @@ def test_time_runs_out_also_while_the_prompt_is_computed(
     client: Client, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._MOST", 16)
+    monkeypatch.setattr("loaderd.server.worker.engine.batching.pace._MOST_FREE", 16)
     before_each_pass(client.model, monkeypatch, lambda _: time.sleep(0.05))
     outputs = client.generate(
         LONG, max_new_tokens=5, max_time=timedelta(seconds=0.08), ignore_eos=True, **options

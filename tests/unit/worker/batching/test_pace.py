@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,4 +42,25 @@ def test_every_step_takes_prompts_further_but_none_takes_for_ever(
     decode_seconds: float, token_seconds: float, decoding: int, prompts: int
 ) -> None:
     for pace in (Pace(), measured(decode_seconds, token_seconds)):
-        assert 16 <= pace.budget(decoding, prompts) <= 512
+        assert 16 <= pace.budget(decoding, prompts) <= 2048
+
+
+def test_where_a_step_costs_and_its_tokens_hardly_do_pieces_grow() -> None:
+    """As on a GPU, whose decode steps are replayed while those with prompts are launched."""
+    pace, sizes = Pace(), []
+    for _ in range(30):
+        pace.note(8, 0, 0.002)
+        sizes.append(pace.budget(8, 4))
+        pace.note(8, sizes[-1], 0.012 + sizes[-1] * 5e-6)
+    assert sizes[-1] == 2048
+    assert all(after <= max(4 * before, 128) for before, after in itertools.pairwise(sizes))
+    assert pace.budget(0, 4) == 2048
+
+
+def test_where_tokens_cost_pieces_stay_small_however_they_vary() -> None:
+    pace = Pace()
+    for tokens in [64, 20, 100, 512, 33, 80] * 10:
+        pace.note(8, 0, 0.1)
+        pace.note(8, tokens, 0.1 + tokens * 0.002)
+    assert 1.0 < pace.budget(8, 1) * 0.002 / 0.1 < 3.0
+    assert pace.budget(0, 1) == 512

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loaderd.server.worker.engine.batching import build as building
 from loaderd.server.worker.engine.batching import static_step
-from loaderd.server.worker.engine.batching.attention import seen_mask
+from loaderd.server.worker.engine.batching.attention_kernels import seen_mask
 from loaderd.server.worker.engine.batching.build import EngineSettings
 from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import FlatForward, Forward, ModuleForward

@@ -12,9 +12,16 @@ from typing import TypeAlias
 from loaderd.server.errors import InvalidArgumentError, QueueFullError
 from loaderd.server.worker.engine.batching.beam_job import BeamJob
 from loaderd.server.worker.engine.batching.job import Job
-from loaderd.server.worker.engine.batching.scheduler import Capacity, Piece, Scheduler, Ticket
+from loaderd.server.worker.engine.batching.scheduler import (
+    UNBOUNDED,
+    Capacity,
+    Piece,
+    Scheduler,
+    Ticket,
+)
 from loaderd.server.worker.engine.protocol import Emit, GenerationRequest
-from loaderd.worker.v1.worker_pb2 import Output
+from loaderd.server.worker.engine.reports import Reporter, Tally
+from loaderd.worker.v1.worker_pb2 import EngineReport, Output
 
 _TELL_SECONDS = 0.5
 
@@ -42,6 +49,8 @@ class Reception:
         self._scheduler = Scheduler(capacity)
         self._jobs: dict[int, Job] = {}
         self._told = -math.inf
+        self._tally = Tally()
+        self._reporter = Reporter(emit)
         self._closed = False
         self._changed = threading.Condition()
 
@@ -158,8 +167,22 @@ class Reception:
     def end(self, key: int) -> None:
         """A request that ran has ended; its slots are free, as far as they are not already."""
         with self._changed:
-            del self._jobs[key]
+            self._tally.end(self._jobs.pop(key))
             self._scheduler.end(key)
+
+    def report(self) -> None:
+        """Tells the daemon what the engine does, where that is due; in the engine's thread."""
+        with self._changed:
+            queued = self._scheduler.waiting
+            running = len(self._jobs) - queued
+            if not self._reporter.is_due(busy=running > 0):
+                return
+            report = EngineReport(running_requests=running, queued_requests=queued)
+            if self._capacity.slot_tokens < UNBOUNDED:
+                report.kv_tokens = self._scheduler.reserved_tokens
+                report.kv_capacity_tokens = self._capacity.tokens
+            self._tally.fill(report, self._jobs.values())
+            self._reporter.send(report)
 
     def _job(self, request: GenerationRequest) -> Job:
         if request.beams:

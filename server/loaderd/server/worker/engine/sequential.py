@@ -29,7 +29,7 @@ from loaderd.server.worker.engine.batching.sampler import (
     BatchSampler,
     prompt_logprobs,
 )
-from loaderd.server.worker.engine.batching.scheduler import Capacity
+from loaderd.server.worker.engine.batching.scheduler import UNBOUNDED, Capacity
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.parameters import MAX_COMPLETIONS
 from loaderd.server.worker.engine.protocol import Emit, GenerationRequest
@@ -43,8 +43,6 @@ from loaderd.worker.v1.worker_pb2 import Output
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 5.0
-_MEMORY_TOKENS = 2**62
-"""There is no bound that is known before a request fails for lack of memory."""
 _MAX_QUEUE = 1024
 
 # Greedy, for the choosers do the rest. Nothing is padded, but an unset id draws a warning.
@@ -148,7 +146,7 @@ class SequentialEngine:
         self._emit = emit
         self._outputs: list[Output] = []
         self._reception = Reception(
-            Capacity(MAX_COMPLETIONS, _MEMORY_TOKENS, MAX_COMPLETIONS * _MEMORY_TOKENS, _MAX_QUEUE),
+            Capacity(MAX_COMPLETIONS, UNBOUNDED, MAX_COMPLETIONS * UNBOUNDED, _MAX_QUEUE),
             model_name,
             emit,
             send=self._outputs.append,
@@ -176,9 +174,12 @@ class SequentialEngine:
 
     def _run(self) -> None:
         try:
+            self._reception.report()
             while (admitted := self._reception.admit(busy=False, most=1)) is not None:
+                self._reception.report()
                 for turn in admitted:
                     self._serve(turn)
+                self._reception.report()
         except BaseException:
             # A process whose engine is dead must not look alive: the daemon tells all clients.
             logger.critical("the engine failed; the worker ends", exc_info=True)
@@ -276,6 +277,7 @@ class SequentialEngine:
                 job.stop(FinishReason.FINISH_REASON_CANCELLED)
             self._emit_outputs()
             self._reception.tell_places()
+            self._reception.report()
             return torch.full(input_ids.shape[:1], chooser.has_ended, device=input_ids.device)
 
         self._model.generate(

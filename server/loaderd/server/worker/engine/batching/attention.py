@@ -9,9 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from loaderd.server.worker.engine.batching.attention_kernels import (
+    Rule,
+    attend_prompt,
+    attend_rows,
+    seen_mask,
+)
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
 from loaderd.server.worker.engine.batching.transfer import sent
 
@@ -20,10 +25,6 @@ NAME = "loaderd"
 
 _WASTE = 4096
 """Masked tokens that cost about as much as one more call, over all rows of a span."""
-
-_MANY_ROWS = 16
-"""From here on a CPU computes rows of float32 faster by batched products than by torch's function,
-which takes one head of one row after the other."""
 
 _thread = threading.local()
 
@@ -41,23 +42,6 @@ class Chunk:
     slot: int
     begin: int
     count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """What a layer wants of its attention.
-
-    Attributes:
-        scaling: Of the scores; None for the usual one.
-        window: Most tokens that a token looks back on, itself included; None for all.
-        softcap: Bound of the scores; None for none.
-        sinks: A score for each head that takes part in the softmax and brings no value.
-    """
-
-    scaling: float | None = None
-    window: int | None = None
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
 
 
 class Attention(Protocol):
@@ -202,24 +186,11 @@ class _Prompt:
         values = values[slot : slot + 1, :, begin : self._end]
         query = query.transpose(0, 1).unsqueeze(0)
         whole = self._chunk.begin == 0 and (rule.window is None or self._end <= rule.window)
-        plain = rule.softcap is None and rule.sinks is None
         mask = None
-        if not (whole and plain):
+        if not (whole and rule.is_plain):
             key = (self, begin, rule.window, query.dtype, query.device)
             mask = _once(memory, key, self._mask)
-        if plain:
-            output = scaled_dot_product_attention(
-                query,
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=whole,
-                scale=rule.scaling,
-                enable_gqa=query.shape[1] != keys.shape[1],
-            )
-        else:
-            grouped = query.unflatten(1, (keys.shape[1], -1))
-            output = _attention(grouped, keys, values, mask, rule).flatten(1, 2)
+        output = attend_prompt(query, keys, values, mask, rule)
         return output[0].transpose(0, 1)
 
     def _mask(
@@ -301,106 +272,6 @@ def _end_of_span(chunks: Sequence[Chunk], index: int) -> int:
 
 def _begin(position: int, window: int | None) -> int:
     return 0 if window is None else max(position - window + 1, 0)
-
-
-def seen_mask(
-    positions: torch.Tensor, begin: int, end: int, window: int | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """0 where a token may look, else minus infinity.
-
-    Args:
-        positions: [..., 1]; of the tokens.
-        begin: Position of the first key.
-        end: Behind that of the last one.
-        window: See `Rule`.
-        dtype: Of the mask.
-
-    Returns:
-        [..., keys].
-    """
-    others = torch.arange(begin, end, device=positions.device)
-    seen = others <= positions
-    if window is not None:
-        seen &= others > positions - window
-    mask = torch.zeros(seen.shape, dtype=dtype, device=positions.device)
-    return mask.masked_fill_(~seen, -torch.inf)
-
-
-def attend_rows(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    rule: Rule,
-) -> torch.Tensor:
-    """Attention of one token in each of some rows.
-
-    Args:
-        query: [rows, heads, dimensions].
-        keys: [rows, key heads, tokens before and itself, dimensions].
-        values: As `keys`.
-        mask: [rows, 1, 1, keys], or None.
-        rule: How.
-
-    Returns:
-        [rows, heads, dimensions].
-    """
-    # The heads that share keys stand where the queries of one head would.
-    grouped = query.unflatten(1, (keys.shape[1], -1))
-    if rule.softcap is not None or rule.sinks is not None:
-        output = _attention(grouped.unsqueeze(3), keys, values, mask, rule).squeeze(3)
-    elif len(query) >= _MANY_ROWS and keys.dtype == torch.float32 and keys.device.type == "cpu":
-        output = _plain_attention(grouped, keys, values, mask, rule)
-    else:
-        output = scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=mask, scale=rule.scaling
-        )
-    return output.flatten(1, 2)
-
-
-def _plain_attention(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    rule: Rule,
-) -> torch.Tensor:
-    """In three operators; shapes as those of torch's function."""
-    scaling = query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
-    scores = query * scaling @ keys.transpose(2, 3)
-    if mask is not None:
-        scores += mask
-    return scores.softmax(-1) @ values
-
-
-def _attention(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    rule: Rule,
-) -> torch.Tensor:
-    """Step by step, for what torch's function lacks.
-
-    Args:
-        query: [rows, key heads, heads of a key head, tokens, dimensions].
-        keys: [rows, key heads, tokens before, dimensions].
-        values: As `keys`.
-        mask: [rows, 1, tokens, tokens before].
-        rule: How.
-    """
-    scaling = query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
-    scores = query @ keys.unsqueeze(2).transpose(3, 4) * scaling
-    if rule.softcap is not None:
-        scores = torch.tanh(scores / rule.softcap) * rule.softcap
-    if mask is not None:
-        scores = scores + mask.unsqueeze(1)
-    if rule.sinks is None:
-        weights = scores.softmax(-1, dtype=torch.float32)
-    else:
-        sinks = rule.sinks.view(1, keys.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, sinks], -1).softmax(-1, dtype=torch.float32)[..., :-1]
-    return weights.to(values.dtype) @ values.unsqueeze(2)
 
 
 def _once(memory: dict[Any, Any], key: tuple[Any, ...], make: Callable[..., Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -53,17 +54,21 @@ class EngineSettings:
         max_slots: Most completions that run at once.
         max_queue: Most requests that wait.
         memory_share: Of the devices' free memory, for keys and values.
-        max_memory_bytes: The most of it.
+        max_memory_bytes: The most of it; more only on accelerators, see `slot_tokens`.
+        slot_tokens: What each slot is to hold, or a whole context if that is less.
         prefix_share: Of that, for prompts that have been computed before.
         max_device_bytes: The most that this process may hold of a device, for those with a bound.
+        graphs: Whether decode steps may be replayed as CUDA graphs.
     """
 
     max_slots: int = 64
     max_queue: int = 1024
     memory_share: float = 0.5
     max_memory_bytes: int = 16 * 2**30
+    slot_tokens: int = 8192
     prefix_share: float = 0.25
     max_device_bytes: Mapping[str, int] = field(default_factory=dict)
+    graphs: bool = True
 
     def room(self, device: str, promised: int = 0) -> int:
         """Bytes of a device that this process may take yet, at most a share of what is free.
@@ -125,7 +130,7 @@ def batching_engine(
     own_attention = model.config._attn_implementation
     try:
         outcome, linears, no_graphs = _prepare(model, trials, settings)
-        graphs, decoding = _graphs(model, no_graphs)
+        graphs, decoding = _graphs(model, no_graphs if settings.graphs else "switched off")
         forward, how = _forward(model, outcome, linears.policy)
         spare = graphs is not None
         later = linears.missing_bytes
@@ -162,10 +167,13 @@ def _memory(
         settings.room(device, later if device == CPU else 0) // size
         for device, size in sizes.items()
     ]
-    tokens = min(*rooms, settings.max_memory_bytes // sum(sizes.values()))
-    blocks, capacity = _sizes(
-        tokens, context_length, settings, lazy=sizes.keys() == {CPU}, spare=spare
-    )
+    lazy = sizes.keys() == {CPU}
+    most = settings.max_memory_bytes // sum(sizes.values())
+    if not lazy:
+        length = min(context_length or settings.slot_tokens, settings.slot_tokens) + spare
+        most = max(most, math.ceil(settings.max_slots * length / (1 - settings.prefix_share)))
+    tokens = min(*rooms, most)
+    blocks, capacity = _sizes(tokens, context_length, settings, lazy=lazy, spare=spare)
     if capacity.slots < 1 or capacity.slot_tokens < 1:
         raise UnsuitableError(_NO_MEMORY)
     idle = capacity.tokens // 8
@@ -263,6 +271,10 @@ def _sizes(
     if lazy:
         slots, length = settings.max_slots, min(context_length or tokens, tokens)
         return blocks, Capacity(slots, length, tokens, settings.max_queue)
-    length = min(context_length or tokens, max(tokens // 32, 8192), tokens - spare)
+    length = max(tokens // settings.max_slots - spare, settings.slot_tokens)
+    length = min(context_length or tokens, length, tokens - spare)
     slots = min(tokens // max(length + spare, 1), settings.max_slots)
+    # Where slots of the whole context leave memory, it is not taken for prompts instead.
+    share = settings.prefix_share / (1 - settings.prefix_share)
+    blocks = min(blocks, math.ceil(slots * length * share / BLOCK))
     return blocks, Capacity(slots, length, slots * length, settings.max_queue)

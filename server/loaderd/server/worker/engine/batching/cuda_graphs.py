@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import torch
 
 from loaderd.server.worker.engine.batching.static_step import CaptureError
+
+# It says that it is new, and does not see everything.
+warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
 
 
 class CudaGraphs:

@@ -122,9 +122,12 @@ class BatchingEngine:
     def _run(self) -> None:
         try:
             with torch.inference_mode():
+                self._reception.report()
                 while self._admit():
+                    self._reception.report()
                     self._step()
                     self._emit_outputs()
+                    self._reception.report()
                 for job in list(self._running.values()):
                     self._stop(job, FinishReason.FINISH_REASON_CANCELLED)
                 self._emit_outputs()

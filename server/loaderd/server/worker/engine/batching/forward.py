@@ -19,7 +19,8 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from loaderd.server.worker.engine.batching.attention import Attention, Rule, attending
+from loaderd.server.worker.engine.batching.attention import Attention, attending
+from loaderd.server.worker.engine.batching.attention_kernels import Rule
 from loaderd.server.worker.engine.batching.linear import Siblings
 
 _LAYERS = frozenset(

@@ -114,6 +114,14 @@ class Job:
         return sum(row.completion.generated_tokens for row in self.rows)
 
     @property
+    def prompt_tokens(self) -> int:
+        """Of the prompt, those that were computed or found by now."""
+        size = len(self.request.prompt)
+        if self.clock.first is not None:
+            return size
+        return min(self.rows[0].length, size) if self.rows else 0
+
+    @property
     def is_late(self) -> bool:
         """Whether its time is over."""
         return time.monotonic() >= self._deadline

@@ -7,6 +7,9 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+UNBOUNDED = 2**62
+"""Tokens of memory whose bound is not known before a request fails for lack of it."""
+
 _SECONDS_OF_CLASS = 5.0
 """A priority class ahead is worth this much waiting."""
 _CLASSES = 20
@@ -128,6 +131,11 @@ class Scheduler:
     def waiting(self) -> int:
         """Requests that wait."""
         return len(self._queue)
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Tokens that running requests have memory for."""
+        return self._capacity.tokens - self._free_tokens
 
     @property
     def is_full(self) -> bool:

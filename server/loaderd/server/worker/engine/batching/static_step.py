@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from loaderd.server.worker import devices
-from loaderd.server.worker.engine.batching.attention import Rule, attend_rows, seen_mask
+from loaderd.server.worker.engine.batching.attention_kernels import Rule, attend_rows, seen_mask
 from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import Forward
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
