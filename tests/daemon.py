@@ -29,6 +29,7 @@ class SpawnedDaemon:
 
     Attributes:
         address: Where it listens.
+        http_url: Where it listens for HTTP; empty if it does not.
         process: The process.
     """
 
@@ -65,7 +66,8 @@ class SpawnedDaemon:
         except BaseException:
             self.process.kill()
             raise
-        self.address = self.ready_line.split()[-1]
+        *_, self.address = words = self.ready_line.split()
+        self.http_url = next((word for word in words if word.startswith("http://")), "")
 
     def __enter__(self) -> SpawnedDaemon:
         return self

@@ -15,7 +15,8 @@ def shared_daemon(
 ) -> Iterator[SpawnedDaemon]:
     """A daemon for tests that leave it as they found it: nothing loaded."""
     roots = ["--allow-local", str(real_model.parent), "--allow-local", str(tiny_model.parent)]
-    with SpawnedDaemon(tmp_path_factory.mktemp("daemon"), roots) as daemon:
+    arguments = [*roots, "--http", "127.0.0.1:0"]
+    with SpawnedDaemon(tmp_path_factory.mktemp("daemon"), arguments) as daemon:
         yield daemon
 
 

@@ -9,7 +9,7 @@ from tests.simulation.simulation import LONGEST_GRACE_S, Simulation
 from tests.simulation.store import NAMES
 from tests.simulation.workers import Fate
 
-_DEVICE_MAPS = (None, None, None, None, "cpu", "cuda:0", "cuda:1", "mps")
+_DEVICE_MAPS = (None, None, None, "balanced", "sequential", "cpu", "cuda:0", "cuda:1", "mps")
 _KEEP_ALIVES = (None, None, None, 0, 0, 0.001, 1, 30, 300, -1)
 _TTLS = (None, None, None, 1, 10, 100)
 _MOSTLY = 12 * (Fate.WELL,)

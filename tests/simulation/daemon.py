@@ -72,7 +72,7 @@ class SimulatedDaemon:
         with patch.object(supervisor, "LinkServer", partial(SimulatedLinks, self.launcher)):
             self.supervisor = Supervisor(Path("/run/loaderd"), self.launcher, limits)
         self.registry = ModelRegistry(MAX_REQUESTS, KEEP_ALIVE_S)
-        disk = OffloadFolders(Path("/run/loaderd"))  # nothing here is offloaded
+        disk = OffloadFolders(Path("/run/loaderd/disk"))  # no load asks for it
         self.planner = Planner(store, self.supervisor, IdleModels(self.registry), disk)
         self.loads = Loads(self.registry, store, self.supervisor, self.planner, self._on_demand)
         self.restarts = Restarts(self.loads)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from loaderd.server.box.cpu import CPU
+from loaderd.server.models.where import CPU
 from loaderd.v1.system_pb2 import Device, DeviceType
 
 GB = 10**9

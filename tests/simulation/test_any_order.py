@@ -20,7 +20,7 @@ from tests.simulation.workers import Fate
 names = st.sampled_from(NAMES)
 indices = st.integers(0, 9)
 keep_alives = st.sampled_from([None, 0, 0.001, 30, -1])
-device_maps = st.sampled_from([None, "cpu", "cuda:0", "cuda:1"])
+device_maps = st.sampled_from([None, "balanced", "cpu", "cuda:0", "cuda:1"])
 ttls = st.sampled_from([1, 10, 100])
 graces = st.sampled_from([0, 1, LONGEST_GRACE_S])
 

@@ -124,9 +124,8 @@ class Watcher:
         model, reason = event.model, event.reason
         if reason is ChangeReason.SHUTDOWN:
             return
-        if reason is ChangeReason.UNLOAD and any(
-            self.forcing[text] for text in (model.id, model.name, *model.aliases)
-        ):
+        names = (model.id, model.name, f"{model.repo_id}@{model.commit}", *model.aliases)
+        if reason is ChangeReason.UNLOAD and any(self.forcing[name] for name in names):
             self.forced.add(model.id)
             return
         workers = {worker.pid for worker in self._daemon.launcher.alive}

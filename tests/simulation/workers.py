@@ -12,8 +12,8 @@ from random import Random
 from typing import Any
 
 from loaderd.server import errors
-from loaderd.server.box.cpu import CPU
 from loaderd.server.models.placement import Needs
+from loaderd.server.models.where import CPU
 from loaderd.server.supervisor.launcher import WorkerProcess
 from loaderd.server.supervisor.link import WorkerLink
 from loaderd.v1 import generation_pb2, model_pb2
@@ -52,8 +52,9 @@ class Grant:
 
     def loaded(self, device: str) -> int:
         """What the worker says that it holds when it has loaded."""
-        later = self.needs.headroom + self.needs.margin // len(self.devices)
-        later += self.needs.kv_cache if device == CPU else 0
+        needs = self.needs
+        later = needs.headroom + needs.margin // len(self.devices)
+        later += needs.kv_cache if device == CPU else 0
         return max(self.devices[device] - later, 0)
 
 

@@ -60,9 +60,17 @@ MAY_IMPORT: dict[str, set[str]] = {
         "loaderd.server.addresses",
         "loaderd.server.models",
     },
+    "loaderd.server.http": _BASE
+    | _LOWER
+    | {"loaderd.server.addresses", "loaderd.server.models", "loaderd.server.rpc"},
     "loaderd.server.daemon": _BASE
     | _LOWER
-    | {"loaderd.server.access", "loaderd.server.models", "loaderd.server.rpc"},
+    | {
+        "loaderd.server.access",
+        "loaderd.server.http",
+        "loaderd.server.models",
+        "loaderd.server.rpc",
+    },
     "loaderd.server.cli": {
         "loaderd.server.access",
         "loaderd.server.config",
@@ -241,6 +249,9 @@ def test_the_client_side_needs_little(source: Source, part: str) -> None:
     ("module", "absent"),
     [
         ("loaderd.server.daemon", {"torch", "transformers", "accelerate", "loaderd.server.worker"}),
+        # An extra: only --http brings it.
+        ("loaderd.server.daemon", {"starlette", "uvicorn", "prometheus_client"}),
+        ("loaderd.server.http.service", {"torch", "transformers", "accelerate"}),
         ("loaderd.client", {"torch", "transformers", "typer", "rich", "loaderd.server"}),
         ("loaderd.cli.main", {"torch", "transformers", "loaderd.server"}),
     ],

@@ -76,8 +76,8 @@ def change(event: ModelEvent) -> str:
 
 
 def _why(event: ModelEvent) -> str:
-    if name(event.reason) == "replicas":
-        return replicas_of(event.model)
+    if name(event.reason) in {"replicas", "worker_died"}:
+        return f"{replicas_of(event.model)} serve"
     if event.model.failure:
         return event.model.failure.message
     if name(event.model.state) == "ready" and event.model.timings.total is not None:

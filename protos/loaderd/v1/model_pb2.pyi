@@ -219,6 +219,8 @@ class _ChangeReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeRe
     """The daemon shuts down."""
     CHANGE_REASON_REPLICAS: _ChangeReason.ValueType  # 8
     """It has more or fewer replicas, and is READY as before."""
+    CHANGE_REASON_WORKER_DIED: _ChangeReason.ValueType  # 9
+    """One of its replicas died; others serve, and it is READY as before."""
 
 class ChangeReason(_ChangeReason, metaclass=_ChangeReasonEnumTypeWrapper):
     """Why a model changed its state."""
@@ -241,6 +243,8 @@ CHANGE_REASON_SHUTDOWN: ChangeReason.ValueType  # 7
 """The daemon shuts down."""
 CHANGE_REASON_REPLICAS: ChangeReason.ValueType  # 8
 """It has more or fewer replicas, and is READY as before."""
+CHANGE_REASON_WORKER_DIED: ChangeReason.ValueType  # 9
+"""One of its replicas died; others serve, and it is READY as before."""
 Global___ChangeReason: _TypeAlias = ChangeReason  # noqa: Y015
 
 @_typing.final

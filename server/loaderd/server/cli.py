@@ -31,6 +31,8 @@ _SERVER_PACKAGES = (
     "transformers",
 )
 
+_HTTP_PACKAGES = ("prometheus_client", "starlette", "uvicorn")
+
 # By setting, what each of its values is.
 _REPEATABLE = {
     "allow_local": "DIR",
@@ -40,6 +42,7 @@ _REPEATABLE = {
     "listen": "ADDRESS",
     "preload": "MODEL",
 }
+_VALUES = {"http": "HOST:PORT"}
 _FILE_ONLY = {"models"}
 
 _EPILOG = """\
@@ -56,13 +59,7 @@ address is taken or cannot be bound; 128 + n ended at once by a second signal n.
 
 def main() -> None:
     """Entry point of the command `loaderd`."""
-    missing = [name for name in _SERVER_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        _fail(
-            EXIT_USAGE,
-            f"the daemon needs packages that are not installed ({', '.join(missing)}): "
-            "pip install 'loaderd[server]'",
-        )
+    _need(_SERVER_PACKAGES, "the daemon", "server")
     # gRPC's core would write to standard error what the daemon tells in its own words.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from loaderd.server.config import ConfigError, load_config
@@ -71,7 +68,10 @@ def main() -> None:
     try:
         if arguments[:1] == ["token"]:
             sys.exit(_token(arguments[1:]))
-        sys.exit(_run(load_config(vars(_parser().parse_args(arguments)))))
+        config = load_config(vars(_parser().parse_args(arguments)))
+        if config.http is not None:
+            _need(_HTTP_PACKAGES, "--http", "http")
+        sys.exit(_run(config))
     except ConfigError as error:
         _fail(EXIT_USAGE, str(error))
 
@@ -98,7 +98,7 @@ def _run(config: ServerConfig) -> int:
         level=config.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    for library in ("asyncio", "grpc", "httpx2", "filelock"):
+    for library in ("asyncio", "grpc", "httpx2", "filelock", "uvicorn"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         asyncio.run(Daemon(config).run())
@@ -133,8 +133,20 @@ def _parser() -> argparse.ArgumentParser:
         elif name in _REPEATABLE:
             parser.add_argument(flag, action="append", metavar=_REPEATABLE[name], help=text)
         else:
-            parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), help=text)
+            metavar = _VALUES.get(name, name.rpartition("_")[2].upper())
+            parser.add_argument(flag, metavar=metavar, help=text)
     return parser
+
+
+def _need(packages: Sequence[str], whose: str, extra: str) -> None:
+    """Ends the command unless the packages are there."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        _fail(
+            EXIT_USAGE,
+            f"{whose} needs packages that are not installed ({', '.join(missing)}): "
+            f"pip install 'loaderd[{extra}]'",
+        )
 
 
 def _fail(code: int, message: str) -> None:

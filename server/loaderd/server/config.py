@@ -25,6 +25,7 @@ from loaderd.server.setting_types import (
     FolderPath,
     Folders,
     Group,
+    HostPort,
     Mode,
     ModelName,
     ModelNames,
@@ -131,6 +132,11 @@ class ServerConfig(BaseSettings):
     insecure: bool = False
     """Allow addresses that other machines reach without TLS, or without clients that are known:
     whoever reaches them may read along, or use and unload models."""
+
+    http: HostPort | None = None
+    """Address for HTTP, such as 127.0.0.1:8080 (port 0: a free one): metrics, probes, a status
+    page, and an API like OpenAI's. It speaks TLS where --tls-cert is given, and knows clients by
+    their tokens. Needs the extra `http`. Default: none, no HTTP."""
 
     user_loads: Literal["off", "cached", "any"] = "cached"
     """Which models clients with the role user may load: none, those whose files are there, or also
@@ -253,10 +259,12 @@ class ServerConfig(BaseSettings):
             raise ValueError("tls_cert and tls_key go together; give both")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("tls_client_ca needs TLS; give tls_cert and tls_key too")
+        if self.http is not None and self.clients is None:
+            self._refuse_http_without_clients(self.http)
         asks_who_calls = self.clients is not None or self.tls_client_ca is not None
         if self.insecure or (self.tls_cert is not None and asks_who_calls):
             return self
-        for address in self.addresses:
+        for address in (*self.addresses, self.http):
             if isinstance(address, TcpAddress) and address.is_exposed:
                 raise ValueError(
                     f"{address} can be reached from other machines; give it TLS (--tls-cert, "
@@ -264,6 +272,14 @@ class ServerConfig(BaseSettings):
                     "on 127.0.0.1 or a --socket, or add --insecure"
                 )
         return self
+
+    def _refuse_http_without_clients(self, address: TcpAddress) -> None:
+        if self.insecure or not (self.tls_client_ca is not None or address.is_exposed):
+            return
+        raise ValueError(
+            f"http {address}: over HTTP clients are known by their tokens only, and without "
+            "--clients whoever reaches it may do everything; give --clients, or add --insecure"
+        )
 
     @property
     def addresses(self) -> tuple[Address, ...]:

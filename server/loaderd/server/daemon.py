@@ -11,6 +11,7 @@ import time
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loaderd.server.access.clients import ClientsFile, ClientsFileError
 from loaderd.server.access.quotas import Quotas
@@ -38,6 +39,9 @@ from loaderd.server.supervisor.offload_folders import OffloadFolders, default_of
 from loaderd.server.supervisor.runtime_folder import RuntimeFolder
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
+
+if TYPE_CHECKING:
+    from loaderd.server.http.service import HttpService
 
 __all__ = ["AddressError", "Daemon"]
 
@@ -108,7 +112,16 @@ class Daemon:
             restarts = Restarts(loads)
             registry.on_death = restarts.begin
             manifest = Manifest(models, registry, loads)
-            server = RpcServer(registry, loads, planner, store, supervisor, access=_access(config))
+            http = self._http(registry, planner, store, supervisor)
+            server = RpcServer(
+                registry,
+                loads,
+                planner,
+                store,
+                supervisor,
+                access=_access(config),
+                observer=None if http is None else http.metrics,
+            )
             addresses = stack.enter_context(
                 listening(
                     server,
@@ -117,11 +130,15 @@ class Daemon:
                     SocketAccess(config.socket_mode, config.socket_group),
                 )
             )
+            if http is not None:
+                addresses = [http.url, *addresses]
             self._catch_signals(supervisor)
             health = asyncio.create_task(server.health.follow())
             await store.start()
             await supervisor.start()
             await server.start()
+            if http is not None:
+                http.start(server.local)
             background = [
                 asyncio.create_task(work.run()) for work in (IdleUnloader(registry), manifest)
             ]
@@ -138,8 +155,30 @@ class Daemon:
                 await restarts.close()
                 await store.close()
                 await registry.close()
+                if http is not None:
+                    await http.stop(_LAST_MESSAGES_S)
                 await server.stop(_LAST_MESSAGES_S)
                 await supervisor.close()
+
+    def _http(
+        self, registry: ModelRegistry, planner: Planner, store: ModelStore, supervisor: Supervisor
+    ) -> HttpService | None:
+        address = self._config.http
+        if address is None:
+            return None
+        from loaderd.server.http.listener import HttpListener
+        from loaderd.server.http.service import HttpService
+        from loaderd.server.http.tls import server_context
+
+        tls = _tls(self._config)
+        try:
+            listener = HttpListener(address, None if tls is None else server_context(tls))
+        except OSError as error:
+            raise AddressError(
+                f"cannot listen on {address} for HTTP: {error.strerror}; choose another --http "
+                "(port 0: a free one)"
+            ) from error
+        return HttpService(listener, registry, planner, store, supervisor)
 
     def _catch_signals(self, supervisor: Supervisor) -> None:
         loop = asyncio.get_running_loop()

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
 
-from loaderd.server.addresses import Address, is_loopback, parse_address
+from loaderd.server.addresses import Address, TcpAddress, is_loopback, parse_address
 from loaderd.server.errors import InvalidNameError
 from loaderd.server.store.names import LocalName, parse_name
 
@@ -27,6 +27,13 @@ def _split_at_commas(value: object) -> object:
 
 def _address(value: object) -> object:
     return parse_address(value) if isinstance(value, str) else value
+
+
+def _host_port(value: object) -> object:
+    address = _address(value)
+    if not isinstance(address, TcpAddress):
+        raise ValueError(f"{value!r} is no address: use host:port or [ipv6]:port")
+    return address
 
 
 def _mode(value: object) -> object:
@@ -118,6 +125,7 @@ ModelName = Annotated[str, AfterValidator(_model_name)]
 Mode = Annotated[int, BeforeValidator(_mode), Field(ge=0, le=0o777)]
 Group = Annotated[str, AfterValidator(_group)]
 Endpoint = Annotated[str, AfterValidator(_hub_endpoint)]
+HostPort = Annotated[TcpAddress, BeforeValidator(_host_port)]
 FilePath = Annotated[Path, AfterValidator(_absolute)]
 FolderPath = Annotated[FilePath, AfterValidator(_no_file)]
 

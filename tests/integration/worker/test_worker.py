@@ -23,7 +23,8 @@ from loaderd.v1.model_pb2 import Dtype
 from tests.integration.worker.harness import Worker
 
 TEXT = "The sky is blue because"
-CHAT = ChatMessages(messages=[ChatMessage(role="user", content="What is the capital of France?")])
+# Asked otherwise, rounding decides whether the model answers in French.
+CHAT = ChatMessages(messages=[ChatMessage(role="user", content="Name the capital of France.")])
 
 
 def test_greedy_output_is_that_of_transformers(worker: Worker, real_model: Path) -> None:

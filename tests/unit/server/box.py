@@ -18,6 +18,7 @@ from grpc_status import rpc_status
 from safetensors.numpy import save_file
 
 from loaderd.server.access.quotas import Quotas
+from loaderd.server.addresses import TcpAddress
 from loaderd.server.models.idle import IdleModels, IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
@@ -56,6 +57,7 @@ class Box:
     models: Any
     generation: Any
     system: Any
+    url: str = ""
 
     async def load(
         self, folder: Path | None = None, replicas: int | None = None
@@ -96,8 +98,20 @@ async def open_box(
     access: Access | None = None,
     user_loads: OnDemand = OnDemand.ANY,
     policy: ModelPolicy | None = None,
+    http: bool = False,
 ) -> AsyncIterator[Box]:
-    """The insides with a model folder beside them; models come back only with a wait for it."""
+    """The insides with a model folder beside them; models come back only with a wait for it.
+
+    Args:
+        tmp_path: Where its files go.
+        on_demand: Which models a request loads.
+        keep_alive_s: How long models stay.
+        restart_wait_s: Seconds before a model comes back for the second time; None: never.
+        access: Who may do what; None: everybody everything.
+        user_loads: Which models users load.
+        policy: Which models are allowed; None: all.
+        http: Whether it also listens for HTTP.
+    """
     async with AsyncExitStack() as stack:
         launcher = FakeLauncher()
         limits = WorkerLimits(
@@ -122,14 +136,26 @@ async def open_box(
         restarts = Restarts(loads, restart_wait_s or 0.0)
         if restart_wait_s is not None:
             registry.on_death = restarts.begin
+        service = None
+        if http:
+            from loaderd.server.http.listener import HttpListener
+            from loaderd.server.http.service import HttpService
+
+            listener = HttpListener(TcpAddress("127.0.0.1", 0))
+            service = HttpService(listener, registry, planner, store, supervisor)
         access = access or Access(None, Quotas(time.monotonic))
-        server = RpcServer(registry, loads, planner, store, supervisor, access=access)
+        observer = None if service is None else service.metrics
+        server = RpcServer(
+            registry, loads, planner, store, supervisor, access=access, observer=observer
+        )
         port = server.bind("127.0.0.1:0")
         socket = f"unix:{tmp_path / 'box.sock'}"
         server.bind(socket)
         idle = asyncio.create_task(IdleUnloader(registry).run())
         await supervisor.start()
         await server.start()
+        if service is not None:
+            service.start(server.local)
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
         yield Box(
             launcher,
@@ -141,12 +167,15 @@ async def open_box(
             model_pb2_grpc.ModelServiceStub(channel),
             generation_pb2_grpc.GenerationServiceStub(channel),
             system_pb2_grpc.SystemServiceStub(channel),
+            "" if service is None else service.url,
         )
         idle.cancel()
         await restarts.close()
         await registry.drain(0)
         await registry.close()
         await store.close()
+        if service is not None:
+            await service.stop(0)
         await server.stop(0)
         await supervisor.close()
 

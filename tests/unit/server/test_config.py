@@ -116,6 +116,25 @@ def test_patterns_of_models(tmp_path: Path) -> None:
     assert config.max_model_bytes == 20_000_000_000
 
 
+def test_http_is_off_and_stays_on_the_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_config({}).http is None
+    monkeypatch.setenv("LOADERD_HTTP", "127.0.0.1:8080")
+    assert load_config({}).http == TcpAddress("127.0.0.1", 8080)
+    assert load_config({"http": "[::1]:0"}).http == TcpAddress("::1", 0)
+    exposed = TcpAddress("0.0.0.0", 1)
+    assert load_config({"http": str(exposed), "insecure": True}).http == exposed
+    assert load_config({"http": str(exposed), **TLS, **KNOWN[0]}).http == exposed
+
+
+def test_http_needs_clients_with_tokens_where_others_have_certificates() -> None:
+    for flags in ({}, {"http": "127.0.0.1:0"}, {"http": "0.0.0.0:1"}):
+        given = {**TLS, **KNOWN[1], **flags}
+        if flags:
+            with pytest.raises(ConfigError, match=r"http.*tokens.*--clients"):
+                load_config(given)
+        assert load_config({**given, **KNOWN[0]}).tls_client_ca
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -134,6 +153,12 @@ def test_patterns_of_models(tmp_path: Path) -> None:
         ({"allow_pickle": ["a/b/c"]}, "allow_pickle.*'a/b/c'"),
         ({"allow_pickle": ["org/name@v1"]}, "allow_pickle.*allow the repository, org/name"),
         ({"host": "0.0.0.0"}, "--insecure"),
+        ({"http": "0.0.0.0:8080"}, "0.0.0.0.*--insecure"),
+        ({"http": "gpu-box:8080"}, "gpu-box.*--insecure"),
+        ({"http": "0.0.0.0:1", "clients": "/etc/clients.toml"}, "--tls-cert.*--insecure"),
+        ({"http": "/run/socket"}, "http.*'/run/socket' is no address"),
+        ({"http": "8080"}, "http.*'8080' is no address"),
+        ({"http": "127.0.0.1:65536"}, "http.*65536"),
         ({"hub_endpoint": "http://example.com"}, "https"),
         ({"hub_endpoint": "ftp://example.com"}, "https"),
         ({"config": "/no/such/file"}, "config"),

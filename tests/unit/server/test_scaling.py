@@ -105,6 +105,7 @@ async def test_a_death_ends_the_streams_of_one_replica_and_nothing_else(lasting:
             event = await anext(seen)
             assert event.model.state is ModelState.READY
             assert len(event.model.replicas) == serving
+            assert event.reason.value == ("worker_died" if serving == 1 else "replicas")
     back = await until_serving(box, 2)
     assert back.id == model.id
     assert not kept.done()

@@ -66,6 +66,7 @@ class ChangeReason(Enum):
     FORGOTTEN = "forgotten"
     SHUTDOWN = "shutdown"
     REPLICAS = "replicas"
+    WORKER_DIED = "worker_died"
 
 
 @dataclass

@@ -129,7 +129,6 @@ class Claim:
         self._disk = disk
         self._worker: Worker | None = None
         self._held_before = 0
-        self._is_given_up = False
 
     @property
     def accelerators(self) -> list[str]:
@@ -206,13 +205,11 @@ class Claim:
         if self._worker is None or self._worker.ended:
             self.release()
             return
-        if self._is_given_up:
-            return
-        self._is_given_up = True
-        heir = f"{self._id}:{self._worker.pid}"  # the model may be loaded again meanwhile
+        # The model may be loaded again meanwhile.
+        heir = f"{self._id}:{self._worker.pid}"
         self._book.hand_over(self._id, heir, self._share)
-        self._id = heir
-        self._worker.on_end(self.release)
+        self._worker.on_end(lambda: self._book.release(heir, time.monotonic()))
+        self._disk.remove(self._folder)
 
     def release(self) -> None:
         """Gives it back."""

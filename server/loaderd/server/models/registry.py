@@ -226,8 +226,8 @@ class ModelRegistry:
         if state is ModelState.FAILED:
             self._forget_old_failures()
 
-    def resized(self, record: ModelRecord) -> None:
-        """Tells all watchers that a READY model has more or fewer replicas now."""
+    def resized(self, record: ModelRecord, reason: ChangeReason = ChangeReason.REPLICAS) -> None:
+        """Tells all watchers that a READY model has more or fewer replicas now, and why."""
         serving = record.replicas.serving
         record.details = serving[0].details
         logger.info(
@@ -237,9 +237,7 @@ class ModelRegistry:
             len(serving),
             record.replicas.wanted,
         )
-        self.events.publish(
-            datetime.now(UTC), record.state, self.view(record), ChangeReason.REPLICAS, None
-        )
+        self.events.publish(datetime.now(UTC), record.state, self.view(record), reason, None)
         self.changed.set()
 
     @contextmanager

@@ -136,6 +136,11 @@ class Replicas:
             return True
         return count == self.wanted and not self.missing and not self.growing.locked()
 
+    @property
+    def memory_bytes(self) -> int:
+        """What they held at their last heartbeats, together."""
+        return sum(replica.worker.link.memory_bytes for replica in self._all)
+
     def statistics(self) -> model_pb2.ModelStatistics:
         """What their engines do and have done, together."""
         together = model_pb2.ModelStatistics()

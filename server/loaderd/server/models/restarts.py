@@ -37,6 +37,7 @@ class Restarts:
 
     def begin(self, record: ModelRecord) -> None:
         """A model's worker has died."""
+        self._note(record, 1)
         if record.id in self._loading:
             return  # it is seen that more are missing when those are there
         if earlier := self._tasks.get(record.id):
@@ -56,7 +57,7 @@ class Restarts:
             del self._tasks[model_id]
 
     async def _restart(self, record: ModelRecord) -> None:
-        while (deaths := self._note_deaths(record)) <= MOST_DEATHS:
+        while (deaths := self._deaths_of_each(record)) <= MOST_DEATHS:
             if deaths > 1:
                 await asyncio.sleep(self._first_wait_s * 2 ** (deaths - 2))
             if not record.lacks_replicas:
@@ -70,20 +71,22 @@ class Restarts:
                     return  # other names of the same files came to be loaded
             except LoaderdError as error:
                 logger.warning("%s %s: did not come back: %s", record.id, record.name, error)
+                self._note(record, record.replicas.missing)
             finally:
                 self._loading.discard(record.id)
             if not record.lacks_replicas:
                 return
         logger.error("%s %s: given up after %d failures", record.id, record.name, MOST_DEATHS)
 
-    def _note_deaths(self, record: ModelRecord) -> int:
-        """How often each replica has died or failed lately, on average, rounded up."""
+    def _note(self, record: ModelRecord, deaths: int) -> None:
         now = time.monotonic()
         for name, times in list(self._deaths.items()):
             while times and times[0] < now - MEMORY_S:
                 times.popleft()
             if not times:
                 del self._deaths[name]
-        deaths = self._deaths[record.id]
-        deaths.extend([now] * max(record.replicas.missing, 1))
-        return -(-len(deaths) // record.replicas.wanted)
+        self._deaths[record.id].extend([now] * deaths)
+
+    def _deaths_of_each(self, record: ModelRecord) -> int:
+        """How often each replica has died or failed to load lately, on average, rounded up."""
+        return -(-len(self._deaths[record.id]) // record.replicas.wanted)

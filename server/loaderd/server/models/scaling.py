@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 
 from loaderd.server.errors import DeviceMemoryError, ModelNotLoadedError, WorkerDiedError
-from loaderd.server.models.lifecycle import ModelState
+from loaderd.server.models.lifecycle import ChangeReason, ModelState
 from loaderd.server.models.planner import Claim, Planner
 from loaderd.server.models.record import ModelRecord
 from loaderd.server.models.registry import ModelRegistry
@@ -173,14 +173,15 @@ class Scaling:
         await replica.worker.wait()
         record.replicas.remove(replica)
         if record.state is ModelState.READY:
-            self._lost_one(record)
+            self._lost(record, replica)
 
-    def _lost_one(self, record: ModelRecord) -> None:
+    def _lost(self, record: ModelRecord, replica: Replica) -> None:
         """A worker of a READY model has ended, and is none of its replicas any more."""
         is_wanted = self._registry.expiry(record) > time.monotonic()
         record.replicas.recall(record.replicas.wanted)
         if record.replicas.serving:
-            self._registry.resized(record)
+            reason = ChangeReason.REPLICAS if replica.ending else ChangeReason.WORKER_DIED
+            self._registry.resized(record, reason)
         else:
             died = WorkerDiedError(model=str(record.name))
             if record.replicas.growing.locked():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -17,6 +17,7 @@ from loaderd.server.models.loads import Loads
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.access import current_caller
 from loaderd.server.rpc.convert import keep_alive as keep_alive_of
+from loaderd.server.rpc.observer import Observer
 from loaderd.server.supervisor.output_stream import OutputStream
 from loaderd.v1 import generation_pb2, generation_pb2_grpc
 from loaderd.worker.v1 import worker_pb2
@@ -29,10 +30,17 @@ _MAX_REQUEST_ID = 128
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Text from loaded models. The model's worker reads and checks the parameters."""
 
-    def __init__(self, registry: ModelRegistry, loads: Loads, quotas: Quotas) -> None:
+    def __init__(
+        self,
+        registry: ModelRegistry,
+        loads: Loads,
+        quotas: Quotas,
+        observer: Observer | None = None,
+    ) -> None:
         self._registry = registry
         self._loads = loads
         self._quotas = quotas
+        self._observer = observer
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
@@ -112,7 +120,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     @asynccontextmanager
     async def _run(
         self, request: generation_pb2.StreamGenerateRequest, context: Context
-    ) -> AsyncIterator[tuple[str, _Metered]]:
+    ) -> AsyncIterator[tuple[str, AsyncIterable[generation_pb2.StreamGenerateResponse]]]:
         if not request.HasField("request_id"):
             request.request_id = secrets.token_hex(8)
         name = request.request_id
@@ -136,7 +144,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             with worker.link.generate(request, on_end=use.close, client=client) as stream:
                 metered = _Metered(stream, self._quotas, caller)
                 try:
-                    yield model_id, metered
+                    if self._observer is None:
+                        yield model_id, metered
+                        return
+                    name = str(self._registry.find(model_id).name)
+                    async with aclosing(self._observer.generating(name, metered)) as messages:
+                        yield model_id, messages
                 finally:
                     metered.charge()
 

@@ -10,11 +10,14 @@ from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.cache_service import CacheService
+from loaderd.server.rpc.call_counter import CallCounter
 from loaderd.server.rpc.clients import Clients
 from loaderd.server.rpc.generation_service import GenerationService
 from loaderd.server.rpc.health import Health
 from loaderd.server.rpc.interceptor import CallInterceptor
+from loaderd.server.rpc.local import LocalCalls
 from loaderd.server.rpc.model_service import ModelService
+from loaderd.server.rpc.observer import Observer
 from loaderd.server.rpc.reflection import add_reflection
 from loaderd.server.rpc.system_service import SystemService
 from loaderd.server.store.store import ModelStore
@@ -49,6 +52,7 @@ class RpcServer:
 
     Attributes:
         health: The health service; its `follow` is to be run.
+        local: The same services, for calls from inside the daemon.
     """
 
     def __init__(
@@ -60,32 +64,32 @@ class RpcServer:
         supervisor: Supervisor,
         *,
         access: Access,
+        observer: Observer | None = None,
     ) -> None:
         clients = Clients()
+        counters = [] if observer is None else [CallCounter(observer)]
         self._server = grpc.aio.server(
-            options=_OPTIONS, interceptors=[CallInterceptor(access, clients)]
+            options=_OPTIONS, interceptors=[*counters, CallInterceptor(access, clients)]
         )
-        model_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelService(registry, loads, planner), self._server
-        )
-        cache_pb2_grpc.add_CacheServiceServicer_to_server(
-            CacheService(registry, store), self._server
-        )
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(registry, loads, access.quotas), self._server
-        )
-        system_pb2_grpc.add_SystemServiceServicer_to_server(
-            SystemService(registry, supervisor, planner, store.settings, clients), self._server
-        )
-        services = [
-            file.DESCRIPTOR.services_by_name[name].full_name
-            for file, name in (
-                (model_pb2, "ModelService"),
-                (cache_pb2, "CacheService"),
-                (generation_pb2, "GenerationService"),
-                (system_pb2, "SystemService"),
+        models = ModelService(registry, loads, planner)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(models, self._server)
+        cache = CacheService(registry, store)
+        cache_pb2_grpc.add_CacheServiceServicer_to_server(cache, self._server)
+        generation = GenerationService(registry, loads, access.quotas, observer)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
+        system = SystemService(registry, supervisor, planner, store.settings, clients)
+        system_pb2_grpc.add_SystemServiceServicer_to_server(system, self._server)
+        servicers = {
+            file.DESCRIPTOR.services_by_name[name].full_name: servicer
+            for file, name, servicer in (
+                (model_pb2, "ModelService", models),
+                (cache_pb2, "CacheService", cache),
+                (generation_pb2, "GenerationService", generation),
+                (system_pb2, "SystemService", system),
             )
-        ]
+        }
+        self.local = LocalCalls(servicers, access, clients)
+        services = list(servicers)
         self.health = Health(registry, services)
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name

@@ -54,15 +54,24 @@ class ServerTls:
         """
         while True:
             stamp = self.stamp()
-            trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            # Without a password, OpenSSL would ask for one at the terminal.
-            trial.load_cert_chain(self.certificate, self.key, password="")
+            trial = self.context()
             if self.client_ca is not None:
                 trial.load_verify_locations(self.client_ca)
             pair = self.key.read_bytes(), self.certificate.read_bytes()
             client_ca = None if self.client_ca is None else self.client_ca.read_bytes()
             if stamp == self.stamp():  # nobody has written meanwhile
                 return stamp, grpc.ssl_server_certificate_configuration([pair], client_ca)
+
+    def context(self) -> ssl.SSLContext:
+        """The certificate and its key as the standard library has them.
+
+        Raises:
+            OSError: They cannot be read, or do not fit together.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        # Without a password, OpenSSL would ask for one at the terminal.
+        context.load_cert_chain(self.certificate, self.key, password="")
+        return context
 
     def stamp(self) -> Stamp:
         """What changes when one of the files does.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import math
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -153,8 +152,7 @@ def batching_engine(
         on_death=on_death,
     )
     reasons = [f"it computes the same in batches, {how}", decoding, str(linears.policy)]
-    if later:
-        threading.Thread(target=linears.make_copies, name="copies", daemon=True).start()
+    linears.make_copies_beside()
     return Built(engine, "; ".join(filter(None, reasons)), later)
 
 

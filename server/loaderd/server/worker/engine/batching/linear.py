@@ -6,6 +6,9 @@ Layers with the same input become one.
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -32,6 +35,8 @@ _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _LEAST_BYTES = 8 * 2**20
 """Smaller models stay in a cache, where no copy of their weights pays."""
 _TRIED_BYTES = 32 * 2**20
+_LAST = 19
+"""The lowest priority of a thread, as of `nice`."""
 
 
 def fastest(model: nn.Module) -> LinearPolicy:
@@ -64,6 +69,16 @@ class Linears:
     def missing_bytes(self) -> int:
         """What the copies that are still to be made will take."""
         return sum(layer.missing_bytes for layer in self._layers)
+
+    def make_copies_beside(self) -> None:
+        """Makes them in a thread of its own, which waits for all others."""
+        if self.missing_bytes:
+            threading.Thread(target=self._make_copies_last, name="copies", daemon=True).start()
+
+    def _make_copies_last(self) -> None:
+        if sys.platform == "linux":  # elsewhere it would be for the whole process
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LAST)
+        self.make_copies()
 
     def make_copies(self) -> None:
         """Makes them, which may take longer than loading the weights did."""

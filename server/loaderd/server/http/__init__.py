@@ -1,0 +1,1 @@
+"""The optional HTTP listener: metrics, probes, a status page, and an API as OpenAI's."""
