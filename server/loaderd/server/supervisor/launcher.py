@@ -9,6 +9,7 @@ from typing import Protocol, cast
 
 _OPENMP_WAITING = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
 _SPIN_COUNT = "10000"
+_KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HF_TOKEN_PATH")
 
 
@@ -87,15 +88,24 @@ def worker_environment() -> dict[str, str]:
     GNU OpenMP's threads, which torch computes with, spin for long where they wait for each other.
     On a box that does other work too they take the core that the last one needs, which made
     generation 30 times slower; a tenth of a millisecond of spinning costs little on either box
-    (docs/performance.md). The operator's own setting wins.
+    (docs/performance.md).
+
+    oneDNN and torch keep a compiled kernel, about a megabyte, for each shape that was multiplied in
+    16 bits, a thousand of them. Steps have as many shapes as rows, and come back to few of them.
+
+    The operator's own settings win.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
     if not _OPENMP_WAITING & environment.keys():
         environment["GOMP_SPINCOUNT"] = _SPIN_COUNT
-    return environment | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "GRPC_ENABLE_FORK_SUPPORT": "0",
-        "PYTHONUNBUFFERED": "1",
-    }
+    return (
+        _KERNEL_CACHES
+        | environment
+        | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "GRPC_ENABLE_FORK_SUPPORT": "0",
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
