@@ -45,7 +45,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "loaderd.server.errors",
         "loaderd.server.store.names",
     },
-    "loaderd.server.config": {"loaderd.server.addresses", "loaderd.server.setting_types"},
+    "loaderd.server.setting_sources": set(),
+    "loaderd.server.config": {
+        "loaderd.server.addresses",
+        "loaderd.server.setting_sources",
+        "loaderd.server.setting_types",
+    },
     "loaderd.server.store.names": {"loaderd.server.errors"},
     "loaderd.server.store": _BASE | {"loaderd.server.config", "loaderd.server.parent"},
     "loaderd.server.supervisor": _BASE | {"loaderd.worker.v1", "loaderd.server.config"},
@@ -63,18 +68,42 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loaderd.server.http": _BASE
     | _LOWER
     | {"loaderd.server.addresses", "loaderd.server.models", "loaderd.server.rpc"},
+    "loaderd.server.systemd": set(),
+    "loaderd.server.from_config": _BASE
+    | _LOWER
+    | {"loaderd.server.access", "loaderd.server.models", "loaderd.server.rpc"},
+    "loaderd.server.reload": {
+        "loaderd.server.config",
+        "loaderd.server.from_config",
+        "loaderd.server.models",
+        "loaderd.server.rpc",
+        "loaderd.server.store",
+        "loaderd.server.systemd",
+    },
     "loaderd.server.daemon": _BASE
     | _LOWER
     | {
         "loaderd.server.access",
+        "loaderd.server.from_config",
         "loaderd.server.http",
         "loaderd.server.models",
+        "loaderd.server.reload",
         "loaderd.server.rpc",
+        "loaderd.server.systemd",
+    },
+    "loaderd.server.config_command": {
+        "loaderd.server.config",
+        "loaderd.server.from_config",
+        "loaderd.server.setting_sources",
+        "loaderd.server.store",
+        "loaderd.server.supervisor",
     },
     "loaderd.server.cli": {
         "loaderd.server.access",
         "loaderd.server.config",
+        "loaderd.server.config_command",
         "loaderd.server.daemon",
+        "loaderd.server.systemd",
     },
     "loaderd.server.worker": {
         "loaderd.v1",

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,9 @@ Each option can also be set by a variable (--drain-timeout: LOADERD_DRAIN_TIMEOU
 file that --config or LOADERD_CONFIG names (drain_timeout = 10). A flag wins over a variable, a
 variable over the file.
 
-`loaderd token create --help` tells how to make tokens for clients.
+`loaderd config check` says what is wrong with the settings, `loaderd config show` where each comes
+from. SIGHUP has them read again. `loaderd token create --help` tells how to make tokens for
+clients.
 
 exit codes: 0 stopped by SIGTERM or SIGINT; 1 failed; 2 bad settings or missing packages; 3 the
 address is taken or cannot be bound; 128 + n ended at once by a second signal n.
@@ -59,7 +61,8 @@ address is taken or cannot be bound; 128 + n ended at once by a second signal n.
 
 def main() -> None:
     """Entry point of the command `loaderd`."""
-    _need(_SERVER_PACKAGES, "the daemon", "server")
+    if problem := _missing(_SERVER_PACKAGES, "the daemon", "server"):
+        _fail(EXIT_USAGE, problem)
     # gRPC's core would write to standard error what the daemon tells in its own words.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from loaderd.server.config import ConfigError, load_config
@@ -68,10 +71,15 @@ def main() -> None:
     try:
         if arguments[:1] == ["token"]:
             sys.exit(_token(arguments[1:]))
-        config = load_config(vars(_parser().parse_args(arguments)))
-        if config.http is not None:
-            _need(_HTTP_PACKAGES, "--http", "http")
-        sys.exit(_run(config))
+        if arguments[:1] == ["config"]:
+            from loaderd.server.config_command import run
+
+            sys.exit(run(arguments[1:], _add_settings, _http_problem))
+        flags = vars(_parser().parse_args(arguments))
+        config = load_config(flags)
+        if problem := _http_problem(config):
+            _fail(EXIT_USAGE, problem)
+        sys.exit(_run(config, lambda: load_config(flags)))
     except ConfigError as error:
         _fail(EXIT_USAGE, str(error))
 
@@ -88,10 +96,11 @@ def _token(arguments: Sequence[str]) -> int:
     return EXIT_OK
 
 
-def _run(config: ServerConfig) -> int:
+def _run(config: ServerConfig, reread: Callable[[], ServerConfig]) -> int:
     import asyncio
 
     from loaderd.server.daemon import AddressError, Daemon
+    from loaderd.server.systemd import Systemd
 
     logging.basicConfig(
         stream=sys.stderr,
@@ -101,15 +110,13 @@ def _run(config: ServerConfig) -> int:
     for library in ("asyncio", "grpc", "httpx2", "filelock", "uvicorn"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
-        asyncio.run(Daemon(config).run())
+        asyncio.run(Daemon(config, reread, Systemd(os.environ)).run())
     except AddressError as error:
         _fail(EXIT_ADDRESS, str(error))
     return EXIT_OK
 
 
 def _parser() -> argparse.ArgumentParser:
-    from loaderd.server.config import ServerConfig
-
     parser = argparse.ArgumentParser(
         prog="loaderd",
         description="The model host of this box: one daemon that owns the Hugging Face cache and "
@@ -120,6 +127,14 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"loaderd {version('loaderd')}")
+    _add_settings(parser)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds an option for each setting."""
+    from loaderd.server.config import ServerConfig
+
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
     for name, field in ServerConfig.model_fields.items():
         if name in _FILE_ONLY:
@@ -135,18 +150,22 @@ def _parser() -> argparse.ArgumentParser:
         else:
             metavar = _VALUES.get(name, name.rpartition("_")[2].upper())
             parser.add_argument(flag, metavar=metavar, help=text)
-    return parser
 
 
-def _need(packages: Sequence[str], whose: str, extra: str) -> None:
-    """Ends the command unless the packages are there."""
+def _http_problem(config: ServerConfig) -> str:
+    """What is missing for the settings of HTTP, or nothing."""
+    return "" if config.http is None else _missing(_HTTP_PACKAGES, "--http", "http")
+
+
+def _missing(packages: Sequence[str], whose: str, extra: str) -> str:
+    """That packages are not there, or nothing."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        _fail(
-            EXIT_USAGE,
-            f"{whose} needs packages that are not installed ({', '.join(missing)}): "
-            f"pip install 'loaderd[{extra}]'",
-        )
+    if not missing:
+        return ""
+    return (
+        f"{whose} needs packages that are not installed ({', '.join(missing)}): "
+        f"pip install 'loaderd[{extra}]'"
+    )
 
 
 def _fail(code: int, message: str) -> None:

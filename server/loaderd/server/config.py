@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
-    TomlConfigSettingsSource,
 )
 
 from loaderd.server.addresses import Address, TcpAddress, UnixAddress
+from loaderd.server.setting_sources import PREFIX, Origin, Sources
 from loaderd.server.setting_types import (
     Addresses,
     Endpoint,
@@ -39,7 +40,15 @@ DEFAULT_PORT = 50051
 
 
 class ConfigError(Exception):
-    """The settings do not make a daemon. Its text names the setting and says what to do."""
+    """The settings do not make a daemon.
+
+    Attributes:
+        problems: One or more texts; each names the setting and says what to do.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
 
 
 def _default_local_roots() -> tuple[Path, ...]:
@@ -86,7 +95,7 @@ class ServerConfig(BaseSettings):
     """Everything that an operator can set. Immutable; made by `load_config`."""
 
     model_config = SettingsConfigDict(
-        env_prefix="LOADERD_", frozen=True, extra="forbid", use_attribute_docstrings=True
+        env_prefix=PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True
     )
 
     host: str = "127.0.0.1"
@@ -297,20 +306,56 @@ class ServerConfig(BaseSettings):
         """The operator's hub token, read now.
 
         Raises:
-            ConfigError: The file that the operator named cannot be read.
+            ConfigError: The file that the operator named, or the login, cannot be read.
+        """
+        return self.hub_token_and_origin()[0]
+
+    def hub_token_and_origin(self) -> tuple[str | None, Origin]:
+        """The operator's hub token, read now, and where it is from.
+
+        Raises:
+            ConfigError: The file that the operator named, or the login, cannot be read.
         """
         if self.hub_token_file is not None:
             try:
-                return self.hub_token_file.read_text().strip() or None
-            except OSError as error:
-                raise ConfigError(f"hub_token_file: {error.strerror}") from error
+                token = self.hub_token_file.read_text().strip() or None
+            except (OSError, UnicodeDecodeError) as error:
+                problem = error.strerror if isinstance(error, OSError) else "it is not text"
+                raise ConfigError(
+                    f"hub_token_file: cannot read {self.hub_token_file}: {problem}; name a file "
+                    "that the daemon may read"
+                ) from error
+            return token, Origin("file", str(self.hub_token_file))
         if token := os.environ.get("HF_TOKEN", "").strip():
-            return token
+            return token, Origin("variable", "HF_TOKEN")
         home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+        login = Path(os.environ.get("HF_TOKEN_PATH", home / "token"))
         try:
-            return Path(os.environ.get("HF_TOKEN_PATH", home / "token")).read_text().strip() or None
+            return login.read_text().strip() or None, Origin("file", str(login))
         except OSError:
-            return None  # nobody logged in: the hub's public part is enough
+            return None, Origin("default")  # nobody logged in: the hub's public part is enough
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"hub_token_file: the hub library's login, {login}, is not text; log in again, or "
+                "name another file"
+            ) from error
+
+    def changed_in(self, other: ServerConfig, settings: Collection[str]) -> ServerConfig:
+        """These settings, with some as another has them.
+
+        Args:
+            other: The other.
+            settings: The names of those to take from it.
+
+        Raises:
+            ConfigError: The two together would let in whoever comes.
+        """
+        config = self.model_copy(update={name: getattr(other, name) for name in settings})
+        try:
+            config._refuse_exposure()  # type: ignore[operator]  # Pydantic leaves it a method
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return config
 
 
 def load_config(flags: Mapping[str, object]) -> ServerConfig:
@@ -322,10 +367,17 @@ def load_config(flags: Mapping[str, object]) -> ServerConfig:
     Raises:
         ConfigError: A setting is unknown or invalid, or the file cannot be read.
     """
-    given: dict[str, Any] = dict(flags)
-    file: str | None = given.pop("config", None) or os.environ.get("LOADERD_CONFIG")
+    return config_from(Sources(flags))
 
-    class Sources(ServerConfig):
+
+def config_from(sources: Sources) -> ServerConfig:
+    """The settings that all sources make together.
+
+    Raises:
+        ConfigError: A setting is unknown or invalid, or the file cannot be read.
+    """
+
+    class Settings(ServerConfig):
         @classmethod
         def settings_customise_sources(
             cls,
@@ -335,24 +387,27 @@ def load_config(flags: Mapping[str, object]) -> ServerConfig:
             dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the base's signature
             file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            if file is None:
-                return init_settings, env_settings
-            path = Path(file)
-            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, path)
+            return init_settings, env_settings, InitSettingsSource(settings_cls, sources.table)
 
+    problems = [sources.problem] if sources.problem else []
     for name in os.environ:
-        setting = name.removeprefix("LOADERD_").lower()
-        if name.startswith("LOADERD_") and setting not in _known_variables():
-            raise ConfigError(f"{name}: there is no such setting; loaderd --help lists them")
-    if file is not None and not Path(file).is_file():
-        raise ConfigError(f"config: there is no file {file}")
+        setting = name.removeprefix(PREFIX).lower()
+        if name.startswith(PREFIX) and setting not in _known_variables():
+            problems.append(f"{name}: {_unknown(setting)}")
     try:
-        return Sources(**given)
+        config = Settings(**sources.flags)
     except ValidationError as error:
-        problems = (_describe(item["loc"], item["type"], item["msg"]) for item in error.errors())
-        raise ConfigError("; ".join(problems)) from error
-    except (SettingsError, tomllib.TOMLDecodeError, OSError) as error:
-        raise ConfigError(f"config: {error}") from error
+        problems += (
+            _describe(sources, item["loc"], item["type"], item["msg"]) for item in error.errors()
+        )
+        raise ConfigError(*problems) from error
+    except SettingsError as error:
+        raise ConfigError(*problems, f"{error}: as a variable it must be JSON") from error
+    except OSError as error:
+        raise ConfigError(*problems, f"config: {error}") from error
+    if problems:
+        raise ConfigError(*problems)
+    return config
 
 
 def _known_variables() -> set[str]:
@@ -360,8 +415,17 @@ def _known_variables() -> set[str]:
     return {*ServerConfig.model_fields, "config", "address", "daemon", "token"}
 
 
-def _describe(location: tuple[int | str, ...], kind: str, message: str) -> str:
-    if kind == "extra_forbidden":
-        message = "there is no such setting; loaderd --help lists them"
+def _unknown(setting: str) -> str:
+    similar = difflib.get_close_matches(setting, ServerConfig.model_fields, 1)
+    hint = f"perhaps {similar[0]} is meant; " if similar else ""
+    return f"there is no such setting; {hint}loaderd --help lists them"
+
+
+def _describe(sources: Sources, location: tuple[int | str, ...], kind: str, message: str) -> str:
     message = message.removeprefix("Value error, ")
-    return f"{'.'.join(map(str, location))}: {message}" if location else message
+    if not location:
+        return message
+    setting = str(location[0])
+    if kind == "extra_forbidden":
+        message = _unknown(setting) if len(location) == 1 else "there is no such setting"
+    return f"{'.'.join(map(str, location))}: {message} (set by {sources.origin(setting)})"

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ import pytest
 
 from loaderd.server.addresses import TcpAddress, UnixAddress
 from loaderd.server.config import ConfigError, ServerConfig, load_config
+from loaderd.server.reload import LIVE
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +87,11 @@ def test_several_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert load_config({"config": str(file)}).socket_mode == 0o666
 
 
-EXPOSED = [{"host": "0.0.0.0"}, {"listen": ["127.0.0.1:0", "[::]:1"]}, {"listen": ["gpu-box:1"]}]
+EXPOSED: list[dict[str, object]] = [
+    {"host": "0.0.0.0"},
+    {"listen": ["127.0.0.1:0", "[::]:1"]},
+    {"listen": ["gpu-box:1"]},
+]
 TLS = {"tls_cert": "/etc/cert.pem", "tls_key": "/etc/key.pem"}
 KNOWN = [{"clients": "/etc/clients.toml"}, {"tls_client_ca": "/etc/ca.pem"}]
 
@@ -100,6 +106,15 @@ def test_an_address_that_others_reach_needs_tls_and_clients_or_that_it_is_said(
             load_config({**address, **flags})
     for flags in ({**TLS, **KNOWN[0]}, {**TLS, **KNOWN[1]}, {"insecure": True}):
         assert load_config({**address, **flags}).addresses
+
+
+def test_what_guards_an_address_that_others_reach_is_not_taken_from_it_while_it_runs() -> None:
+    running = load_config({**EXPOSED[0], **TLS, **KNOWN[0]})
+    changed = load_config({"keep_alive": "7"})
+    assert running.changed_in(changed, ["keep_alive"]).keep_alive == 7
+    assert running.changed_in(changed, ["keep_alive"]).clients == running.clients
+    with pytest.raises(ConfigError, match=r"0.0.0.0:50051 can be reached from other machines"):
+        running.changed_in(changed, ["keep_alive", "clients"])
 
 
 def test_patterns_of_models(tmp_path: Path) -> None:
@@ -252,6 +267,9 @@ def test_the_token_comes_from_the_file_the_variable_or_the_login(
     assert load_config({"hub_token_file": str(file)}).hub_token() == "from-file"
     with pytest.raises(ConfigError, match="hub_token_file"):
         load_config({"hub_token_file": str(tmp_path / "none")}).hub_token()
+    file.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"hub_token_file: .* it is not text"):
+        load_config({"hub_token_file": str(file)}).hub_token()
 
 
 def test_help_explains_every_setting() -> None:
@@ -260,3 +278,11 @@ def test_help_explains_every_setting() -> None:
     for name, field in ServerConfig.model_fields.items():
         assert name == "models" or "--" + name.replace("_", "-") in text
         assert field.description
+
+
+def test_the_docs_say_which_settings_change_while_the_daemon_runs() -> None:
+    docs = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
+    section = docs.partition("## Settings read again\n")[2].partition("\n## ")[0]
+    named = re.findall("`([a-z_]+)`", section)
+    assert sorted(named) == sorted(LIVE)
+    assert set(LIVE) <= set(ServerConfig.model_fields)

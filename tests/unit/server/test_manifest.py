@@ -29,7 +29,7 @@ async def test_what_is_declared_is_loaded_as_declared(box: Box, tmp_path: Path) 
     options = LoadOptions(dtype=model_pb2.DTYPE_FLOAT32)
     await manifest(
         box, Declared(str(box.folder)), Declared(str(other), options, keep_alive_s=60, replicas=2)
-    ).run()
+    ).loaded()
     first, second = await box.list()
     assert (first.name, first.keep_alive.ToTimedelta().total_seconds()) == (str(box.folder), -1)
     assert (second.name, second.keep_alive.seconds) == (str(other), 60)
@@ -43,7 +43,7 @@ async def test_what_does_not_load_is_tried_again_and_holds_up_no_other(
 ) -> None:
     late = tmp_path / "late"
     running = asyncio.create_task(
-        manifest(box, Declared(str(late)), Declared(str(box.folder))).run()
+        manifest(box, Declared(str(late)), Declared(str(box.folder))).loaded()
     )
     await until(lambda: box.launcher.loads == 1)
     box.launcher.load_error = ModelUnsupportedError(model="x", problem="y")
@@ -55,9 +55,29 @@ async def test_what_does_not_load_is_tried_again_and_holds_up_no_other(
     assert {model.name for model in await box.list()} == {str(late), str(box.folder)}
 
 
+async def test_what_is_declared_later_is_loaded_and_what_is_not_any_more_is_not_tried_again(
+    box: Box, tmp_path: Path
+) -> None:
+    first, unwanted = Declared(str(box.folder)), Declared(str(tmp_path / "unwanted"))
+    models = manifest(box, first, unwanted)
+    running = asyncio.create_task(models.run())
+    await until(lambda: box.launcher.loads == 1)
+    other = Declared(str(make_model(tmp_path / "other")), keep_alive_s=60)
+    models.declare([other, first])
+    await until(lambda: box.launcher.loads == 2)
+    await models.loaded()
+    make_model(tmp_path / "unwanted")
+    await box.models.UnloadModel(model_pb2.UnloadModelRequest(model=first.name))
+    models.declare([first, other, Declared(str(make_model(tmp_path / "last")))])
+    await until(lambda: box.launcher.loads == 3)
+    await models.loaded()
+    assert {Path(model.name).name for model in await box.list()} == {"other", "last"}
+    running.cancel()
+
+
 async def test_a_daemon_that_drains_loads_no_more(box: Box) -> None:
     await box.registry.drain(0)
-    await manifest(box, Declared(str(box.folder))).run()
+    await manifest(box, Declared(str(box.folder))).loaded()
     assert box.launcher.loads == 0
 
 

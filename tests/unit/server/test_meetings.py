@@ -79,7 +79,7 @@ async def test_a_request_by_id_ends_when_another_model_has_the_same_files(
     hub: test_loads.Box,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hub.loads, "_on_demand", OnDemand.CACHED)
+    monkeypatch.setattr(hub.loads, "on_demand", OnDemand.CACHED)
     hub.store.cached.add(OLD)
     failed = await hub.load("org/name")
     hub.launcher.workers[0].kill()

@@ -206,5 +206,5 @@ def test_files_that_cannot_be_used_are_named_at_the_start(tls: Tls) -> None:
         (server.certificate, server.key, missing),
         (server.certificate, server.key, text),
     ):
-        with pytest.raises(ConfigError, match=r"TLS: .*\.(pem|key)"):
+        with pytest.raises(ConfigError, match=r"tls_cert, tls_key: .*\.(pem|key)"):
             ServerTls(certificate, key, client_ca).credentials()

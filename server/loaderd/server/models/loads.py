@@ -84,6 +84,10 @@ class Loads:
         planner: Says whether they fit.
         on_demand: Which models `ensure` loads.
         user_loads: Which models clients with the role of a user load.
+
+    Attributes:
+        on_demand: As given; may be set at any time.
+        user_loads: As given; may be set at any time.
     """
 
     def __init__(
@@ -99,8 +103,8 @@ class Loads:
         self._registry = registry
         self._store = store
         self._scaling = Scaling(registry, supervisor, planner, store)
-        self._on_demand = on_demand
-        self._user_loads = user_loads
+        self.on_demand = on_demand
+        self.user_loads = user_loads
         self._flights: SingleFlight[tuple[str, LoadOptions], LoadProgress, ModelRecord] = (
             SingleFlight()
         )
@@ -161,7 +165,7 @@ class Loads:
             known = self._registry.known(text)
             if known is not None and known.state is ModelState.READY:
                 return
-            if self._on_demand is OnDemand.OFF or _is_gone(known, text):
+            if self.on_demand is OnDemand.OFF or _is_gone(known, text):
                 raise ModelNotLoadedError(model=text)
             if known is None:
                 await self._check_may_load(text, parse_name(text))
@@ -199,7 +203,7 @@ class Loads:
         return await outcome(self._updates(_Wish(record.exact_name, record.options, caller)))
 
     async def _check_may_load(self, text: str, name: HubName | LocalName) -> None:
-        if self._on_demand is OnDemand.CACHED:
+        if self.on_demand is OnDemand.CACHED:
             files = await self._store.resolve(name)
             if isinstance(files, NotCached):
                 raise ModelNotLoadedError(model=text)
@@ -208,12 +212,12 @@ class Loads:
         self, caller: Caller, name: HubName | LocalName, options: LoadOptions
     ) -> None:
         """Refuses what the operator does not let users load."""
-        if caller.role is not Role.USER or self._user_loads is OnDemand.ANY:
+        if caller.role is not Role.USER or self.user_loads is OnDemand.ANY:
             return
         files = await self._store.resolve(name)
         if isinstance(files, NotCached):
             raise ForbiddenError(caller.shown, caller.role, "download models")
-        if self._user_loads is OnDemand.OFF:
+        if self.user_loads is OnDemand.OFF:
             held = self._registry.held(identity_of(files), options)
             if held is None or held.state is ModelState.UNLOADING:
                 raise ForbiddenError(caller.shown, caller.role, "load models")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from loaderd.server.config import ConfigError, DeclaredModel, ServerConfig
@@ -66,15 +67,40 @@ class Manifest:
         first_wait_s: float = _FIRST_WAIT_S,
     ) -> None:
         self._declared = declared
+        self._waiting = list(declared)
+        self._changed = asyncio.Event()
         self._registry = registry
         self._loads = loads
         self._first_wait_s = first_wait_s
 
+    def declare(self, declared: Sequence[Declared]) -> None:
+        """Wants these from now on: the new ones are loaded, and no other is tried again.
+
+        What is loaded stays, and what a client has unloaded does not come back.
+        """
+        waiting = [model for model in self._waiting if model in declared]
+        self._waiting = waiting + [model for model in declared if model not in self._declared]
+        self._declared = declared
+        self._changed.set()
+
     async def run(self) -> None:
-        """Runs until all are loaded, or the daemon drains."""
-        waiting, wait_s = list(self._declared), self._first_wait_s
-        while waiting := [model for model in waiting if not await self._load(model)]:
-            await asyncio.sleep(wait_s)
+        """Runs until it is cancelled."""
+        while True:
+            await self.loaded()
+            await self._changed.wait()
+
+    async def loaded(self) -> None:
+        """Returns when all are loaded, or the daemon drains."""
+        wait_s = self._first_wait_s
+        while True:
+            self._changed.clear()
+            for model in list(self._waiting):
+                if await self._load(model) and model in self._waiting:
+                    self._waiting.remove(model)
+            if not self._waiting:
+                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), wait_s)
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
     async def _load(self, model: Declared) -> bool:

@@ -52,6 +52,8 @@ class ModelRegistry:
             are wanted, or with none.
         leases: What holds models between calls.
         use_changed: Set when some model's expiry may have changed; for one reader, who clears it.
+        max_requests: As given; may be set at any time.
+        keep_alive_s: As given; may be set at any time, for models that come from then on.
     """
 
     def __init__(self, max_requests: int, keep_alive_s: float = PINNED) -> None:
@@ -59,8 +61,8 @@ class ModelRegistry:
         self.changed = asyncio.Event()
         self.use_changed = asyncio.Event()
         self.on_death: Callable[[ModelRecord], None] | None = None
-        self._max_requests = max_requests
-        self._keep_alive_s = keep_alive_s
+        self.max_requests = max_requests
+        self.keep_alive_s = keep_alive_s
         self.leases = Leases(time.monotonic, self.use_changed.set, self._lease_ended)
         self._records: dict[str, ModelRecord] = {}
         self._draining = False
@@ -173,7 +175,7 @@ class ModelRegistry:
         for stale in failed:
             if stale.is_named(name) and stale.options == options:
                 self._forget(stale)
-        record = ModelRecord(name, options, KeepAlive(self._keep_alive_s, time.monotonic))
+        record = ModelRecord(name, options, KeepAlive(self.keep_alive_s, time.monotonic))
         record.loaded_for = caller.name if caller is not None else ""
         self._records[record.id] = record
         self._publish(record, None)
@@ -266,8 +268,8 @@ class ModelRegistry:
         self.check_serves(record)
         replica = record.replicas.least_loaded(asker)
         with nullcontext() if lease_id is None else self.leases.use(lease_id, record.id):
-            if replica.requests >= self._max_requests:
-                raise QueueFullError(model=str(record.name), limit=self._max_requests)
+            if replica.requests >= self.max_requests:
+                raise QueueFullError(model=str(record.name), limit=self.max_requests)
             if keep_alive_s is not None:
                 record.keep_alive.seconds = keep_alive_s
             self._count(record, 1)

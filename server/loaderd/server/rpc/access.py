@@ -34,7 +34,7 @@ class Access:
         socket_role: See `Gate`.
 
     Attributes:
-        gate: Says who calls.
+        gate: Says who calls; may be set at any time.
         quotas: What was given.
     """
 

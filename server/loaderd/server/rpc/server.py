@@ -77,7 +77,7 @@ class RpcServer:
         cache_pb2_grpc.add_CacheServiceServicer_to_server(cache, self._server)
         generation = GenerationService(registry, loads, access.quotas, observer)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
-        system = SystemService(registry, supervisor, planner, store.settings, clients)
+        system = SystemService(registry, supervisor, planner, store, clients)
         system_pb2_grpc.add_SystemServiceServicer_to_server(system, self._server)
         servicers = {
             file.DESCRIPTOR.services_by_name[name].full_name: servicer

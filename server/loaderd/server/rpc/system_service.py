@@ -15,7 +15,7 @@ from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.clients import Clients
 from loaderd.server.rpc.convert_cache import duration
-from loaderd.server.store.store import StoreSettings
+from loaderd.server.store.store import ModelStore
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.v1 import system_pb2, system_pb2_grpc
 
@@ -50,7 +50,7 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
         registry: ModelRegistry,
         supervisor: Supervisor,
         planner: Planner,
-        store: StoreSettings,
+        store: ModelStore,
         clients: Clients,
     ) -> None:
         self._registry = registry
@@ -69,10 +69,10 @@ class SystemService(system_pb2_grpc.SystemServiceServicer):
             version=VERSION,
             uptime=duration(time.monotonic() - self._started),
             pid=os.getpid(),
-            cache_dir=str(self._store.cache_dir),
-            local_roots=map(str, self._store.local_roots),
-            hub_endpoint=self._store.hub_endpoint,
-            offline=self._store.offline,
+            cache_dir=str(self._store.settings.cache_dir),
+            local_roots=map(str, self._store.settings.local_roots),
+            hub_endpoint=self._store.settings.hub_endpoint,
+            offline=self._store.settings.offline,
             draining=self._registry.draining,
             standby_workers=self._supervisor.standby_workers,
             versions={"python": platform.python_version(), **self._supervisor.versions},

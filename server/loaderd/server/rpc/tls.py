@@ -39,7 +39,7 @@ class ServerTls:
         try:
             files = _WatchedFiles(self)
         except OSError as error:  # ssl's errors are among them
-            raise ConfigError(f"TLS: {self.problem(error)}") from error
+            raise ConfigError(f"tls_cert, tls_key: {self.problem(error)}") from error
         return grpc.dynamic_ssl_server_credentials(
             files.current,
             files.changed,  # type: ignore[arg-type]  # it may return None, says gRPC itself

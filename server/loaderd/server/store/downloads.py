@@ -59,9 +59,7 @@ class Downloads:
 
     def __init__(self, cache_dir: Path, access: HubAccess, stall_timeout: float) -> None:
         self._cache_dir = cache_dir
-        self._stall_timeout = stall_timeout
-        longest = min(access.retry.longest_wait, stall_timeout / 2)
-        self._access = replace(access, retry=replace(access.retry, longest_wait=longest))
+        self.apply(access, stall_timeout)
         self._children: set[Process] = set()
         self._burials: set[asyncio.Task[None]] = set()
         # Plans do not wait for downloads, which may take hours.
@@ -70,6 +68,12 @@ class Downloads:
             "download": asyncio.Semaphore(MAX_CHILDREN),
         }
         self._closed = False
+
+    def apply(self, access: HubAccess, stall_timeout: float) -> None:
+        """Asks another hub, or otherwise, from the next request on; see `Downloads`."""
+        self._stall_timeout = stall_timeout
+        longest = min(access.retry.longest_wait, stall_timeout / 2)
+        self._access = replace(access, retry=replace(access.retry, longest_wait=longest))
 
     async def plan(self, name: HubName, *, allow_pickle: bool = False) -> DownloadPlan:
         """See `hub.plan`."""

@@ -59,12 +59,18 @@ class Keeper:
     ) -> None:
         self.max_bytes = max_bytes
         self._cache_dir = cache_dir
-        self._scanner = CacheScanner(cache_dir, lambda repo_id: repo_id in allow_pickle)
+        self._scanner = CacheScanner(cache_dir, allow_pickle.__contains__)
         self._pins = Pins()
         self._arrivals: list[Arrival] = []
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[object]] = set()
         self._alone = False
+
+    def apply(self, max_bytes: int | None, allow_pickle: Container[str]) -> None:
+        """Takes other bounds from now on; see `Keeper`."""
+        self.max_bytes = max_bytes
+        # What the old one knows of snapshots may be otherwise now.
+        self._scanner = CacheScanner(self._cache_dir, allow_pickle.__contains__)
 
     async def contents(self) -> CacheContents:
         """All that the cache holds.

@@ -79,12 +79,18 @@ class ModelStore:
 
     def __init__(self, settings: StoreSettings) -> None:
         self.settings = settings
-        access = HubAccess(settings.hub_endpoint, settings.hub_token, settings.retry)
-        self._downloads = Downloads(settings.cache_dir, access, settings.stall_timeout)
+        self._downloads = Downloads(settings.cache_dir, _access(settings), settings.stall_timeout)
         self._keeper = Keeper(settings.cache_dir, settings.max_bytes, settings.allow_pickle)
         self._flights: SingleFlight[HubName, DownloadState, CachedSnapshot] = SingleFlight()
         self._plans: SingleFlight[HubName, None, DownloadPlan] = SingleFlight()
         self._verifications = Verifications(self._fetch, offline=settings.offline)
+
+    def apply(self, settings: StoreSettings) -> None:
+        """Works with other settings of the same cache; what runs ends as it has begun."""
+        self._downloads.apply(_access(settings), settings.stall_timeout)
+        self._keeper.apply(settings.max_bytes, settings.allow_pickle)
+        self._verifications.offline = settings.offline
+        self.settings = settings
 
     async def start(self) -> None:
         """Deletes what was left behind by downloads and deletions that were killed."""
@@ -420,6 +426,10 @@ class ModelStore:
             except (LoaderdError, OSError) as error:
                 _log.warning("left-overs of %s stay: %s", repo.repo_id, error)
         return freed
+
+
+def _access(settings: StoreSettings) -> HubAccess:
+    return HubAccess(settings.hub_endpoint, settings.hub_token, settings.retry)
 
 
 def _under_way(name: HubName, flight: Flight[DownloadState, Any]) -> Download:

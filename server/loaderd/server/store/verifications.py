@@ -80,7 +80,7 @@ class Verifications:
 
     def __init__(self, fetch: Fetch, *, offline: bool) -> None:
         self._fetch = fetch
-        self._offline = offline
+        self.offline = offline
         self._repairs: SingleFlight[tuple[HubName, frozenset[str]], DownloadState, str] = (
             SingleFlight()
         )
@@ -141,7 +141,7 @@ class Verifications:
             if not damaged:
                 return
             damage = _error(repo, report.problems[0])
-            if self._offline or damaged <= tried:
+            if self.offline or damaged <= tried:
                 raise damage
             _log.warning("%s", damage)
             tried |= damaged
