@@ -298,3 +298,27 @@ async def test_many_loads_at_once_are_one(client: AsyncClient, backend: Backend)
     models = await asyncio.gather(*(client.load(backend.model) for _ in range(5)))
 
     assert len({model.id for model in models}) == 1
+
+
+async def test_a_model_has_as_many_replicas_as_the_last_load_asked_for(
+    client: AsyncClient, backend: Backend
+) -> None:
+    first = await client.load(backend.model, replicas=2)
+    assert first.info.wanted_replicas == 2
+    assert len({replica.worker_pid for replica in first.info.replicas}) == 2
+    assert all(replica.devices and not replica.leaving for replica in first.info.replicas)
+    same = await client.load(backend.model)
+    assert (same.id, same.info.wanted_replicas) == (first.id, 2), "a load that does not say"
+    fewer = await client.load(backend.model, replicas=1)
+    assert (fewer.id, fewer.info.wanted_replicas) == (first.id, 1)
+    assert (await fewer.unload()).freed_bytes > 0
+
+
+@pytest.mark.parametrize("replicas", [0, 33])
+async def test_a_number_of_replicas_out_of_bounds_is_refused(
+    client: AsyncClient, backend: Backend, replicas: int
+) -> None:
+    for call in (client.load, client.plan):
+        with pytest.raises(errors.InvalidArgumentError) as caught:
+            await call(backend.model, replicas=replicas)
+        assert caught.value.field == "replicas"

@@ -61,3 +61,11 @@ async def test_a_loaded_model_holds_memory_until_it_is_unloaded(
     await model.unload()
     cpu = (await client.devices())[-1]
     assert (cpu.reserved_bytes, cpu.holders) == (0, ())
+
+
+async def test_a_plan_counts_every_replica(client: AsyncClient, backend: Backend) -> None:
+    one = await client.plan(backend.model, device_map="cpu")
+    two = await client.plan(backend.model, device_map="cpu", replicas=2)
+    assert two.needed_bytes == sum(device.bytes for device in two.devices)
+    assert two.needed_bytes == 2 * one.needed_bytes
+    assert two.breakdown.weights_bytes == one.breakdown.weights_bytes

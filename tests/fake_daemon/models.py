@@ -186,14 +186,16 @@ class Models:
         """The plan of a model; `demo/base` does not fit into what other models leave."""
         repo_id = self._daemon.cache.check_name(request.model)
         self._check_where(request.options)
+        self.check_replicas(request)
         if not repo_id.startswith("/") and repo_id not in self._daemon.cache.cached:
             raise FailureError("SNAPSHOT_NOT_FOUND", model=request.model)
         holders, modules = self.holders(), request.options.module_map
         fits = repo_id != "demo/base" or not holders
+        needed = 60_000_000 * (request.replicas or 1)
         return model_pb2.PlanModelResponse(
             fits=fits,
-            devices=[model_pb2.PlannedDevice(id="cpu", bytes=60_000_000)] if fits else [],
-            needed_bytes=60_000_000,
+            devices=[model_pb2.PlannedDevice(id="cpu", bytes=needed)] if fits else [],
+            needed_bytes=needed,
             free_bytes=12 << 30 if fits else 1000,
             holders=holders,
             breakdown=model_pb2.MemoryBreakdown(
@@ -208,6 +210,11 @@ class Models:
             offloaded_disk_bytes=WEIGHT_BYTES // 2 if "disk" in modules.values() else 0,
             unknown=[] if repo_id == "demo/chat" else ["activations: there is no hidden size"],
         )
+
+    @staticmethod
+    def check_replicas(request: Any) -> None:
+        if request.HasField("replicas") and not 1 <= request.replicas <= 32:
+            raise FailureError("INVALID_ARGUMENT", field="replicas", problem="is out of bounds")
 
     @staticmethod
     def _check_where(options: model_pb2.LoadOptions) -> None:
@@ -261,6 +268,7 @@ class Models:
             options=request.options,
             keep_alive=Duration(seconds=300),
             stale=not local and not self._daemon.cache.hub_answers,
+            wanted_replicas=1,
         )
         model.created_at.GetCurrentTime()
         self._models[model.id] = model
@@ -299,6 +307,21 @@ class Models:
         model.statistics.kv_capacity_tokens = KV_CAPACITY_TOKENS
         self._change(model, model_pb2.MODEL_STATE_READY)
         self._set_health(model, serving=True)
+
+    def scale(self, model: model_pb2.Model, request: model_pb2.LoadModelRequest) -> None:
+        """Gives a READY model the replicas that a load asks for."""
+        with self._lock:
+            if request.HasField("replicas"):
+                model.wanted_replicas = request.replicas
+            while len(model.replicas) < model.wanted_replicas:
+                replica = model.replicas.add(
+                    number=len(model.replicas) + 1,
+                    worker_pid=4242 + len(model.replicas),
+                    devices=["cpu"],
+                    memory_bytes=HELD_BYTES,
+                )
+                replica.ready_at.GetCurrentTime()
+            del model.replicas[model.wanted_replicas :]
 
     def _remove(self, model: model_pb2.Model) -> None:
         if self._models.pop(model.id, None) is not None:
@@ -352,10 +375,12 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     ) -> Iterator[model_pb2.LoadModelResponse]:
         call = self._daemon.seen("LoadModel", request, context)
         with call.follow(context), self._models.join(request) as model:
+            self._models.check_replicas(request)
             while (progress := self._models.advance(model)) is not None:
                 yield progress
                 if not self._daemon.pause(context, self._daemon.step_s):
                     return
+            self._models.scale(model, request)
             self._models.keep(model, request)
             response = model_pb2.LoadModelResponse()
             if request.HasField("lease_ttl"):

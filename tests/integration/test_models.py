@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -14,6 +15,7 @@ import pytest
 from loaderd.client import (
     Client,
     Dtype,
+    GenerationStream,
     HealthStatus,
     Model,
     ModelEvent,
@@ -22,6 +24,7 @@ from loaderd.client import (
     ModelState,
     errors,
 )
+from loaderd.client.parameters import GenerationParameters
 from loaderd.v1 import generation_pb2, model_pb2
 from tests.daemon import SpawnedDaemon
 from tests.waiting import until
@@ -195,6 +198,49 @@ def test_a_worker_that_is_killed_takes_its_model_and_nothing_else(
     assert back.details.worker_pid != details.worker_pid
     assert model.generate("One, two,", max_new_tokens=4).usage.generated_tokens == 4
     assert client.health(model.name) is HealthStatus.SERVING
+
+
+def test_a_replica_that_is_killed_takes_its_streams_and_nothing_else(
+    client: Client, tiny_model: Path
+) -> None:
+    model = client.load(str(_with_context(tiny_model, 4096)), replicas=2)
+    first, second = model.info.replicas
+    long: GenerationParameters = {"max_new_tokens": 800, "ignore_eos": True}
+    with model.stream("one", **long) as one, model.stream("two", **long) as two:
+        next(iter(one))
+        next(iter(two))
+        assert [each.running_requests for each in model.refresh().replicas] == [1, 1]
+        psutil.Process(first.worker_pid).kill()
+        outcomes = [_outcome(stream) for stream in (one, two)]
+    assert sorted(outcomes) == ["WORKER_DIED", "whole"]
+    assert model.refresh().state is ModelState.READY
+    until(lambda: len(model.refresh().replicas) == 2)
+    back = model.info
+    assert (back.state, back.wanted_replicas) == (ModelState.READY, 2)
+    assert second in {replace(each, memory_bytes=second.memory_bytes) for each in back.replicas}
+    assert first.worker_pid not in {each.worker_pid for each in back.replicas}
+    pids = [each.worker_pid for each in back.replicas]
+    assert model.unload().freed_bytes > max(each.memory_bytes for each in back.replicas)
+    assert not any(map(psutil.pid_exists, pids))
+
+
+def _with_context(tiny_model: Path, tokens: int) -> Path:
+    """A copy of the model that takes so many tokens."""
+    folder = tiny_model.with_name(f"{tiny_model.name}-{tokens}")
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = tokens
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _outcome(stream: GenerationStream) -> str:
+    try:
+        for _ in stream:
+            pass
+    except errors.WorkerDiedError as error:
+        return error.reason
+    return "whole"
 
 
 def test_a_request_loads_the_model_that_it_names(client: Client, tiny_model: Path) -> None:

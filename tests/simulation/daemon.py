@@ -107,7 +107,7 @@ class SimulatedDaemon:
         class GrantedClaim(Claim):
             def begun(claim, worker: Worker) -> None:  # noqa: N805 - `self` is the daemon
                 super().begun(worker)
-                grant = Grant(claim._plan.placement.devices, claim._plan.estimate.needs)
+                grant = Grant(claim._placement.devices, claim._needs)
                 self.launcher.grant(worker.pid, grant)
 
         with ExitStack() as patches:
@@ -144,10 +144,10 @@ class WatchedBook(DeviceBook):
         super().settle(*args, **kwargs)  # type: ignore[arg-type]  # as they came
         self.check("settle")
 
-    def release(self, holder: str, now: float) -> None:
-        known = self._reservations.get(holder)
-        super().release(holder, now)
-        if known is not None:
+    def release(self, holder: str, now: float, share: int | None = None) -> None:
+        before = dict(self._reservations)
+        super().release(holder, now, share)
+        for known in (before[key] for key in before.keys() - self._reservations.keys()):
             held, told = self._by_pool(known.bytes), self._by_pool(known.taken)
             self._untold += [(now, pool, held[pool] - told.get(pool, 0)) for pool in held]
         self.check("release")

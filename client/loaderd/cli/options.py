@@ -96,6 +96,16 @@ Offload = Annotated[
         show_default=False,
     ),
 ]
+Replicas = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="How many processes serve it, under one name. Default: as many as there are; 1 if it "
+        "is not loaded.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")

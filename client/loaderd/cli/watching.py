@@ -135,7 +135,7 @@ def _row(model: ModelInfo, since: datetime | None) -> tuple[str, ...]:
         name(model.state),
         age(since),
         name(details.dtype) if details else "-",
-        devices(details) if details else "-",
+        devices(model) if details else "-",
         size(details.weight_bytes) if details else "-",
         details.engine if details else "-",
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loaderd.cli.units import brief, count, span
 
 if TYPE_CHECKING:
-    from loaderd.client import LoadTimings, ModelDetails, ModelEvent, ModelInfo
+    from loaderd.client import LoadTimings, ModelEvent, ModelInfo
 
 _CHANGES = {
     "idle": "nobody used it",
@@ -27,9 +27,19 @@ def name(member: Enum) -> str:
     return member.name.lower()
 
 
-def devices(details: ModelDetails) -> str:
-    """Where a model is."""
-    return "+".join(sorted(set(details.device_map.values())))
+def devices(model: ModelInfo) -> str:
+    """Where a model is, all replicas of it."""
+    of_replicas = {device for replica in model.replicas for device in replica.devices}
+    of_model = set(model.details.device_map.values()) if model.details else set()
+    return "+".join(sorted(of_replicas | of_model))
+
+
+def replicas_of(model: ModelInfo) -> str:
+    """How many replicas serve, and how many are to, if that differs."""
+    serving = sum(not replica.leaving for replica in model.replicas)
+    if serving == model.wanted_replicas:
+        return str(serving)
+    return f"{serving} of {model.wanted_replicas}"
 
 
 def until(model: ModelInfo) -> str:
@@ -66,6 +76,8 @@ def change(event: ModelEvent) -> str:
 
 
 def _why(event: ModelEvent) -> str:
+    if name(event.reason) in {"replicas", "worker_died"}:
+        return f"{replicas_of(event.model)} serve"
     if event.model.failure:
         return event.model.failure.message
     if name(event.model.state) == "ready" and event.model.timings.total is not None:

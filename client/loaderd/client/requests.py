@@ -87,6 +87,7 @@ def load_request(
     offload: Offload | OffloadName | None = None,
     keep_alive: Seconds | None = None,
     lease_ttl: Seconds | None = None,
+    replicas: int | None = None,
 ) -> model_pb2.LoadModelRequest:
     """A LoadModelRequest; options that are None stay unset.
 
@@ -99,6 +100,8 @@ def load_request(
         _set(request, "keep_alive", keep_alive)
     if lease_ttl is not None:
         _set(request, "lease_ttl", lease_ttl)
+    if replicas is not None:
+        _set(request, "replicas", replicas)
     return request
 
 
@@ -110,6 +113,7 @@ def plan_request(
     quantization: Quantization | QuantizationName | None = None,
     max_memory: Mapping[str, int] | None = None,
     offload: Offload | OffloadName | None = None,
+    replicas: int | None = None,
 ) -> model_pb2.PlanModelRequest:
     """A PlanModelRequest; options that are None stay unset.
 
@@ -117,7 +121,10 @@ def plan_request(
         InvalidArgumentError: A value that the wire cannot carry.
     """
     options = _load_options(dtype, device_map, quantization, max_memory, offload)
-    return model_pb2.PlanModelRequest(model=model_name(name), options=options)
+    request = model_pb2.PlanModelRequest(model=model_name(name), options=options)
+    if replicas is not None:
+        _set(request, "replicas", replicas)
+    return request
 
 
 def _load_options(

@@ -45,6 +45,21 @@ def model_info(model: model_pb2.Model) -> types.ModelInfo:
         active_leases=model.active_leases,
         last_used_at=_time(model, "last_used_at", model.last_used_at),
         statistics=_statistics(model.statistics) if model.HasField("statistics") else None,
+        wanted_replicas=model.wanted_replicas,
+        replicas=tuple(map(_replica, model.replicas)),
+    )
+
+
+def _replica(replica: model_pb2.Replica) -> types.Replica:
+    return types.Replica(
+        number=replica.number,
+        worker_pid=replica.worker_pid,
+        devices=tuple(replica.devices),
+        running_requests=replica.running_requests,
+        queued_requests=replica.queued_requests,
+        memory_bytes=replica.memory_bytes,
+        leaving=replica.leaving,
+        ready_at=replica.ready_at.ToDatetime(UTC),
     )
 
 

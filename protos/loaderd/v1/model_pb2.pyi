@@ -217,6 +217,10 @@ class _ChangeReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeRe
     """It had failed, and is forgotten: it is loaded again, or there are too many."""
     CHANGE_REASON_SHUTDOWN: _ChangeReason.ValueType  # 7
     """The daemon shuts down."""
+    CHANGE_REASON_REPLICAS: _ChangeReason.ValueType  # 8
+    """It has more or fewer replicas, and is READY as before."""
+    CHANGE_REASON_WORKER_DIED: _ChangeReason.ValueType  # 9
+    """One of its replicas died; others serve, and it is READY as before."""
 
 class ChangeReason(_ChangeReason, metaclass=_ChangeReasonEnumTypeWrapper):
     """Why a model changed its state."""
@@ -237,11 +241,17 @@ CHANGE_REASON_FORGOTTEN: ChangeReason.ValueType  # 6
 """It had failed, and is forgotten: it is loaded again, or there are too many."""
 CHANGE_REASON_SHUTDOWN: ChangeReason.ValueType  # 7
 """The daemon shuts down."""
+CHANGE_REASON_REPLICAS: ChangeReason.ValueType  # 8
+"""It has more or fewer replicas, and is READY as before."""
+CHANGE_REASON_WORKER_DIED: ChangeReason.ValueType  # 9
+"""One of its replicas died; others serve, and it is READY as before."""
 Global___ChangeReason: _TypeAlias = ChangeReason  # noqa: Y015
 
 @_typing.final
 class LoadOptions(_message.Message):
-    """How to load. Two loads of one snapshot with equal options are one model."""
+    """How to load. Two loads of one snapshot with equal options are one model,
+    however many replicas of it they ask for.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -375,10 +385,20 @@ class LoadModelRequest(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     KEEP_ALIVE_FIELD_NUMBER: _builtins.int
     LEASE_TTL_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """`org/name`, `org/name@revision` (branch, tag or commit; default main), or the
     absolute path of a local folder below one of the daemon's --allow-local
     roots. Required; INVALID_NAME if malformed.
+    """
+    replicas: _builtins.int
+    """How many replicas of the model there are to be from now on, each in a process
+    of its own: from 1 to 32, else INVALID_ARGUMENT. A model that is loaded already
+    gets those that are missing, all or none: where they do not fit it stays as it
+    was. Those that are too many take no more requests, and end when those that
+    they have are over; the call does not wait for that. Of calls that say
+    different numbers the last one counts. Default: as many as there are, 1 of a
+    model that is new.
     """
     @_builtins.property
     def options(self) -> Global___LoadOptions:
@@ -405,12 +425,15 @@ class LoadModelRequest(_message.Message):
         options: Global___LoadOptions | None = ...,
         keep_alive: _duration_pb2.Duration | None = ...,
         lease_ttl: _duration_pb2.Duration | None = ...,
+        replicas: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["keep_alive", b"keep_alive", "lease_ttl", b"lease_ttl", "options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_replicas", b"_replicas", "keep_alive", b"keep_alive", "lease_ttl", b"lease_ttl", "options", b"options", "replicas", b"replicas"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_alive", b"keep_alive", "lease_ttl", b"lease_ttl", "model", b"model", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_replicas", b"_replicas", "keep_alive", b"keep_alive", "lease_ttl", b"lease_ttl", "model", b"model", "options", b"options", "replicas", b"replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__replicas: _TypeAlias = _typing.Literal["replicas"]  # noqa: Y015
+    _WhichOneofArgType__replicas: _TypeAlias = _typing.Literal["_replicas", b"_replicas"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replicas) -> _WhichOneofReturnType__replicas | None: ...
 
 Global___LoadModelRequest: _TypeAlias = LoadModelRequest  # noqa: Y015
 
@@ -466,7 +489,9 @@ class LoadProgress(_message.Message):
     model_id: _builtins.str
     """The loading model's Model.id."""
     state: Global___ModelState.ValueType
-    """RESOLVING, DOWNLOADING or LOADING."""
+    """RESOLVING, DOWNLOADING or LOADING; the last one also while a READY model gets
+    more replicas.
+    """
     @_builtins.property
     def download(self) -> _cache_pb2.DownloadProgress:
         """Set while DOWNLOADING, and while LOADING fetches damaged files again."""
@@ -547,8 +572,8 @@ class UnloadModelResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     FREED_BYTES_FIELD_NUMBER: _builtins.int
     freed_bytes: _builtins.int
-    """Memory that the model's process held just before it ended, in bytes: its
-    resident memory and its allocations on accelerators; 0 when it was not READY.
+    """Memory that the model's processes held just before they ended, in bytes: their
+    resident memory and their allocations on accelerators; 0 when it was not READY.
     """
     @_builtins.property
     def model(self) -> Global___Model:
@@ -732,7 +757,7 @@ Global___ModelList: _TypeAlias = ModelList  # noqa: Y015
 
 @_typing.final
 class ModelEvent(_message.Message):
-    """One change of a model's state."""
+    """One change of a model's state, or of its replicas."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -745,7 +770,9 @@ class ModelEvent(_message.Message):
     sequence: _builtins.int
     """Grows by one with each event of this daemon's life."""
     previous_state: Global___ModelState.ValueType
-    """The state before; unspecified for a model's first event."""
+    """The state before; unspecified for a model's first event, READY where only the
+    replicas of a READY model changed.
+    """
     reason: Global___ChangeReason.ValueType
     """Why it changed."""
     @_builtins.property
@@ -805,6 +832,8 @@ class Model(_message.Message):
     ACTIVE_LEASES_FIELD_NUMBER: _builtins.int
     LAST_USED_AT_FIELD_NUMBER: _builtins.int
     STATISTICS_FIELD_NUMBER: _builtins.int
+    WANTED_REPLICAS_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique in this daemon's life. Usable wherever a request names a model."""
     name: _builtins.str
@@ -825,6 +854,8 @@ class Model(_message.Message):
     """
     active_leases: _builtins.int
     """Leases that hold it now."""
+    wanted_replicas: _builtins.int
+    """How many replicas there are to be."""
     @_builtins.property
     def options(self) -> Global___LoadOptions:
         """The options that it was loaded with; those that have their default are unset."""
@@ -843,7 +874,9 @@ class Model(_message.Message):
 
     @_builtins.property
     def timings(self) -> Global___LoadTimings:
-        """How long the steps of its load took; steps not done are unset."""
+        """How long the steps of its load took, of its slowest replica; steps not done are
+        unset.
+        """
 
     @_builtins.property
     def failure(self) -> Global___ModelFailure:
@@ -867,6 +900,12 @@ class Model(_message.Message):
     def statistics(self) -> Global___ModelStatistics:
         """What its engine does; set while it is READY."""
 
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]:
+        """Those that there are, oldest first. Fewer than are wanted: workers have died,
+        and others are being started or were given up.
+        """
+
     def __init__(
         self,
         *,
@@ -889,19 +928,80 @@ class Model(_message.Message):
         active_leases: _builtins.int = ...,
         last_used_at: _timestamp_pb2.Timestamp | None = ...,
         statistics: Global___ModelStatistics | None = ...,
+        wanted_replicas: _builtins.int = ...,
+        replicas: _abc.Iterable[Global___Replica] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "details", b"details", "expires_at", b"expires_at", "failure", b"failure", "keep_alive", b"keep_alive", "last_used_at", b"last_used_at", "options", b"options", "ready_at", b"ready_at", "statistics", b"statistics", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_leases", b"active_leases", "active_requests", b"active_requests", "commit", b"commit", "created_at", b"created_at", "details", b"details", "expires_at", b"expires_at", "failure", b"failure", "id", b"id", "keep_alive", b"keep_alive", "last_used_at", b"last_used_at", "name", b"name", "options", b"options", "ready_at", b"ready_at", "repo_id", b"repo_id", "source", b"source", "stale", b"stale", "state", b"state", "statistics", b"statistics", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_leases", b"active_leases", "active_requests", b"active_requests", "commit", b"commit", "created_at", b"created_at", "details", b"details", "expires_at", b"expires_at", "failure", b"failure", "id", b"id", "keep_alive", b"keep_alive", "last_used_at", b"last_used_at", "name", b"name", "options", b"options", "ready_at", b"ready_at", "replicas", b"replicas", "repo_id", b"repo_id", "source", b"source", "stale", b"stale", "state", b"state", "statistics", b"statistics", "timings", b"timings", "wanted_replicas", b"wanted_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
 
 @_typing.final
+class Replica(_message.Message):
+    """One process that holds a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    WORKER_PID_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
+    QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
+    READY_AT_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Unique in the model's life; those that come later have greater ones."""
+    worker_pid: _builtins.int
+    """Its process id on the daemon's box."""
+    running_requests: _builtins.int
+    """Requests that it works on."""
+    queued_requests: _builtins.int
+    """Requests that wait for their turn on it."""
+    memory_bytes: _builtins.int
+    """Memory that it held at its last heartbeat, in bytes: its resident memory and
+    its allocations on accelerators.
+    """
+    leaving: _builtins.bool
+    """It is not wanted any more: it takes no more requests, and ends when those that
+    it has are over.
+    """
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The devices that its layers are on."""
+
+    @_builtins.property
+    def ready_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was loaded."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        worker_pid: _builtins.int = ...,
+        devices: _abc.Iterable[_builtins.str] | None = ...,
+        running_requests: _builtins.int = ...,
+        queued_requests: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
+        leaving: _builtins.bool = ...,
+        ready_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ready_at", b"ready_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "leaving", b"leaving", "memory_bytes", b"memory_bytes", "number", b"number", "queued_requests", b"queued_requests", "ready_at", b"ready_at", "running_requests", b"running_requests", "worker_pid", b"worker_pid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Replica: _TypeAlias = Replica  # noqa: Y015
+
+@_typing.final
 class ModelStatistics(_message.Message):
-    """What a model's engine does now, and what it has done since it was loaded. The
-    engine tells it when work begins and ends, and once a second between.
+    """What a model's engines do now, those of all replicas that there are, and what
+    they have done since they were loaded. They tell it when work begins and ends,
+    and once a second between.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1136,7 +1236,7 @@ Global___ReleaseLeaseResponse: _TypeAlias = ReleaseLeaseResponse  # noqa: Y015
 
 @_typing.final
 class ModelDetails(_message.Message):
-    """What a worker knows of the model that it loaded."""
+    """What a worker knows of the model that it loaded; of several replicas, the oldest."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1204,11 +1304,11 @@ class ModelDetails(_message.Message):
     are plain.
     """
     planned_bytes: _builtins.int
-    """What the plan before the load said that it would take on all devices, in
-    bytes.
+    """What the plan before the load said that this replica would take on all devices,
+    in bytes.
     """
     memory_bytes: _builtins.int
-    """What the load did take, as the worker measured it when it was done, in bytes:
+    """What its load did take, as the worker measured it when it was done, in bytes:
     growth of its main memory without mapped files, and its allocations on
     accelerators.
     """
@@ -1334,8 +1434,11 @@ class PlanModelRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A name as in LoadModelRequest.model. Required; INVALID_NAME if malformed."""
+    replicas: _builtins.int
+    """How many replicas: from 1 to 32, else INVALID_ARGUMENT. Default: 1."""
     @_builtins.property
     def options(self) -> Global___LoadOptions:
         """As in LoadModelRequest.options."""
@@ -1345,12 +1448,15 @@ class PlanModelRequest(_message.Message):
         *,
         model: _builtins.str = ...,
         options: Global___LoadOptions | None = ...,
+        replicas: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_replicas", b"_replicas", "options", b"options", "replicas", b"replicas"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_replicas", b"_replicas", "model", b"model", "options", b"options", "replicas", b"replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__replicas: _TypeAlias = _typing.Literal["replicas"]  # noqa: Y015
+    _WhichOneofArgType__replicas: _TypeAlias = _typing.Literal["_replicas", b"_replicas"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replicas) -> _WhichOneofReturnType__replicas | None: ...
 
 Global___PlanModelRequest: _TypeAlias = PlanModelRequest  # noqa: Y015
 
@@ -1377,8 +1483,8 @@ class PlanModelResponse(_message.Message):
     DEVICE_MEMORY.
     """
     needed_bytes: _builtins.int
-    """What it would take of all these devices, in bytes, without what would be on
-    the disk.
+    """What all replicas would take of all these devices, in bytes, without what
+    would be on the disk.
     """
     free_bytes: _builtins.int
     """What could be had of the devices that it may be on, in bytes."""
@@ -1404,7 +1510,7 @@ class PlanModelResponse(_message.Message):
 
     @_builtins.property
     def breakdown(self) -> Global___MemoryBreakdown:
-        """What needed_bytes is made of."""
+        """What needed_bytes is made of, for one replica."""
 
     @_builtins.property
     def unknown(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

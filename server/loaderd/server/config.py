@@ -85,6 +85,9 @@ class DeclaredModel(BaseModel):
     quantization: Literal["int8", "int4", "nf4"] | None = None
     """Keep weights in 8 or 4 bits. Default: as the files have them."""
 
+    replicas: int | None = None
+    """How many processes serve it. Default: 1."""
+
     keep_alive: Seconds = Field(default=-1, le=366 * 24 * 3600)
     """As the daemon's setting of this name. Default: it stays until somebody unloads it."""
 
@@ -219,7 +222,8 @@ class ServerConfig(BaseSettings):
     or also those that must be downloaded first."""
 
     max_requests: int = Field(default=256, ge=1, le=100_000)
-    """Most generation requests that one model takes, running and waiting; more are refused."""
+    """Most generation requests that one replica of a model takes, running and waiting; more are
+    refused."""
 
     max_stream_buffer: int = Field(default=1 << 20, ge=1 << 12)
     """Most bytes that wait for a client that does not read its stream; past that it is cut off."""

@@ -207,11 +207,30 @@ def test_ps_lists_models(ctl: Ctl) -> None:
     ctl("load", "demo/base", "--dtype", "float16")
 
     heading, first, second = lines(ctl("ps").stdout)
-    columns = ["NAME", "ID", "STATE", "DTYPE", "DEVICE", "WEIGHTS", "REQUESTS", "READY", "UNTIL"]
+    columns = ["NAME", "ID", "STATE", "DTYPE", "DEVICE"]
+    columns += ["REPLICAS", "WEIGHTS", "REQUESTS", "READY", "UNTIL"]
     assert heading == columns
-    assert first[:8] == ["demo/chat", "m-1", "ready", "bfloat16", "cpu", "38.0", "MB", "0"]
+    assert first[:9] == ["demo/chat", "m-1", "ready", "bfloat16", "cpu", "1", "38.0", "MB", "0"]
     assert second[:4] == ["demo/base", "m-2", "ready", "float16"]
     assert [model["name"] for model in document(ctl("ps", "--json"))] == ["demo/chat", "demo/base"]
+
+
+def test_load_and_ps_tell_of_replicas(ctl: Ctl, daemon: FakeDaemon) -> None:
+    assert ctl("load", "demo/chat", "--replicas", "3").stdout == (
+        "demo/chat is ready as m-1, bfloat16 on cpu, 3 replicas\n"
+    )
+    assert lines(ctl("ps").stdout)[1][5] == "3"
+    with daemon.models.in_use("demo/chat") as model:
+        del model.replicas[0]
+        model.replicas[0].leaving = True
+    assert lines(ctl("ps").stdout)[1][5:8] == ["1", "of", "3"]
+    planned = document(ctl("plan", "demo/chat", "--replicas", "2", "--json"))
+    assert planned["needed_bytes"] == 120_000_000
+    assert ["needed", "by", "2", "120.0", "MB"] in lines(
+        ctl("plan", "demo/chat", "--replicas", "2").stdout
+    )
+    assert ctl("load", "demo/chat", "--replicas", "0").exit_code == ExitCode.USAGE
+    assert ctl("load", "demo/chat", "--replicas", "33").exit_code == ExitCode.INVALID
 
 
 def test_ps_tells_until_when_a_model_stays(ctl: Ctl, client: Client) -> None:

@@ -137,10 +137,10 @@ def test_top_shows_models_devices_and_the_daemon(
 
     heading = "loaderd 0.1.0, up 1 min 2 s, 1 request, 1 client, 1 standby worker"
     assert shown[0] == heading
-    columns = "NAME ID STATE ENGINE RUNNING QUEUED IN/S OUT/S KV PREFIX HITS UNTIL"
+    columns = "NAME ID STATE REPLICAS ENGINE RUNNING QUEUED IN/S OUT/S KV PREFIX HITS UNTIL"
     assert " ".join(shown[1].split()) == columns
-    assert " ".join(shown[2].split()).startswith("demo/base m-1 ready fake 0 0 0.0 0.0 0% -")
-    assert " ".join(shown[3].split()) == "demo/chat m-2 ready fake 1 0 7.0 5.0 0% 0% pinned"
+    assert " ".join(shown[2].split()).startswith("demo/base m-1 ready 1 fake 0 0 0.0 0.0 0% -")
+    assert " ".join(shown[3].split()) == "demo/chat m-2 ready 1 fake 1 0 7.0 5.0 0% 0% pinned"
     assert " ".join(shown[4].split()) == "DEVICE TOTAL RESERVED TAKEN FREE"
     assert " ".join(shown[6].split()) == "cpu 17.2 GB 104.0 MB 104.0 MB 12.9 GB"
     stream.cancel()
@@ -166,7 +166,7 @@ def test_top_on_a_terminal_looks_again_and_again(client: Client, spawn: Spawn) -
     child.expect("cuda:0")
 
     client.load("demo/chat")
-    child.expect(r"demo/chat +m-1 +ready +fake")
+    child.expect(r"demo/chat +m-1 +ready +1 +fake")
 
     child.send(CTRL_C)
     assert child.ending() == ExitCode.OK

@@ -54,6 +54,7 @@ EXPORTS = {
     "ModelFailure",
     "ModelInfo",
     "ModelList",
+    "Replica",
     "UnloadResult",
     "WatchUpdate",
     # generation

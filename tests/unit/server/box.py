@@ -60,8 +60,10 @@ class Box:
     system: Any
     url: str = ""
 
-    async def load(self, folder: Path | None = None) -> model_pb2.Model:
-        request = model_pb2.LoadModelRequest(model=str(folder or self.folder))
+    async def load(
+        self, folder: Path | None = None, replicas: int | None = None
+    ) -> model_pb2.Model:
+        request = model_pb2.LoadModelRequest(model=str(folder or self.folder), replicas=replicas)
         load = self.models.LoadModel(request, timeout=30)
         try:
             async for message in load:

@@ -16,11 +16,14 @@ from google.rpc import error_details_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
+from loaderd.server.access.caller import Caller, Limits
 from loaderd.server.access.clients import ClientsFile
 from loaderd.server.access.command import create_token
 from loaderd.server.access.quotas import Quotas
 from loaderd.server.access.roles import PERMISSIONS, Role, may_call
-from loaderd.server.models.loads import OnDemand
+from loaderd.server.errors import ClientLimitError
+from loaderd.server.models.loads import OnDemand, outcome
+from loaderd.server.models.record import LoadOptions
 from loaderd.server.rpc.access import Access
 from loaderd.v1 import model_pb2
 from tests.unit.server.box import Box, open_box
@@ -259,9 +262,37 @@ async def test_what_users_may_load(tmp_path: Path, user_loads: OnDemand, allowed
         assert await load_request(entry, Role.USER, str(entry.box.folder)) == "READY"
 
 
-async def load_request(entry: Entry, role: Role, model: str) -> str:
+async def test_users_scale_what_they_have_loaded(tmp_path: Path) -> None:
+    async with entry_of(tmp_path, user_loads=OnDemand.ANY, on_demand=OnDemand.ANY) as entry:
+        model = str(entry.box.folder)
+        assert await load_request(entry, Role.ADMIN, model) == "READY"
+        assert await load_request(entry, Role.USER, model, replicas=2) == "FORBIDDEN"
+        assert await load_request(entry, Role.USER, model, replicas=1) == "READY", "as it is"
+        assert await load_request(entry, Role.ADMIN, model, replicas=2) == "READY"
+        await entry.box.registry.unload(model, force=False)
+        assert await load_request(entry, Role.USER, model) == "READY"
+        assert await load_request(entry, Role.USER, model, replicas=2) == "READY"
+
+
+async def test_each_replica_counts_towards_a_clients_limit_of_models(box: Box) -> None:
+    caller = Caller("some-user", Role.USER, Limits(models=2))
+
+    async def scale(replicas: int) -> int:
+        loading = box.loads.load(str(box.folder), LoadOptions(), caller, replicas)
+        return (await outcome(loading)).replicas.wanted
+
+    with pytest.raises(ClientLimitError):
+        await scale(3)
+    assert box.launcher.loads == 0
+    assert [await scale(replicas) for replicas in (2, 1)] == [2, 1]
+    with pytest.raises(ClientLimitError):
+        await scale(3)
+    assert await scale(2) == 2
+
+
+async def load_request(entry: Entry, role: Role, model: str, replicas: int | None = None) -> str:
     """READY, or the reason for which the load failed."""
-    request = model_pb2.LoadModelRequest(model=model)
+    request = model_pb2.LoadModelRequest(model=model, replicas=replicas)
     metadata = [("authorization", f"Bearer {entry.tokens[role]}")]
     load = entry.box.models.LoadModel(request, timeout=30, metadata=metadata)
     try:

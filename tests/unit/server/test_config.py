@@ -218,7 +218,7 @@ def test_models_that_are_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file = tmp_path / "loaderd.toml"
     file.write_text(
         '[[models]]\nname = "org/name@v1"\ndtype = "float32"\nkeep_alive = 60\n'
-        'quantization = "int8"\n'
+        'quantization = "int8"\nreplicas = 2\n'
         '[[models]]\nname = "./model"\nmax_memory = { cpu = "2GiB" }\noffload = "disk"\n'
         '[[models]]\nname = "org/c"\ndevice_map = { "" = "cpu", "model.layers" = "disk" }\n'
     )
@@ -226,7 +226,7 @@ def test_models_that_are_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = load_config({"config": str(file), "preload": ["org/other", "~/x"]})
     first, second, third = config.models
     assert (first.name, first.dtype, first.keep_alive) == ("org/name@v1", "float32", 60)
-    assert first.quantization == "int8"
+    assert (first.quantization, first.replicas) == ("int8", 2)
     assert (second.name, second.device_map) == (str(tmp_path / "model"), "auto")
     assert second.keep_alive < 0
     assert (second.max_memory, second.offload) == ({"cpu": 2 << 30}, "disk")

@@ -73,3 +73,9 @@ def test_of_equals_the_least_recently_used_goes() -> None:
 def test_a_model_on_another_device_does_not_go() -> None:
     book, idle = book_of([(80, True), (80, True), (80, True)])
     assert to_evict(book, needs(80), Where("cuda:1"), idle, 1.0) == [idle[1]]
+
+
+def test_as_many_go_as_all_replicas_need() -> None:
+    book, idle = book_of([(80, True), (80, True), (80, True)])
+    assert to_evict(book, needs(80), Where(), idle, 1.0, count=2) == idle[:2]
+    assert to_evict(book, needs(80), Where(), idle, 1.0, count=4) == []

@@ -28,11 +28,12 @@ async def test_what_is_declared_is_loaded_as_declared(box: Box, tmp_path: Path) 
     other = make_model(tmp_path / "other")
     options = LoadOptions(dtype=model_pb2.DTYPE_FLOAT32)
     await manifest(
-        box, Declared(str(box.folder)), Declared(str(other), options, keep_alive_s=60)
+        box, Declared(str(box.folder)), Declared(str(other), options, keep_alive_s=60, replicas=2)
     ).loaded()
     first, second = await box.list()
     assert (first.name, first.keep_alive.ToTimedelta().total_seconds()) == (str(box.folder), -1)
     assert (second.name, second.keep_alive.seconds) == (str(other), 60)
+    assert (len(first.replicas), len(second.replicas)) == (1, 2)
     assert second.options.dtype == model_pb2.DTYPE_FLOAT32
     assert {first.state, second.state} == {model_pb2.MODEL_STATE_READY}
 

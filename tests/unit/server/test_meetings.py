@@ -79,7 +79,7 @@ async def test_a_request_by_id_ends_when_another_model_has_the_same_files(
     hub: test_loads.Box,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hub.loads, "_on_demand", OnDemand.CACHED)
+    monkeypatch.setattr(hub.loads, "on_demand", OnDemand.CACHED)
     hub.store.cached.add(OLD)
     failed = await hub.load("org/name")
     hub.launcher.workers[0].kill()
@@ -307,7 +307,7 @@ async def test_a_model_is_not_evicted_before_those_who_loaded_it_have_it(
     gpus.launcher.load_gate.clear()
     load = asyncio.create_task(gpus.load("a"))
     await until(lambda: gpus.launcher.loads == 2)
-    measure, make_ready = gpus.planner._measure, gpus.registry.ready
+    measure, change = gpus.planner._measure, gpus.registry.to
     measured, is_ready = asyncio.Event(), asyncio.Event()
 
     async def slow_measure() -> Any:
@@ -316,12 +316,13 @@ async def test_a_model_is_not_evicted_before_those_who_loaded_it_have_it(
         await is_ready.wait()
         return devices
 
-    def ready(record: ModelRecord, worker: Worker) -> None:
-        make_ready(record, worker)
-        is_ready.set()
+    def to(record: ModelRecord, state: ModelState, failure: LoaderdError | None = None) -> None:
+        change(record, state, failure)
+        if state is ModelState.READY:
+            is_ready.set()
 
     monkeypatch.setattr(gpus.planner, "_measure", slow_measure)
-    monkeypatch.setattr(gpus.registry, "ready", ready)
+    monkeypatch.setattr(gpus.registry, "to", to)
     other = asyncio.create_task(gpus.load("c"))
     await measured.wait()
     gpus.launcher.load_gate.set()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loaderd.server.errors import DeviceMemoryError
-from loaderd.server.models.fitting import place
+from loaderd.server.models.fitting import place, place_all, together
 from loaderd.server.models.placement import DeviceBook, MemoryDevice, Needs
 from loaderd.server.models.where import Where
 
@@ -174,3 +174,51 @@ def test_the_order_of_those_who_fit_does_not_matter(first: list[int], second: li
             devices.reserve(f"m:{number}", "org/a", {"cpu": (number + 1) * GB})
     assert books[0].available("cpu") == books[1].available("cpu") == 45 * GB
     assert books[0].holders("cpu") == books[1].holders("cpu")
+
+
+def test_replicas_go_to_accelerators_of_their_own_while_there_are_some() -> None:
+    small = replace(GPUS[1], total_bytes=40 * GB, free_bytes=40 * GB)
+    box = book(GPUS[0], small, BIG_CPU)
+    places = [list(each.devices) for each in place_all(box, needs(10 * GB), Where(), 3)]
+    assert places == [["cuda:0"], ["cuda:1"], ["cuda:0"]]
+    box.reserve("m:1", "org/a", {"cuda:0": 13 * GB})
+    (more,) = place_all(box, needs(10 * GB), Where(), 1, "m:1")
+    assert list(more.devices) == ["cuda:1"]
+    (large,) = place_all(box, needs(50 * GB), Where(), 1, "m:1")
+    assert list(large.devices) == ["cuda:0"], "it fits on no other"
+
+
+def test_replicas_that_share_an_accelerator_leave_each_other_room_for_keys_and_values() -> None:
+    box = book(replace(GPUS[0], total_bytes=24 * GB, free_bytes=24 * GB), BIG_CPU)
+    first, second = place_all(box, needs(7 * GB), Where("cuda:0"), 2)
+    assert (first.fits, second.fits) == (True, False), "the first one takes half of the rest"
+    both = together([first, second], 2)
+    assert not both.fits
+    assert both.needed_bytes == 20 * GB > both.free_bytes
+    assert [each.fits for each in place_all(box, needs(4 * GB), Where("cuda:0"), 2)] == [True, True]
+
+
+@given(
+    st.lists(st.integers(0, 100), min_size=1, max_size=4),
+    st.builds(Needs, *[st.integers(0, 80)] * 5),
+    st.integers(1, 6),
+)
+def test_replicas_are_within_what_is_there(free: list[int], wanted: Needs, count: int) -> None:
+    box = book(*(MemoryDevice(f"cuda:{i}", 100, room, 0.0) for i, room in enumerate(free)))
+    placements = place_all(box, wanted, Where(), count)
+    assert all(each.fits for each in placements[:-1])
+    assert len(placements) == count if placements[-1].fits else len(placements) <= count
+    both = together(placements, count)
+    assert both.fits == placements[-1].fits
+    for share, each in enumerate(placements):
+        if each.fits:
+            box.reserve("m:1", "org/a", each.devices, share)
+    assert all(box.available(f"cuda:{i}") >= 0 for i in range(len(free)))
+    if both.fits:
+        held = {d: sum(h.bytes for h in box.holders(d)) for d in both.devices}
+        assert held == both.devices
+    box.release("m:1", 1.0, share=0)
+    left = sum(sum(each.devices.values()) for each in placements[1:])
+    assert sum(h.bytes for i in range(len(free)) for h in box.holders(f"cuda:{i}")) == left
+    box.release("m:1", 1.0)
+    assert not any(box.holders(f"cuda:{i}") for i in range(len(free)))

@@ -49,8 +49,12 @@ class Box:
     loads: Loads
     folder: Path
 
-    async def load(self, name: str, options: LoadOptions | None = None) -> ModelRecord:
-        loading = self.loads.load(str(self.folder / name), options or LoadOptions())
+    async def load(
+        self, name: str, options: LoadOptions | None = None, replicas: int | None = None
+    ) -> ModelRecord:
+        loading = self.loads.load(
+            str(self.folder / name), options or LoadOptions(), replicas=replicas
+        )
         async with aclosing(loading) as updates:
             async for update in updates:
                 if isinstance(update, ModelRecord):

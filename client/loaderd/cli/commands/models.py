@@ -13,9 +13,9 @@ from loaderd.cli import options, output, placement
 from loaderd.cli.exits import ExitCode
 from loaderd.cli.progress import progress_display
 from loaderd.cli.session import session_of
-from loaderd.cli.units import age, parse_span, size, span
+from loaderd.cli.units import age, count, parse_span, size, span
 from loaderd.cli.watching import Lines, LiveTable, Objects, WatchDisplay, follow
-from loaderd.cli.words import devices, name, steps, until
+from loaderd.cli.words import devices, name, replicas_of, steps, until
 
 if TYPE_CHECKING:
     from loaderd.client import LoadPlan, ModelInfo
@@ -37,6 +37,7 @@ def load(
         options.QuantizationName | None,
         typer.Option(help="Keep weights in 8 or 4 bits. Default: as the files have them."),
     ] = None,
+    replicas: options.Replicas = None,
     json: options.Json = False,
 ) -> None:
     """Load a model, downloading what the cache lacks."""
@@ -51,6 +52,7 @@ def load(
             offload=offload.value if offload else None,
             keep_alive=keep_alive,
             quantization=quantization.value if quantization else None,
+            replicas=replicas,
             timeout=session.timeout,
         )
         with operation:
@@ -63,7 +65,7 @@ def load(
     if json:
         output.json_result(info)
     else:
-        output.result(_sentence(info, worked=worked))
+        output.result(_sentence(info, worked=worked, scaled=replicas is not None))
 
 
 def plan(
@@ -81,6 +83,7 @@ def plan(
         options.QuantizationName | None,
         typer.Option(help="Keep weights in 8 or 4 bits. Default: as the files have them."),
     ] = None,
+    replicas: options.Replicas = None,
     json: options.Json = False,
 ) -> None:
     """Say what a load would take and whether it would fit now; the exit code is 0 only if so."""
@@ -93,12 +96,13 @@ def plan(
             max_memory=placement.max_memory(max_memory or ()),
             offload=offload.value if offload else None,
             quantization=quantization.value if quantization else None,
+            replicas=replicas,
             timeout=session.timeout,
         )
     if json:
         output.json_result(planned)
     else:
-        output.fields(_plan_fields(planned))
+        output.fields(_plan_fields(planned, replicas or 1))
     if not planned.fits:
         raise typer.Exit(ExitCode.EXHAUSTED)
 
@@ -155,7 +159,18 @@ def ps(
     if not models:
         output.message("no models are loaded; see `loaderctl load --help`")
         return
-    columns = ("NAME", "ID", "STATE", "DTYPE", "DEVICE", "WEIGHTS", "REQUESTS", "READY", "UNTIL")
+    columns = (
+        "NAME",
+        "ID",
+        "STATE",
+        "DTYPE",
+        "DEVICE",
+        "REPLICAS",
+        "WEIGHTS",
+        "REQUESTS",
+        "READY",
+        "UNTIL",
+    )
     output.table(columns, map(_row, models))
     for model in models:
         if model.failure is not None:
@@ -173,7 +188,7 @@ def _lines(*, json: bool) -> WatchDisplay:
     return Objects() if json else Lines()
 
 
-def _plan_fields(plan: LoadPlan) -> list[tuple[str, str]]:
+def _plan_fields(plan: LoadPlan, replicas: int) -> list[tuple[str, str]]:
     parts = plan.breakdown
     sizes = [
         ("weights", parts.weights_bytes),
@@ -181,7 +196,7 @@ def _plan_fields(plan: LoadPlan) -> list[tuple[str, str]]:
         ("activations", parts.activation_bytes),
         ("copies of weights", parts.copies_bytes),
         ("headroom", parts.headroom_bytes),
-        ("needed", plan.needed_bytes),
+        ("needed" if replicas == 1 else f"needed by {replicas}", plan.needed_bytes),
         ("free", plan.free_bytes),
     ]
     offloaded = [
@@ -199,17 +214,25 @@ def _plan_fields(plan: LoadPlan) -> list[tuple[str, str]]:
     ]
 
 
-def _sentence(model: ModelInfo, *, worked: bool) -> str:
-    """What came of a load; `worked` says whether it had anything to do."""
+def _sentence(model: ModelInfo, *, worked: bool, scaled: bool) -> str:
+    """What came of a load.
+
+    Args:
+        model: The model.
+        worked: Whether there was anything to do.
+        scaled: Whether a number of replicas was asked for; what there was to do may be only that.
+    """
     parts = [f"{model.name} is ready as {model.id}"]
     if (details := model.details) is not None:
         weights = f", {name(details.quantization)} weights" if details.quantization else ""
-        parts.append(f"{name(details.dtype)}{weights} on {devices(details)}")
+        parts.append(f"{name(details.dtype)}{weights} on {devices(model)}")
         if details.offloaded_bytes:
             parts.append(f"{size(details.offloaded_bytes)} of it offloaded")
+    if scaled:
+        parts.append(count(model.wanted_replicas, "replica"))
     if not worked:
         parts.append("was loaded already")
-    elif model.timings.total is not None:
+    elif not scaled and model.timings.total is not None:
         took = steps(model.timings)
         parts.append(f"loaded in {span(model.timings.total)}" + (f" ({took})" if took else ""))
     return ", ".join(parts)
@@ -222,7 +245,8 @@ def _row(model: ModelInfo) -> tuple[str, ...]:
         model.id,
         name(model.state),
         name(details.dtype) if details else "-",
-        devices(details) if details else "-",
+        devices(model) if details else "-",
+        replicas_of(model),
         size(details.weight_bytes) if details else "-",
         str(model.active_requests),
         age(model.ready_at),

@@ -9,10 +9,10 @@ import typer
 from loaderd.cli import options, output
 from loaderd.cli.session import session_of
 from loaderd.cli.units import age, brief, count, size
-from loaderd.cli.words import devices, name, steps, until
+from loaderd.cli.words import devices, name, replicas_of, steps, until
 
 if TYPE_CHECKING:
-    from loaderd.client import ModelDetails, ModelInfo, ModelStatistics
+    from loaderd.client import ModelDetails, ModelInfo, ModelStatistics, Replica
 
 
 def show(context: typer.Context, model: options.LoadedModel, json: options.Json = False) -> None:
@@ -35,7 +35,9 @@ def _fields(model: ModelInfo) -> list[tuple[str, str]]:
         *([("failure", model.failure.message)] if model.failure else []),
         ("source", name(model.source)),
         ("commit", model.commit or "-"),
-        *(_details(model.details) if model.details else []),
+        *(_details(model.details, devices(model)) if model.details else []),
+        ("replicas", replicas_of(model)),
+        *((f"replica {each.number}", _replica(each)) for each in model.replicas),
         ("ready", age(model.ready_at)),
         *([("loaded in", brief(total))] if total is not None else []),
         ("steps", steps(model.timings) or "-"),
@@ -45,12 +47,20 @@ def _fields(model: ModelInfo) -> list[tuple[str, str]]:
     ]
 
 
-def _details(details: ModelDetails) -> list[tuple[str, str]]:
+def _replica(replica: Replica) -> str:
+    return (
+        f"process {replica.worker_pid}, {replica.running_requests} running, "
+        f"{replica.queued_requests} queued, {size(replica.memory_bytes)}"
+        + (", leaving" if replica.leaving else "")
+    )
+
+
+def _details(details: ModelDetails, places: str) -> list[tuple[str, str]]:
     return [
         ("architecture", details.architecture),
         ("dtype", f"{name(details.dtype)}: {details.dtype_reason}"),
         *([("quantization", name(details.quantization))] if details.quantization else []),
-        ("devices", devices(details)),
+        ("devices", places),
         ("weights", f"{size(details.weight_bytes)}, {details.parameter_count:,} numbers"),
         ("memory", f"{size(details.memory_bytes)}, {size(details.planned_bytes)} planned"),
         ("context", count(details.context_length, "token") if details.context_length else "any"),

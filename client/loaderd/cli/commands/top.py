@@ -13,7 +13,7 @@ import typer
 from loaderd.cli import options, output
 from loaderd.cli.session import session_of
 from loaderd.cli.units import count, parse_span, size, span
-from loaderd.cli.words import name, until
+from loaderd.cli.words import name, replicas_of, until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _SHORTEST, _LONGEST = timedelta(seconds=1), timedelta(hours=1)
 
 _MODELS = (
-    *("NAME", "ID", "STATE", "ENGINE", "RUNNING", "QUEUED"),
+    *("NAME", "ID", "STATE", "REPLICAS", "ENGINE", "RUNNING", "QUEUED"),
     *("IN/S", "OUT/S", "KV", "PREFIX HITS", "UNTIL"),
 )
 _DEVICES = ("DEVICE", "TOTAL", "RESERVED", "TAKEN", "FREE")
@@ -146,7 +146,7 @@ def _heading(daemon: ServerInfo) -> str:
 def _model_row(model: ModelInfo) -> tuple[str, ...]:
     engine = model.details.engine if model.details else "-"
     return (
-        *(model.name, model.id, name(model.state), engine),
+        *(model.name, model.id, name(model.state), replicas_of(model), engine),
         *_figures(model),
         until(model),
     )

@@ -104,6 +104,7 @@ class AsyncClient:
         quantization: Quantization | QuantizationName | None = None,
         max_memory: Mapping[str, int] | None = None,
         offload: Offload | OffloadName | None = None,
+        replicas: int | None = None,
         on_progress: Callable[[LoadProgress], object] | None = None,
         timeout: float | None = None,
     ) -> AsyncModel:
@@ -123,6 +124,9 @@ class AsyncClient:
             quantization: Keeps weights in 8 or 4 bits. None: as the files have them.
             max_memory: Most bytes of devices, by their ids. None: no bounds.
             offload: Where layers may go that do not fit. None: nowhere.
+            replicas: How many processes are to serve the model from now on, all under its name: one
+                that is loaded already gets more, or loses those that are too many when their
+                requests are over. None: as many as it has, 1 if it is new.
             on_progress: Called with each progress, and awaited if it returns an awaitable. What it
                 raises cancels the load.
             timeout: Seconds; None: as long as it takes.
@@ -135,6 +139,7 @@ class AsyncClient:
             max_memory=max_memory,
             offload=offload,
             keep_alive=keep_alive,
+            replicas=replicas,
             timeout=timeout,
         )
         return await operation.wait(on_progress)
@@ -149,6 +154,7 @@ class AsyncClient:
         max_memory: Mapping[str, int] | None = None,
         offload: Offload | OffloadName | None = None,
         keep_alive: Seconds | None = None,
+        replicas: int | None = None,
         timeout: float | None = None,
     ) -> AsyncLoadOperation:
         """Starts what `load` does and returns its handle."""
@@ -160,6 +166,7 @@ class AsyncClient:
             max_memory=max_memory,
             offload=offload,
             keep_alive=keep_alive,
+            replicas=replicas,
         )
         return AsyncLoadOperation(
             self._transport,
@@ -177,6 +184,7 @@ class AsyncClient:
         max_memory: Mapping[str, int] | None = None,
         offload: Offload | OffloadName | None = None,
         keep_alive: Seconds | None = None,
+        replicas: int | None = None,
         timeout: float | None = None,
     ) -> AsyncLease:
         """Loads a model as `load` does, and holds it from the moment when it is READY.
@@ -190,6 +198,7 @@ class AsyncClient:
             max_memory: See above.
             offload: See above.
             keep_alive: See above.
+            replicas: See above.
             timeout: Seconds; None: as long as the load takes.
         """
         request = load_request(
@@ -200,6 +209,7 @@ class AsyncClient:
             max_memory=max_memory,
             offload=offload,
             keep_alive=keep_alive,
+            replicas=replicas,
             lease_ttl=ttl,
         )
         operation = AsyncLoadOperation(
@@ -217,11 +227,12 @@ class AsyncClient:
         quantization: Quantization | QuantizationName | None = None,
         max_memory: Mapping[str, int] | None = None,
         offload: Offload | OffloadName | None = None,
+        replicas: int | None = None,
         timeout: float | None = None,
     ) -> LoadPlan:
         """Says what a load of a model in the cache would take, and whether it would fit now.
 
-        Loads and reserves nothing. The arguments are those of `load`.
+        Loads and reserves nothing. The arguments are those of `load`; None of `replicas` is 1.
 
         Raises:
             SnapshotNotFoundError: The cache does not have the model.
@@ -233,6 +244,7 @@ class AsyncClient:
             quantization=quantization,
             max_memory=max_memory,
             offload=offload,
+            replicas=replicas,
         )
         return responses.load_plan(
             await self._transport.call(self.raw.models.PlanModel, request, timeout)

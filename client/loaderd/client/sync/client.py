@@ -103,6 +103,7 @@ class Client:
         quantization: Quantization | QuantizationName | None = None,
         max_memory: Mapping[str, int] | None = None,
         offload: Offload | OffloadName | None = None,
+        replicas: int | None = None,
         on_progress: Callable[[LoadProgress], object] | None = None,
         timeout: float | None = None,
     ) -> Model:
@@ -122,6 +123,9 @@ class Client:
             quantization: Keeps weights in 8 or 4 bits. None: as the files have them.
             max_memory: Most bytes of devices, by their ids. None: no bounds.
             offload: Where layers may go that do not fit. None: nowhere.
+            replicas: How many processes are to serve the model from now on, all under its name: one
+                that is loaded already gets more, or loses those that are too many when their
+                requests are over. None: as many as it has, 1 if it is new.
             on_progress: Called with each progress. What it raises cancels the load.
             timeout: Seconds; None: as long as it takes.
         """
@@ -133,6 +137,7 @@ class Client:
             max_memory=max_memory,
             offload=offload,
             keep_alive=keep_alive,
+            replicas=replicas,
             timeout=timeout,
         )
         return operation.wait(on_progress)
@@ -147,6 +152,7 @@ class Client:
         max_memory: Mapping[str, int] | None = None,
         offload: Offload | OffloadName | None = None,
         keep_alive: Seconds | None = None,
+        replicas: int | None = None,
         timeout: float | None = None,
     ) -> LoadOperation:
         """Starts what `load` does and returns its handle."""
@@ -158,6 +164,7 @@ class Client:
             max_memory=max_memory,
             offload=offload,
             keep_alive=keep_alive,
+            replicas=replicas,
         )
         return LoadOperation(
             self._transport,
@@ -175,6 +182,7 @@ class Client:
         max_memory: Mapping[str, int] | None = None,
         offload: Offload | OffloadName | None = None,
         keep_alive: Seconds | None = None,
+        replicas: int | None = None,
         timeout: float | None = None,
     ) -> Lease:
         """Loads a model as `load` does, and holds it from the moment when it is READY.
@@ -188,6 +196,7 @@ class Client:
             max_memory: See above.
             offload: See above.
             keep_alive: See above.
+            replicas: See above.
             timeout: Seconds; None: as long as the load takes.
         """
         request = load_request(
@@ -198,6 +207,7 @@ class Client:
             max_memory=max_memory,
             offload=offload,
             keep_alive=keep_alive,
+            replicas=replicas,
             lease_ttl=ttl,
         )
         operation = LoadOperation(
@@ -215,11 +225,12 @@ class Client:
         quantization: Quantization | QuantizationName | None = None,
         max_memory: Mapping[str, int] | None = None,
         offload: Offload | OffloadName | None = None,
+        replicas: int | None = None,
         timeout: float | None = None,
     ) -> LoadPlan:
         """Says what a load of a model in the cache would take, and whether it would fit now.
 
-        Loads and reserves nothing. The arguments are those of `load`.
+        Loads and reserves nothing. The arguments are those of `load`; None of `replicas` is 1.
 
         Raises:
             SnapshotNotFoundError: The cache does not have the model.
@@ -231,6 +242,7 @@ class Client:
             quantization=quantization,
             max_memory=max_memory,
             offload=offload,
+            replicas=replicas,
         )
         return responses.load_plan(
             self._transport.call(self.raw.models.PlanModel, request, timeout)

@@ -57,6 +57,7 @@ from loaderd.client.types.model import (
     ModelInfo,
     ModelList,
     ModelStatistics,
+    Replica,
     UnloadResult,
     WatchUpdate,
 )
@@ -115,6 +116,7 @@ __all__ = [
     "Quantization",
     "QuantizationName",
     "RenderedPrompt",
+    "Replica",
     "Resolution",
     "ServerInfo",
     "SkipReason",

@@ -50,6 +50,10 @@ class ChangeReason(IntEnum):
     """It had failed, and is loaded again, or too many have failed."""
     SHUTDOWN = model_pb2.CHANGE_REASON_SHUTDOWN
     """The daemon shuts down."""
+    REPLICAS = model_pb2.CHANGE_REASON_REPLICAS
+    """It has more or fewer replicas, and is READY as before."""
+    WORKER_DIED = model_pb2.CHANGE_REASON_WORKER_DIED
+    """One of its replicas died; others serve, and it is READY as before."""
 
 
 class Dtype(IntEnum):

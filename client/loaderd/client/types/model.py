@@ -69,7 +69,7 @@ class ModelDetails:
     quantization_reason: str
     """What quantized them, or in which form the files had them; empty when they are plain."""
     planned_bytes: int
-    """What the plan before the load said that it would take."""
+    """What the plan before the load said that this replica would take."""
     memory_bytes: int
     """What the load did take, as its worker measured it."""
     offloaded_bytes: int
@@ -106,6 +106,28 @@ class ModelFailure:
     """As in `LoaderdError.reason`."""
     message: str
     """One sentence for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """One process that holds a model."""
+
+    number: int
+    """Unique in the model's life; those that come later have greater ones."""
+    worker_pid: int
+    """Its process id on the daemon's box."""
+    devices: tuple[str, ...]
+    """The devices that its layers are on."""
+    running_requests: int
+    """Requests that it works on."""
+    queued_requests: int
+    """Requests that wait for their turn on it."""
+    memory_bytes: int
+    """Memory that it held at its last heartbeat, in bytes."""
+    leaving: bool
+    """Whether it takes no more requests, and ends when those that it has are over."""
+    ready_at: datetime
+    """When it was loaded, in UTC."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +177,7 @@ class ModelInfo:
     options: LoadOptions
     """The options that it was loaded with."""
     details: ModelDetails | None
-    """What the worker found; set from READY on."""
+    """What the worker found, of several replicas the oldest; set from READY on."""
     active_requests: int
     """Generation requests that run or wait now."""
     created_at: datetime | None
@@ -180,6 +202,10 @@ class ModelInfo:
     """When the last request on it ended, or it became READY, in UTC; None before."""
     statistics: ModelStatistics | None
     """What its engine did until it was asked; None while it is not READY."""
+    wanted_replicas: int
+    """How many replicas there are to be."""
+    replicas: tuple[Replica, ...]
+    """Those that there are, oldest first."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-from loaderd.server.models.fitting import place
+from loaderd.server.models.fitting import place_all
 from loaderd.server.models.placement import DeviceBook, Needs
 from loaderd.server.models.where import Where
 
 
 def to_evict(
-    book: DeviceBook, needs: Needs, where: Where, idle: Sequence[str], now: float
+    book: DeviceBook,
+    needs: Needs,
+    where: Where,
+    idle: Sequence[str],
+    now: float,
+    *,
+    count: int = 1,
 ) -> list[str]:
     """The models to unload, of those that nobody uses.
 
@@ -23,6 +29,7 @@ def to_evict(
         where: Where it may go.
         idle: Ids of models that may go, the least recently used first.
         now: Monotonic time.
+        count: How many replicas are to fit.
 
     Returns:
         Their ids; empty if it fits without, or would not fit if all of them went.
@@ -32,7 +39,7 @@ def to_evict(
         rest = copy.deepcopy(book)
         for model_id in gone:
             rest.release(model_id, now)
-        return place(rest, needs, where).fits
+        return place_all(rest, needs, where, count)[-1].fits
 
     going: list[str] = []
     for model_id in idle:

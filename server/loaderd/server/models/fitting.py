@@ -11,14 +11,20 @@ the next layer is too large, and a placement has that much more there: the `slac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from loaderd.server.models.placement import DeviceBook, Needs, Placement
 from loaderd.server.models.where import AUTO, BALANCED, CPU, DISK, SEQUENTIAL, Where
 
 Rooms = Mapping[str, int]
 """Bytes that could be had, by device."""
+
+_NEWCOMER = ""
+"""Holds, in a copy of a book, what is being placed."""
+_KV_SHARE = 0.5
+"""What a worker takes for keys and values of what its weights leave free of an accelerator."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,82 @@ class _Fit:
     copies: bool = False
 
 
-def place(book: DeviceBook, needs: Needs, where: Where) -> Placement:
+def place_all(
+    book: DeviceBook, needs: Needs, where: Where, count: int, holder: str = ""
+) -> list[Placement]:
+    """Places replicas of a model beside each other; reserves nothing.
+
+    Under "auto" each goes to an accelerator without one of this model, where it fits there. One
+    that shares an accelerator with earlier ones has what their keys and values leave.
+
+    Args:
+        book: What is free.
+        needs: What each takes.
+        where: Where they may go.
+        count: How many, at least 1.
+        holder: The model's id, if some of its replicas are there.
+
+    Returns:
+        Where each goes; the last one does not fit, or there are `count`.
+
+    Raises:
+        UnsupportedOptionError: The box has no such device.
+    """
+    rest = book if count == 1 else copy.deepcopy(book)
+    taken = book.devices_of(holder)
+    placements: list[Placement] = []
+    while True:
+        placement = place(rest, needs, where, rather_not=taken)
+        others = tuple(each for each in placement.holders if each.id != _NEWCOMER)
+        placements.append(replace(placement, holders=others))
+        if not placement.fits or len(placements) == count:
+            break
+        rest.reserve(_NEWCOMER, "", _filled(rest, placement, where), share=len(placements))
+        taken |= placement.devices.keys()
+    return placements
+
+
+def together(placements: Sequence[Placement], count: int) -> Placement:
+    """What replicas take that were placed one after the other.
+
+    Args:
+        placements: Of `place_all`.
+        count: How many were to be placed.
+    """
+    if count == 1:
+        return placements[0]
+    *earlier, last = placements
+    held = sum(each.needed_bytes for each in earlier)
+    return replace(
+        last,
+        needed_bytes=held + (count - len(earlier)) * last.needed_bytes,
+        free_bytes=held + last.free_bytes,
+        devices=_sums(each.devices for each in placements) if last.fits else {},
+        weight_room={},
+        offloaded=_sums(each.offloaded for each in placements) if last.fits else {},
+    )
+
+
+def _sums(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for part in parts:
+        for device, count in part.items():
+            sums[device] = sums.get(device, 0) + count
+    return sums
+
+
+def _filled(book: DeviceBook, placement: Placement, where: Where) -> Mapping[str, int]:
+    """What a placement will hold when its keys and values have the room that they take."""
+    filled = {}
+    for device, count in placement.devices.items():
+        spare = max(_room(book, where, device) - count, 0)
+        filled[device] = count + int(_KV_SHARE * spare) * (device != CPU)
+    return filled if book.has(filled) else placement.devices
+
+
+def place(
+    book: DeviceBook, needs: Needs, where: Where, rather_not: Collection[str] = ()
+) -> Placement:
     """Says whether and where a model fits; reserves nothing.
 
     Nothing goes to the CPU beside accelerators, or to the disk, unless it is asked for or allowed.
@@ -40,6 +121,7 @@ def place(book: DeviceBook, needs: Needs, where: Where) -> Placement:
         book: What is free.
         needs: What the model takes.
         where: Where it may go.
+        rather_not: Accelerators that "auto" takes only where it does not fit on another one.
 
     Raises:
         UnsupportedOptionError: The box has no such device.
@@ -49,7 +131,7 @@ def place(book: DeviceBook, needs: Needs, where: Where) -> Placement:
     rooms = {device: _room(book, where, device) for device in ids}
     if where.module_map:
         return _answer(book, rooms, _as_mapped(needs, where, rooms), _mapped_devices(where))
-    choices = _choices(where, rooms)
+    choices = _choices(where, rooms, rather_not)
     for devices in choices:
         fit = _fit(needs, {device: rooms[device] for device in devices}, where.device_map)
         if _is_within(fit, rooms):
@@ -70,7 +152,7 @@ def _room(book: DeviceBook, where: Where, device: str) -> int:
     return min(available, where.bounds.get(device, available))
 
 
-def _choices(where: Where, rooms: Rooms) -> list[list[str]]:
+def _choices(where: Where, rooms: Rooms, rather_not: Collection[str]) -> list[list[str]]:
     """Sets of devices to try, in this order; never empty."""
     accelerators = [device for device in rooms if device != CPU]
     if where.device is not None:
@@ -81,7 +163,9 @@ def _choices(where: Where, rooms: Rooms) -> list[list[str]]:
         return [accelerators[:count] for count in range(1, len(accelerators) + 1)]
     choices = [accelerators]
     if where.device_map == AUTO and len(accelerators) > 1:
-        choices.insert(0, [max(accelerators, key=lambda device: rooms[device])])
+        by_room = sorted(accelerators, key=lambda device: -rooms[device])
+        without = [device for device in by_room if device not in rather_not]
+        choices[:0] = [[device] for device in (*without[:1], by_room[0])]
     return choices
 
 

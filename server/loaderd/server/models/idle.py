@@ -47,6 +47,17 @@ class IdleModels:
             self._registry.end(record, ChangeReason.EVICTED)
         await asyncio.gather(*(record.gone.wait() for record in going))
 
+    async def dismissed(self) -> bool:
+        """Waits for the end of replicas that are being ended; whether there were any."""
+        ending = [
+            replica.worker.wait()
+            for record in self._registry.records()
+            for replica in record.replicas.all
+            if replica.ending
+        ]
+        await asyncio.gather(*ending)
+        return bool(ending)
+
     def leaving(self) -> list[str]:
         """Ids of models that are being unloaded."""
         records = self._registry.records()
@@ -57,6 +68,7 @@ class IdleModels:
         return (
             record.is_alive
             and not (record.active_requests or keep_alive.is_pinned or keep_alive.is_new)
+            and not record.replicas.growing.locked()
             and not self._registry.leases.of(record.id)
         )
 

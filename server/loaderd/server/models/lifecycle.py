@@ -65,6 +65,8 @@ class ChangeReason(Enum):
     FAILURE = "failure"
     FORGOTTEN = "forgotten"
     SHUTDOWN = "shutdown"
+    REPLICAS = "replicas"
+    WORKER_DIED = "worker_died"
 
 
 @dataclass

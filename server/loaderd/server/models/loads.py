@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -25,6 +25,7 @@ from loaderd.server.models.lifecycle import ChangeReason, ModelState
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions, ModelRecord, identity_of, is_model_id
 from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.models.scaling import Scaling
 from loaderd.server.single_flight import Publish, SingleFlight
 from loaderd.server.store.names import HubName, LocalName, parse_name
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder, NotCached
@@ -56,11 +57,21 @@ class LoadProgress:
 
 
 class OnDemand(Enum):
-    """Which models a request for text, or a user, may load."""
+    """Which models a request for text may load."""
 
     OFF = "off"
     CACHED = "cached"
     ANY = "any"
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What somebody asks for."""
+
+    name: HubName | LocalName
+    options: LoadOptions
+    caller: Caller | None
+    replicas: int | None = None
 
 
 class Loads:
@@ -91,16 +102,22 @@ class Loads:
     ) -> None:
         self._registry = registry
         self._store = store
-        self._supervisor = supervisor
-        self._planner = planner
+        self._scaling = Scaling(registry, supervisor, planner, store)
         self.on_demand = on_demand
         self.user_loads = user_loads
         self._flights: SingleFlight[tuple[str, LoadOptions], LoadProgress, ModelRecord] = (
             SingleFlight()
         )
+        self._scalings: SingleFlight[tuple[str, int | None], LoadProgress, ModelRecord] = (
+            SingleFlight()
+        )
 
     async def load(
-        self, text: str, options: LoadOptions, caller: Caller = OWNER
+        self,
+        text: str,
+        options: LoadOptions,
+        caller: Caller = OWNER,
+        replicas: int | None = None,
     ) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
         """Joins the model's load, or starts it; a model that is READY is there at once.
 
@@ -110,9 +127,11 @@ class Loads:
             text: The model.
             options: How to load it.
             caller: Who asks for it.
+            replicas: How many of it there are to be from now on; None: as many as there are, 1
+                of a model that is new.
 
         Yields:
-            Progress, and the model, READY, at the end.
+            Progress, and the model, READY with its replicas, at the end.
 
         Raises:
             ForbiddenError: The caller may not.
@@ -122,7 +141,7 @@ class Loads:
         self._registry.check_open()
         name = parse_name(text)
         await self._check_user(caller, name, options)
-        async with aclosing(self._updates(name, options, caller)) as updates:
+        async with aclosing(self._scaled(_Wish(name, options, caller, replicas))) as updates:
             async for update in updates:
                 if isinstance(update, ModelRecord):
                     self._registry.name(update, name)
@@ -166,6 +185,8 @@ class Loads:
     async def again(self, record: ModelRecord, caller: Caller | None = None) -> ModelRecord:
         """Loads a model of which the registry knows, with its options, or joins its load.
 
+        A model that is READY gets the replicas that it is missing.
+
         Args:
             record: The model.
             caller: Who asks for it; None leaves it to whose it was.
@@ -177,7 +198,9 @@ class Loads:
             LoaderdError: As `load`.
         """
         self._registry.check_open()
-        return await outcome(self._updates(record.exact_name, record.options, caller))
+        if record.state is ModelState.READY:
+            return await outcome(self._scale(record, None))
+        return await outcome(self._updates(_Wish(record.exact_name, record.options, caller)))
 
     async def _check_may_load(self, text: str, name: HubName | LocalName) -> None:
         if self.on_demand is OnDemand.CACHED:
@@ -199,44 +222,79 @@ class Loads:
             if held is None or held.state is ModelState.UNLOADING:
                 raise ForbiddenError(caller.shown, caller.role, "load models")
 
-    async def _updates(
-        self, name: HubName | LocalName, options: LoadOptions, caller: Caller | None
+    async def _scaled(self, wish: _Wish) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
+        """A load, and then what it takes until there are as many replicas as are wished."""
+        async with aclosing(self._updates(wish)) as updates:
+            async for update in updates:
+                if not isinstance(update, ModelRecord) or update.replicas.are(wish.replicas):
+                    yield update
+                    continue
+                self._check_may_scale(wish, update)
+                async with aclosing(self._scale(update, wish.replicas)) as steps:
+                    async for step in steps:
+                        yield step
+
+    def _check_may_scale(self, wish: _Wish, record: ModelRecord) -> None:
+        """Refuses users the models of others, and more than their limit."""
+        caller = wish.caller
+        if caller is None or wish.replicas is None:
+            return
+        is_own = bool(caller.name) and record.loaded_for == caller.name
+        if caller.role is Role.USER and not is_own:
+            raise ForbiddenError(caller.shown, caller.role, "scale models that others loaded")
+        self._registry.check_replicas(record, wish.replicas, caller)
+
+    async def _scale(
+        self, record: ModelRecord, replicas: int | None
     ) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
+        """Gives a READY model so many replicas; None: those that it is missing."""
+
+        async def work(publish: Publish[LoadProgress]) -> ModelRecord:
+            if replicas is None or replicas > len(record.replicas.serving):
+                publish(LoadProgress(record.id, ModelState.LOADING, None, 0.0))
+            if replicas is None:
+                await self._scaling.replenish(record)
+            else:
+                await self._scaling.scale(record, replicas)
+            return record
+
+        async with self._scalings.join((record.id, replicas), work) as flight:
+            async for progress in flight.progress():
+                yield progress
+            yield await flight.result()
+
+    async def _updates(self, wish: _Wish) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
         while True:
-            files = await self._store.resolve(name)
+            files = await self._store.resolve(wish.name)
             if isinstance(files, NotCached):
                 # The commit is not known yet: one load of this name and revision, until it is.
                 key = f"{files.name.repo_id}@{files.name.revision}?"
-                work = partial(self._fetch, files.name, options, caller=caller)
+                work = partial(self._fetch, files.name, wish)
             else:
                 key = identity_of(files)
-                work = partial(self._load, name, files, None, options, caller=caller)
+                work = partial(self._load, wish, files, None)
             try:
-                async with self._flights.join((key, options), work) as flight:
+                async with self._flights.join((key, wish.options), work) as flight:
                     async for progress in flight.progress():
                         yield progress
                     yield await flight.result()
                 return
             except ClientLimitError as error:
                 # Somebody else's load, which was refused: this caller's own begins.
-                if caller is not None and error.client == caller.name:
+                if wish.caller is not None and error.client == wish.caller.name:
                     raise
 
     async def _fetch(
-        self,
-        name: HubName,
-        options: LoadOptions,
-        publish: Publish[LoadProgress],
-        *,
-        caller: Caller | None,
+        self, name: HubName, wish: _Wish, publish: Publish[LoadProgress]
     ) -> ModelRecord:
         """Downloads, then joins the load of the commit that came."""
-        record = self._registry.add(name, options, caller)
+        record = self._registry.add(name, wish.options, wish.caller)
         record.load_task = asyncio.current_task()
         with self._settled(record):
+            self._registry.check_replicas(record, wish.replicas or 1, wish.caller)
             files = await self._download(name, record, publish)
-            work = partial(self._load, name, files, record, options, caller=caller)
-            async with self._flights.join((identity_of(files), options), work) as flight:
+            work = partial(self._load, replace(wish, name=name), files, record)
+            async with self._flights.join((identity_of(files), wish.options), work) as flight:
                 async for progress in flight.progress():
                     publish(progress)
                 loaded = await flight.result()
@@ -258,28 +316,30 @@ class Loads:
 
     async def _load(
         self,
-        name: HubName | LocalName,
+        wish: _Wish,
         files: LocalFolder | CachedSnapshot,
         record: ModelRecord | None,
-        options: LoadOptions,
         publish: Publish[LoadProgress],
-        *,
-        caller: Caller | None,
     ) -> ModelRecord:
-        """Loads files that are there, in a worker of their own."""
-        held = self._registry.held(identity_of(files), options)
+        """Loads files that are there, in workers of their own.
+
+        A model that had failed has the replicas that can be loaded, unless somebody asks for some.
+        """
+        identity, options = identity_of(files), wish.options
+        held = self._registry.held(identity, options)
         if held is not None and held.state is ModelState.UNLOADING:
             await held.gone.wait()
         elif held is not None and held.state is ModelState.READY:
             return held
         if record is None:
-            record = self._registry.failed(identity_of(files), options)
+            record = self._registry.failed(identity, options)
             if record is not None:
-                self._registry.give(record, caller)
+                self._registry.give(record, wish.caller)
         if record is None:
-            record = self._registry.add(name, options, caller)
+            record = self._registry.add(wish.name, options, wish.caller)
         record.load_task = asyncio.current_task()
         with self._settled(record):
+            self._registry.check_replicas(record, wish.replicas or 1, wish.caller)
             record.found(files)
             record.earlier_failure = record.failure
             self._registry.to(record, ModelState.LOADING)
@@ -290,18 +350,8 @@ class Loads:
                 with record.timing("verify"):
                     await self._store.prove(files, lambda update: publish(_proving(record, update)))
                 publish(_progress(record, None))
-            async with AsyncExitStack() as stack:
-                with record.timing("placement"):
-                    claim = await stack.enter_async_context(
-                        self._planner.claim(record.id, name, files, options)
-                    )
-                load = claim.load(options)
-                load.path, load.model = str(files.path), str(name)
-                load.allow_pickle = self._store.allows_pickle(name)
-                model = await self._supervisor.load(load, claim.begun)
-                claim.settle(model)
-            record.loaded_by(model)
-            self._registry.ready(record, model.worker)
+            wanted = wish.replicas or record.replicas.wanted
+            await self._scaling.load(record, wanted, least=wish.replicas or 1)
             return record
 
     @contextmanager

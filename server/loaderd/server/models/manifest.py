@@ -19,6 +19,7 @@ from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, outcome
 from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.models.replicas import check_replicas
 from loaderd.server.models.where import AUTO, Where
 from loaderd.v1 import model_pb2
 
@@ -36,11 +37,13 @@ class Declared:
         name: As a client would name it.
         options: How to load it.
         keep_alive_s: How long it stays when nobody uses it.
+        replicas: How many of it there are to be.
     """
 
     name: str
     options: LoadOptions = field(default_factory=LoadOptions)
     keep_alive_s: float = PINNED
+    replicas: int | None = None
 
 
 class Manifest:
@@ -103,7 +106,8 @@ class Manifest:
     async def _load(self, model: Declared) -> bool:
         """Whether it need not be tried again."""
         try:
-            record = await outcome(self._loads.load(model.name, model.options))
+            loading = self._loads.load(model.name, model.options, replicas=model.replicas)
+            record = await outcome(loading)
             self._registry.keep(record, model.keep_alive_s)
         except DrainingError:
             return True  # nobody wants it any more
@@ -129,10 +133,11 @@ def declared(config: ServerConfig) -> list[Declared]:
                 quantization=model_pb2.Quantization.Value(f"QUANTIZATION_{quantization}"),
                 where=_where(model),
             )
+            replicas = None if model.replicas is None else check_replicas(model.replicas)
         except (InvalidArgumentError, UnsupportedOptionError) as error:
             raise ConfigError(f"models: {model.name}: {error}") from error
         keep_alive_s = model.keep_alive if model.keep_alive >= 0 else PINNED
-        models.append(Declared(model.name, options, keep_alive_s))
+        models.append(Declared(model.name, options, keep_alive_s, replicas))
     return models + [Declared(name) for name in config.preload]
 
 

@@ -132,7 +132,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class _Reservation:
-    """One model's bytes by device; what of it is really taken, since when.
+    """One replica's bytes by device; what of it is really taken, since when.
 
     Attributes:
         name: The model's name.
@@ -181,11 +181,13 @@ class DeviceBook:
     for whom it was reserved. A device measured before a model took its bytes, or before a model
     left, still shows the memory as it was; the book corrects that until it is measured again. What
     is measured while a load takes its bytes tells nothing, and is not taken over.
+
+    Each replica of a model has a share of its own, whose number only tells it from the others.
     """
 
     def __init__(self) -> None:
         self._devices: dict[str, MemoryDevice] = {}
-        self._reservations: dict[str, _Reservation] = {}
+        self._reservations: dict[tuple[str, int], _Reservation] = {}
         self._left: dict[str, list[_Stay]] = {}
 
     @property
@@ -205,13 +207,14 @@ class DeviceBook:
             later = [stay for stay in stays if stay.left > self._measured_at(pool)]
             self._left[pool] = later
 
-    def reserve(self, holder: str, name: str, bytes_of: Mapping[str, int]) -> None:
+    def reserve(self, holder: str, name: str, bytes_of: Mapping[str, int], share: int = 0) -> None:
         """Reserves bytes by device for a load, which has taken none of them yet.
 
         Args:
             holder: The model's id.
             name: Its name.
             bytes_of: Bytes by device, of a placement that fits.
+            share: Which replica's.
 
         Raises:
             DeviceMemoryError: They are not there any more.
@@ -222,22 +225,29 @@ class DeviceBook:
                 holders = self.holders(pool)
                 raise DeviceMemoryError(name, wanted, available, told(holders))
         begun = {pool: self._measured_at(pool) for pool in self._by_pool(bytes_of)}
-        self._reservations[holder] = _Reservation(name, dict(bytes_of), begun)
+        self._reservations[holder, share] = _Reservation(name, dict(bytes_of), begun)
 
-    def note(self, holder: str, taken: Mapping[str, int], now: float) -> None:
+    def note(self, holder: str, taken: Mapping[str, int], now: float, share: int = 0) -> None:
         """Notes what a load has taken of its reservation by now.
 
         Args:
             holder: The model's id; nothing happens when it has no reservation.
             taken: Bytes by device.
             now: Monotonic time.
+            share: Which replica's.
         """
-        if holder in self._reservations:
-            reservation = self._reservations[holder]
-            self._reservations[holder] = replace(reservation, taken=dict(taken), taken_since=now)
+        key = holder, share
+        if key in self._reservations:
+            reservation = self._reservations[key]
+            self._reservations[key] = replace(reservation, taken=dict(taken), taken_since=now)
 
     def settle(
-        self, holder: str, taken: Mapping[str, int], more: Mapping[str, int], now: float
+        self,
+        holder: str,
+        taken: Mapping[str, int],
+        more: Mapping[str, int],
+        now: float,
+        share: int = 0,
     ) -> None:
         """Turns a load's reservation into what the loaded model really holds.
 
@@ -246,28 +256,37 @@ class DeviceBook:
             taken: Bytes by device that it has taken.
             more: Bytes by device that it may take yet.
             now: Monotonic time.
+            share: Which replica's.
         """
-        if holder in self._reservations:
+        key = holder, share
+        if key in self._reservations:
             held = {
                 device: taken.get(device, 0) + more.get(device, 0) for device in {*taken, *more}
             }
-            self._reservations[holder] = replace(self._reservations[holder], bytes=held)
-            self.note(holder, taken, now)
+            self._reservations[key] = replace(self._reservations[key], bytes=held)
+            self.note(holder, taken, now, share)
 
-    def hand_over(self, holder: str, heir: str) -> None:
-        """What one holder has is another one's from now on; nothing happens when it has nothing."""
-        if holder in self._reservations:
-            self._reservations[heir] = self._reservations.pop(holder)
+    def hand_over(self, holder: str, heir: str, share: int = 0) -> None:
+        """What a holder has is another one's from now on; nothing happens when it has nothing."""
+        if (holder, share) in self._reservations:
+            self._reservations[heir, share] = self._reservations.pop((holder, share))
 
-    def release(self, holder: str, now: float) -> None:
-        """Gives all back that a model had; nothing happens when it had nothing."""
-        reservation = self._reservations.pop(holder, None)
-        if reservation is None:
-            return
-        taken = self._by_pool(reservation.taken)
-        for pool, begun in reservation.begun.items():
-            stay = _Stay(begun, reservation.taken_since, now, taken.get(pool, 0))
-            self._left.setdefault(pool, []).append(stay)
+    def release(self, holder: str, now: float, share: int | None = None) -> None:
+        """Gives back what a model had; nothing happens when it had nothing.
+
+        Args:
+            holder: The model's id.
+            now: Monotonic time.
+            share: Which replica's; None for all.
+        """
+        for key in list(self._reservations):
+            if key[0] != holder or share not in {None, key[1]}:
+                continue
+            reservation = self._reservations.pop(key)
+            taken = self._by_pool(reservation.taken)
+            for pool, begun in reservation.begun.items():
+                stay = _Stay(begun, reservation.taken_since, now, taken.get(pool, 0))
+                self._left.setdefault(pool, []).append(stay)
 
     def available(self, device: str) -> int:
         """Bytes of a device that nobody has and nobody has reserved."""
@@ -291,12 +310,21 @@ class DeviceBook:
         """Who has reserved or taken bytes of a device's memory, the most first."""
         found = self._devices.get(device)
         pool = device if found is None else found.pool
-        held = [
-            Holder(holder, each.name, count)
-            for holder, each in self._reservations.items()
-            if (count := self._by_pool(each.bytes).get(pool, 0))
-        ]
-        return tuple(sorted(held, key=lambda holder: (-holder.bytes, holder.id)))
+        held: dict[tuple[str, str], int] = {}
+        for (holder, _), each in self._reservations.items():
+            if count := self._by_pool(each.bytes).get(pool, 0):
+                held[holder, each.name] = held.get((holder, each.name), 0) + count
+        holders = [Holder(holder, name, count) for (holder, name), count in held.items()]
+        return tuple(sorted(holders, key=lambda holder: (-holder.bytes, holder.id)))
+
+    def devices_of(self, holder: str) -> set[str]:
+        """Devices of which a model has some."""
+        return {
+            device
+            for (other, _), each in self._reservations.items()
+            if other == holder
+            for device in each.bytes
+        }
 
     def _available(self, pool: str) -> int:
         """Bytes of a pool that nobody has: what is less, by its size or by what was measured."""

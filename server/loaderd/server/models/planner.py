@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -13,10 +14,10 @@ from loaderd.server.box.cpu import CPU, cpu
 from loaderd.server.box.dtype import DtypeChoice, choose_dtype, cpu_flags
 from loaderd.server.errors import DeviceMemoryError, SnapshotNotFoundError, WorkerDiedError
 from loaderd.server.models.eviction import to_evict
-from loaderd.server.models.fitting import place
+from loaderd.server.models.fitting import place_all, together
 from loaderd.server.models.needs import Estimate, estimate
-from loaderd.server.models.placement import DeviceBook, MemoryDevice, Placement, told
-from loaderd.server.models.record import LoadOptions
+from loaderd.server.models.placement import DeviceBook, MemoryDevice, Needs, Placement, told
+from loaderd.server.models.record import LoadOptions, ModelRecord
 from loaderd.server.models.where import DISK, SEQUENTIAL
 from loaderd.server.store.names import HubName, LocalName, parse_name
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder, NotCached
@@ -64,6 +65,9 @@ class Evictable(Protocol):
     def leaving(self) -> Sequence[str]:
         """Ids of those that are being unloaded."""
 
+    async def dismissed(self) -> bool:
+        """Waits for the end of replicas that are being ended; whether there were any."""
+
     async def evict(self, model_ids: Sequence[str], newcomer: str) -> None:
         """Unloads models for another one and waits until their memory is free.
 
@@ -78,35 +82,58 @@ class LoadPlan:
     """What a load would take, and where.
 
     Attributes:
-        placement: Whether it fits, and where.
-        estimate: What it is made of.
+        replicas: Whether each fits, and where, up to the first one that does not.
+        count: How many replicas there are to be.
+        estimate: What each is made of.
         dtype: The dtype that the model would have.
     """
 
-    placement: Placement
+    replicas: Sequence[Placement]
+    count: int
     estimate: Estimate
     dtype: DtypeChoice
 
+    @property
+    def placement(self) -> Placement:
+        """Whether all replicas fit, and what they take together."""
+        return together(self.replicas, self.count)
+
 
 class Claim:
-    """The memory of one load, from its plan until its worker has ended.
+    """The memory of one replica, from its plan until its worker has ended.
 
     Args:
         book: Where it is reserved.
         model_id: For which model.
-        plan: What it is to take.
+        share: Which of the model's shares it is.
+        placement: Where it goes.
+        needs: What it is to take.
         disk: Where its folder for weights on the disk is, if it gets one.
     """
 
     def __init__(
-        self, book: DeviceBook, model_id: str, plan: LoadPlan, disk: OffloadFolders
+        self,
+        book: DeviceBook,
+        model_id: str,
+        *,
+        share: int,
+        placement: Placement,
+        needs: Needs,
+        disk: OffloadFolders,
     ) -> None:
         self._book = book
         self._id = model_id
-        self._plan = plan
+        self._share = share
+        self._placement = placement
+        self._needs = needs
         self._disk = disk
         self._worker: Worker | None = None
         self._held_before = 0
+
+    @property
+    def accelerators(self) -> list[str]:
+        """The devices other than the CPU that it is on, in an order that all claims have."""
+        return sorted(set(self._placement.devices) - {CPU})
 
     def load(self, options: LoadOptions) -> worker_pb2.Load:
         """What the worker is to be asked for, as far as the plan says it.
@@ -117,7 +144,7 @@ class Claim:
         Args:
             options: What the client asked for.
         """
-        placement, where = self._plan.placement, options.where
+        placement, where = self._placement, options.where
         asked = model_pb2.LoadOptions(
             dtype=options.dtype,
             quantization=options.quantization,
@@ -132,7 +159,7 @@ class Claim:
         return worker_pb2.Load(
             options=asked,
             weight_room=placement.weight_room,
-            offload_folder=str(self._disk.make(self._id)) if uses_disk else "",
+            offload_folder=str(self._disk.make(self._folder)) if uses_disk else "",
         )
 
     def begun(self, worker: Worker) -> None:
@@ -141,30 +168,31 @@ class Claim:
 
     def note(self) -> None:
         """Notes what a load to the CPU has taken by its worker's last heartbeat."""
-        if tuple(self._plan.placement.devices) == (CPU,):
+        if tuple(self._placement.devices) == (CPU,):
             held = 0 if self._worker is None else self._worker.link.own_bytes
             taken = held - self._held_before
-            most = self._plan.placement.devices[CPU]
-            self._book.note(self._id, {CPU: min(max(taken, 0), most)}, time.monotonic())
+            most = self._placement.devices[CPU]
+            noted = {CPU: min(max(taken, 0), most)}
+            self._book.note(self._id, noted, time.monotonic(), self._share)
 
     def settle(self, model: LoadedWorker) -> None:
         """Keeps what the loaded model holds until its worker ends, and tells it beside the plan."""
-        loaded, needs = model.loaded, self._plan.estimate.needs
-        devices = self._plan.placement.devices
+        loaded, needs = model.loaded, self._needs
+        devices = self._placement.devices
         more = {
             device: needs.headroom
             + needs.margin // len(devices)
             + (needs.kv_cache if device == CPU else 0)
             for device in devices
         }
-        self._book.settle(self._id, dict(loaded.held_bytes), more, time.monotonic())
-        loaded.details.planned_bytes = self._plan.placement.needed_bytes
+        self._book.settle(self._id, dict(loaded.held_bytes), more, time.monotonic(), self._share)
+        loaded.details.planned_bytes = self._placement.needed_bytes
         loaded.details.memory_bytes = sum(loaded.held_bytes.values())
         model.worker.on_end(self.release)
 
     def told(self, error: DeviceMemoryError) -> DeviceMemoryError:
         """What a worker says of its memory, with what only the plan knows."""
-        placement = self._plan.placement
+        placement = self._placement
         return DeviceMemoryError(
             error.model,
             placement.needed_bytes if error.needed_bytes is None else error.needed_bytes,
@@ -179,14 +207,18 @@ class Claim:
             return
         # The model may be loaded again meanwhile.
         heir = f"{self._id}:{self._worker.pid}"
-        self._book.hand_over(self._id, heir)
+        self._book.hand_over(self._id, heir, self._share)
         self._worker.on_end(lambda: self._book.release(heir, time.monotonic()))
-        self._disk.remove(self._id)
+        self._disk.remove(self._folder)
 
     def release(self) -> None:
         """Gives it back."""
-        self._book.release(self._id, time.monotonic())
-        self._disk.remove(self._id)
+        self._book.release(self._id, time.monotonic(), self._share)
+        self._disk.remove(self._folder)
+
+    @property
+    def _folder(self) -> str:
+        return f"{self._id}-{self._share}"
 
 
 class Planner:
@@ -207,10 +239,11 @@ class Planner:
         self._idle = idle
         self._disk = disk
         self._book = DeviceBook()
+        self._shares = itertools.count()
         self._loading: set[Claim] = set()
 
-    async def plan(self, text: str, options: LoadOptions) -> LoadPlan:
-        """What a load would take if it began now.
+    async def plan(self, text: str, options: LoadOptions, replicas: int = 1) -> LoadPlan:
+        """What a load of so many replicas would take if it began now.
 
         Raises:
             SnapshotNotFoundError: The cache does not have the model.
@@ -221,44 +254,64 @@ class Planner:
         files = await self._store.resolve(name)
         if isinstance(files, NotCached):
             raise files.problem or SnapshotNotFoundError(model=text)
-        return await self._plan(name, files, options)
+        return await self._plan(name, files, options, replicas)
 
     @asynccontextmanager
     async def claim(
-        self,
-        model_id: str,
-        name: HubName | LocalName,
-        files: LocalFolder | CachedSnapshot,
-        options: LoadOptions,
-    ) -> AsyncIterator[Claim]:
-        """Reserves the memory of a load while it runs; `Claim.settle` keeps it when it is done.
+        self, record: ModelRecord, count: int, least: int
+    ) -> AsyncIterator[Sequence[Claim]]:
+        """Reserves memory for replicas while they load; `Claim.settle` keeps it for those that do.
 
-        Where it does not fit, it waits for models that are being unloaded, if that helps, and
+        Where they do not fit, it waits for models that are being unloaded, if that helps, and
         unloads some that nobody uses.
 
+        Args:
+            record: The model, whose files are found.
+            count: How many replicas, at least 1.
+            least: How many will do where not all of them fit.
+
+        Yields:
+            A claim for each that fits.
+
         Raises:
-            DeviceMemoryError: It does not fit beside the models that are in use.
+            DeviceMemoryError: They do not fit beside the models that are in use.
             LoaderdError: As `plan`.
         """
-        plan = await self._plan(name, files, options)
+        name, files, options = record.name, record.files, record.options
+        if files is None:
+            raise RuntimeError("the files of a model are found before it is planned")
+        plan = await self._plan(name, files, options, count, record.id)
         while not plan.placement.fits:
-            if not (going := self._to_evict(plan, options)):
-                break
-            await self._idle.evict(going, str(name))
-            plan = await self._plan(name, files, options)
-        plan.placement.check(str(name))
-        self._book.reserve(model_id, str(name), plan.placement.devices)
-        claim = Claim(self._book, model_id, plan, self._disk)
-        self._loading.add(claim)
+            if not await self._idle.dismissed():
+                if not (going := self._to_evict(plan, options)):
+                    break
+                await self._idle.evict(going, str(name))
+            plan = await self._plan(name, files, options, count, record.id)
+        fitting = [placement for placement in plan.replicas if placement.fits]
+        if len(fitting) < least:
+            plan.placement.check(str(name))
+        claims = [self._reserve(record, placement, plan) for placement in fitting]
+        self._loading.update(claims)
         try:
-            yield claim
-        except BaseException as error:
-            claim.give_up()
-            if isinstance(error, DeviceMemoryError):
-                raise claim.told(error) from error
+            yield claims
+        except BaseException:
+            for claim in claims:
+                claim.give_up()
             raise
         finally:
-            self._loading.discard(claim)
+            self._loading.difference_update(claims)
+
+    def _reserve(self, record: ModelRecord, placement: Placement, plan: LoadPlan) -> Claim:
+        share = next(self._shares)
+        self._book.reserve(record.id, str(record.name), placement.devices, share)
+        return Claim(
+            self._book,
+            record.id,
+            share=share,
+            placement=placement,
+            needs=plan.estimate.needs,
+            disk=self._disk,
+        )
 
     async def devices(self) -> list[Device]:
         """All devices as they are now, with who has reserved what.
@@ -279,10 +332,16 @@ class Planner:
 
     def _to_evict(self, plan: LoadPlan, options: LoadOptions) -> list[str]:
         going, needs = [*self._idle.leaving(), *self._idle.evictable()], plan.estimate.needs
-        return to_evict(self._book, needs, options.where, going, time.monotonic())
+        now = time.monotonic()
+        return to_evict(self._book, needs, options.where, going, now, count=plan.count)
 
     async def _plan(
-        self, name: HubName | LocalName, files: LocalFolder | CachedSnapshot, options: LoadOptions
+        self,
+        name: HubName | LocalName,
+        files: LocalFolder | CachedSnapshot,
+        options: LoadOptions,
+        count: int,
+        model_id: str = "",
     ) -> LoadPlan:
         shape = await asyncio.to_thread(
             read_shape, files.path, str(name), allow_pickle=self._store.allows_pickle(name)
@@ -301,7 +360,8 @@ class Planner:
             bits=_BITS.get(options.quantization),
             modules=where.modules,
         )
-        return LoadPlan(place(self._book, found.needs, where), found, dtype)
+        placements = place_all(self._book, found.needs, where, count, model_id)
+        return LoadPlan(placements, count, found, dtype)
 
     async def _measure(self) -> list[Device]:
         """Brings the book up to date: the CPU is looked at now, the others when a worker did."""

@@ -7,7 +7,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -21,12 +21,12 @@ from loaderd.server.errors import (
 )
 from loaderd.server.models.keep_alive import KeepAlive
 from loaderd.server.models.lifecycle import ChangeReason, Lifecycle, ModelState
+from loaderd.server.models.replicas import Replicas, ReplicaView
 from loaderd.server.models.where import Where
 from loaderd.server.store.names import HubName, LocalName
 from loaderd.server.store.pins import Pin
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder
 from loaderd.server.supervisor.supervisor import LoadedWorker
-from loaderd.server.supervisor.worker import Worker
 from loaderd.v1 import model_pb2
 
 _ID = re.compile(r"m:[0-9a-f]{12}")
@@ -98,6 +98,8 @@ class ModelView:
     state: ModelState
     options: LoadOptions
     details: model_pb2.ModelDetails | None
+    wanted_replicas: int
+    replicas: tuple[ReplicaView, ...]
     active_requests: int
     created_at: datetime
     ready_at: datetime | None
@@ -120,18 +122,20 @@ class ModelRecord:
         id: Unique; never a valid name of the hub's, since it has a colon.
         name: The name that it was asked for by.
         aliases: The names that requests may call it by.
+        files: Which files it is; None while that is not known.
         identity: Real path or repository and commit; empty while the commit is not known.
-        worker: The process that holds it, while it is READY.
+        replicas: The workers that hold it, while it is READY or UNLOADING.
+        details: What its workers found.
         active_requests: Generation requests that run or wait.
         quiet: Set while there are none, or nobody waits for their end any more.
         abort_error: What `abort` was called with first.
-        load_task: The task that loads it.
+        load_task: The task that loads it, or more replicas of it.
         gone: Set when it is UNLOADED.
         pin: What keeps its snapshot from being deleted while it is held.
         stale: The hub did not answer when it was to be downloaded.
         keep_alive: When it was used, and how long it stays without being used.
         leaving: Why it is being ended, if it is.
-        freed_bytes: What its process held when it ended.
+        freed_bytes: What its processes held when they ended.
         earlier_failure: Why it had failed when it began to be loaded again.
         loaded_for: The client that it was loaded for; empty for one without a name.
     """
@@ -144,10 +148,11 @@ class ModelRecord:
         self.aliases = {name}
         self.options = options
         self.source = ModelSource.LOCAL if isinstance(name, LocalName) else ModelSource.HUB
+        self.files: LocalFolder | CachedSnapshot | None = None
         self.identity = ""
         self.commit = ""
         self.lifecycle = Lifecycle(time.monotonic)
-        self.worker: Worker | None = None
+        self.replicas = Replicas()
         self.details: model_pb2.ModelDetails | None = None
         self.failure: LoaderdError | None = None
         self.active_requests = 0
@@ -173,10 +178,17 @@ class ModelRecord:
         return self.lifecycle.state
 
     @property
+    def lacks_replicas(self) -> bool:
+        """Whether workers have died that nobody has started again."""
+        is_short = self.state is ModelState.READY and self.replicas.missing > 0
+        return self.state is ModelState.FAILED or is_short
+
+    @property
     def is_alive(self) -> bool:
-        """Whether it is READY, and its worker has not died in this moment."""
-        worker = self.worker
-        return self.state is ModelState.READY and worker is not None and not worker.link.failed
+        """Whether it is READY, and its workers have not all died in this moment."""
+        serving = self.replicas.serving
+        is_served = any(not replica.worker.link.failed for replica in serving)
+        return self.state is ModelState.READY and is_served
 
     @property
     def change_reason(self) -> ChangeReason:
@@ -213,6 +225,7 @@ class ModelRecord:
     def found(self, files: LocalFolder | CachedSnapshot) -> None:
         """Notes which files it is, as the first thing of its load."""
         self._steps.clear()
+        self.files = files
         self.identity = identity_of(files)
         if isinstance(files, CachedSnapshot):
             self.commit = files.commit
@@ -220,14 +233,15 @@ class ModelRecord:
             if self.lifecycle.state is ModelState.RESOLVING:
                 self.source = ModelSource.CACHED
 
-    def loaded_by(self, model: LoadedWorker) -> None:
-        """Notes what the worker found, and how long it took."""
-        self.details = model.loaded.details
-        self.details.worker_pid = model.worker.pid
-        weights_s = model.loaded.weights.ToTimedelta().total_seconds()
-        self._steps["worker"] = model.wait_s
-        self._steps["weights"] = weights_s
-        self._steps["engine"] = max(model.load_s - weights_s, 0.0)
+    def loaded_by(self, models: Sequence[LoadedWorker]) -> None:
+        """Notes how long its workers took: the slowest one for each step."""
+        weights_s = [model.loaded.weights.ToTimedelta().total_seconds() for model in models]
+        self._steps["worker"] = max(model.wait_s for model in models)
+        self._steps["weights"] = max(weights_s)
+        self._steps["engine"] = max(
+            max(model.load_s - seconds, 0.0)
+            for model, seconds in zip(models, weights_s, strict=True)
+        )
 
     @contextmanager
     def timing(self, step: str) -> Iterator[None]:
@@ -262,7 +276,10 @@ class ModelRecord:
             self.pin = None
 
     def abort(self, error: LoaderdError) -> None:
-        """Stops its load; whoever waits for it gets `error`, or that of an earlier abort."""
+        """Stops its load, or that of more replicas.
+
+        Whoever waits for it gets `error`, or that of an earlier abort.
+        """
         if self.abort_error is None and self.load_task is not None:
             self.abort_error = error
             self.load_task.cancel()
@@ -285,6 +302,8 @@ class ModelRecord:
             state=self.state,
             options=self.options,
             details=self.details,
+            wanted_replicas=self.replicas.wanted,
+            replicas=tuple(replica.view() for replica in self.replicas.all),
             active_requests=self.active_requests,
             created_at=self.created_at,
             ready_at=self.ready_at,
@@ -304,7 +323,7 @@ class ModelRecord:
             active_leases=active_leases,
             expires=expires,
             last_used=self.keep_alive.last_used,
-            statistics=None if self.worker is None else self.worker.link.engine.read(),
+            statistics=self.replicas.statistics() if self.state is ModelState.READY else None,
         )
 
 

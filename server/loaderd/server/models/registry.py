@@ -20,7 +20,6 @@ from loaderd.server.errors import (
     ModelInUseError,
     ModelNotLoadedError,
     QueueFullError,
-    WorkerDiedError,
 )
 from loaderd.server.models.events import EventBus
 from loaderd.server.models.keep_alive import PINNED, KeepAlive
@@ -42,14 +41,15 @@ class ModelRegistry:
     """All models of the daemon.
 
     Args:
-        max_requests: Most generation requests that one model takes, running and waiting.
+        max_requests: Most generation requests that one replica takes, running and waiting.
         keep_alive_s: How long models stay that nobody uses, unless a client says otherwise.
 
     Attributes:
         events: Every change of a model's state.
         changed: Set at every change of state or name, and when draining begins; for one reader,
             who clears it.
-        on_death: Called with a READY model whose worker has died, and which is wanted still.
+        on_death: Called with a model that a worker's death has left with fewer replicas than
+            are wanted, or with none.
         leases: What holds models between calls.
         use_changed: Set when some model's expiry may have changed; for one reader, who clears it.
         max_requests: As given; may be set at any time.
@@ -87,7 +87,8 @@ class ModelRegistry:
 
     def expiry(self, record: ModelRecord) -> float:
         """Monotonic time at which it is to go; infinity if it is in use, pinned or not READY."""
-        if record.state is not ModelState.READY or record.active_requests:
+        is_used = record.active_requests or record.replicas.growing.locked()
+        if record.state is not ModelState.READY or is_used:
             return math.inf
         leases = self.leases.of(record.id)
         if leases:  # its time begins when the last one ends
@@ -133,17 +134,16 @@ class ModelRegistry:
         except ModelNotLoadedError:
             return None
 
-    def worker_of(self, record: ModelRecord) -> Worker:
-        """The worker that serves a model.
+    def check_serves(self, record: ModelRecord) -> None:
+        """Checks that a model takes requests.
 
         Raises:
             DrainingError: The daemon is shutting down.
             ModelNotLoadedError: The model is not READY.
         """
         self.check_open()
-        if record.state is not ModelState.READY or record.worker is None:
+        if record.state is not ModelState.READY:
             raise ModelNotLoadedError(model=str(record.name))
-        return record.worker
 
     def held(self, identity: str, options: LoadOptions) -> ModelRecord | None:
         """The model of these files and options that is loaded, loading or unloading."""
@@ -218,8 +218,6 @@ class ModelRegistry:
             del self._records[record.id]
             self.leases.drop(record.id)
             record.gone.set()
-        elif state is ModelState.FAILED:
-            record.worker = None
         if state in {ModelState.UNLOADED, ModelState.FAILED}:
             record.unpin()
         if failure is None:
@@ -239,15 +237,27 @@ class ModelRegistry:
         if state is ModelState.FAILED:
             self._forget_old_failures()
 
-    def ready(self, record: ModelRecord, worker: Worker) -> None:
-        """Makes a model READY; from now on the end of its worker is its failure."""
-        record.worker = worker
-        self.to(record, ModelState.READY)
-        self._spawn(self._watch(record, worker))
+    def resized(self, record: ModelRecord, reason: ChangeReason = ChangeReason.REPLICAS) -> None:
+        """Tells all watchers that a READY model has more or fewer replicas now, and why."""
+        serving = record.replicas.serving
+        record.details = serving[0].details
+        logger.info(
+            "%s %s: %d of %d replicas serve",
+            record.id,
+            record.name,
+            len(serving),
+            record.replicas.wanted,
+        )
+        self.events.publish(datetime.now(UTC), record.state, self.view(record), reason, None)
+        self.changed.set()
 
     @contextmanager
     def use(
-        self, text: str, keep_alive_s: float | None = None, lease_id: str | None = None
+        self,
+        text: str,
+        keep_alive_s: float | None = None,
+        lease_id: str | None = None,
+        asker: str = "",
     ) -> Iterator[tuple[str, Worker]]:
         """Counts a request on a READY model while it runs.
 
@@ -255,23 +265,26 @@ class ModelRegistry:
             text: The model.
             keep_alive_s: Its keep-alive from now on; None for the one that it has.
             lease_id: A lease on it, which is renewed by it; None for none.
+            asker: Whose prompts have their beginnings in common; empty if unknown.
 
         Yields:
-            The model's id and the worker that holds it.
+            The model's id and its worker with the fewest requests.
 
         Raises:
             LoaderdError: As `find`, and QueueFullError, DrainingError, LeaseNotFoundError.
         """
         record = self.find(text)
-        worker = self.worker_of(record)
+        self.check_serves(record)
+        replica = record.replicas.least_loaded(asker)
         with nullcontext() if lease_id is None else self.leases.use(lease_id, record.id):
-            if record.active_requests >= self.max_requests:
+            if replica.requests >= self.max_requests:
                 raise QueueFullError(model=str(record.name), limit=self.max_requests)
             if keep_alive_s is not None:
                 record.keep_alive.seconds = keep_alive_s
             self._count(record, 1)
             try:
-                yield record.id, worker
+                with record.replicas.use(replica, asker) as worker:
+                    yield record.id, worker
             finally:
                 self._count(record, -1)
 
@@ -289,7 +302,7 @@ class ModelRegistry:
             grace_s: How long that may go on before.
 
         Returns:
-            The model, UNLOADED, and the bytes that its process held.
+            The model, UNLOADED, and the bytes that its processes held.
 
         Raises:
             LoaderdError: As `find`, and ModelInUseError.
@@ -334,8 +347,9 @@ class ModelRegistry:
         self.changed.set()
         self.events.end(DrainingError())
         loading = [record for record in self._records.values() if record.state.is_loading]
-        for record in loading:
-            record.abort(DrainingError())
+        for record in self._records.values():
+            if record.state.is_loading or record.replicas.growing.locked():
+                record.abort(DrainingError())
         try:
             async with asyncio.timeout(patience_s):
                 await self._idle.wait()
@@ -347,19 +361,29 @@ class ModelRegistry:
         """Ends all models; requests that still run end with DrainingError."""
         for record in list(self._records.values()):
             record.quiet.set()
-            if record.worker is not None:
-                record.worker.link.fail(DrainingError())
+            for replica in record.replicas.all:
+                replica.worker.link.fail(DrainingError())
         await asyncio.gather(
             *(self.end(record, ChangeReason.SHUTDOWN) for record in list(self._records.values()))
         )
 
-    def _check_limit(self, caller: Caller | None) -> None:
+    def check_replicas(self, record: ModelRecord, replicas: int, caller: Caller | None) -> None:
+        """Checks that a client may have so many replicas of a model beside its other models.
+
+        Raises:
+            ClientLimitError: It may not; each replica counts as a model.
+        """
+        self._check_limit(caller, replicas, record)
+
+    def _check_limit(
+        self, caller: Caller | None, more: int = 1, record: ModelRecord | None = None
+    ) -> None:
         most = caller.limits.models if caller is not None else None
         if caller is None or most is None:
             return
         records = self._records.values()
         own = [each for each in records if each.loaded_for == caller.name and each.state.is_held]
-        if len(own) >= most:
+        if sum(each.replicas.wanted for each in own if each is not record) + more > most:
             raise ClientLimitError(caller.name, "models", most, _LIMIT_RETRY_S)
 
     def _same(self, identity: str, options: LoadOptions) -> list[ModelRecord]:
@@ -382,14 +406,16 @@ class ModelRegistry:
             grace_s: How long its requests may go on before.
 
         Returns:
-            A task whose result is the bytes that its process held.
+            A task whose result is the bytes that its processes held.
         """
         error = ModelNotLoadedError(model=str(record.name))
-        worker, record.worker = record.worker, None
         record.leaving = reason
-        if worker is not None:
+        if record.state is ModelState.READY:
+            if record.replicas.growing.locked():
+                record.abort(error)
             self.to(record, ModelState.UNLOADING)
-            return self._spawn(self._close(record, worker, error, grace_s))
+            workers = [replica.worker for replica in record.replicas.all]
+            return self._spawn(self._close(record, workers, error, grace_s))
         if record.state.is_loading:
             record.abort(error)
         elif record.state is ModelState.FAILED:
@@ -397,30 +423,22 @@ class ModelRegistry:
         return self._spawn(self._gone(record))
 
     async def _close(
-        self, record: ModelRecord, worker: Worker, error: LoaderdError, grace_s: float
+        self, record: ModelRecord, workers: list[Worker], error: LoaderdError, grace_s: float
     ) -> int:
         try:
             async with asyncio.timeout(grace_s):
                 await record.quiet.wait()
         except TimeoutError:
             pass  # what runs still is ended
-        await worker.close(error)
-        record.freed_bytes = worker.link.memory_bytes
-        self.to(record, ModelState.UNLOADED)
+        await asyncio.gather(*(worker.close(error) for worker in workers))
+        record.freed_bytes = sum(worker.link.memory_bytes for worker in workers)
+        async with record.replicas.growing:  # replicas that were being started have ended too
+            self.to(record, ModelState.UNLOADED)
         return record.freed_bytes
 
     async def _gone(self, record: ModelRecord) -> int:
         await record.gone.wait()
         return 0
-
-    async def _watch(self, record: ModelRecord, worker: Worker) -> None:
-        await worker.wait()
-        if record.state is not ModelState.READY:
-            return
-        is_wanted = self.expiry(record) > time.monotonic()
-        self.to(record, ModelState.FAILED, WorkerDiedError(model=str(record.name)))
-        if is_wanted and self.on_death is not None and not self._draining:
-            self.on_death(record)
 
     def _forget_old_failures(self) -> None:
         failed = [each for each in self._records.values() if each.state is ModelState.FAILED]

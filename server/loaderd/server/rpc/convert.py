@@ -17,6 +17,7 @@ from loaderd.server.models.loads import LoadProgress
 from loaderd.server.models.placement import Needs, Placement
 from loaderd.server.models.planner import LoadPlan
 from loaderd.server.models.record import LoadOptions, LoadTimings, ModelView
+from loaderd.server.models.replicas import ReplicaView, check_replicas
 from loaderd.server.models.where import AUTO, CPU, DISK, Where
 from loaderd.server.rpc.convert_cache import download_progress, duration, verify_progress
 from loaderd.v1 import model_pb2, system_pb2
@@ -48,6 +49,17 @@ def load_options(message: model_pb2.LoadOptions) -> LoadOptions:
     return LoadOptions(dtype=message.dtype, quantization=message.quantization, where=where)
 
 
+def replicas(
+    request: model_pb2.LoadModelRequest | model_pb2.PlanModelRequest,
+) -> int | None:
+    """How many replicas a client asks for; None where it does not say.
+
+    Raises:
+        InvalidArgumentError: It is out of bounds.
+    """
+    return check_replicas(request.replicas) if request.HasField("replicas") else None
+
+
 def model(view: ModelView) -> model_pb2.Model:
     """A model as clients see it."""
     message = model_pb2.Model(
@@ -68,6 +80,8 @@ def model(view: ModelView) -> model_pb2.Model:
         expires_at=_timestamp(view.expires),
         last_used_at=_timestamp(view.last_used),
         statistics=view.statistics,
+        wanted_replicas=view.wanted_replicas,
+        replicas=map(_replica, view.replicas),
     )
     message.created_at.FromDatetime(view.created_at)
     if view.ready_at is not None:
@@ -75,6 +89,20 @@ def model(view: ModelView) -> model_pb2.Model:
     if view.failure is not None:
         message.failure.reason = view.failure.number
         message.failure.message = str(view.failure)
+    return message
+
+
+def _replica(view: ReplicaView) -> model_pb2.Replica:
+    message = model_pb2.Replica(
+        number=view.number,
+        worker_pid=view.pid,
+        devices=view.devices,
+        running_requests=view.running,
+        queued_requests=view.queued,
+        memory_bytes=view.memory_bytes,
+        leaving=view.leaving,
+    )
+    message.ready_at.FromDatetime(view.ready_at)
     return message
 
 
@@ -177,7 +205,7 @@ def load_plan(plan: LoadPlan) -> model_pb2.PlanModelResponse:
             system_pb2.MemoryHolder(model_id=each.id, name=each.name, bytes=each.bytes)
             for each in placement.holders
         ],
-        breakdown=_breakdown(placement, plan.estimate.needs),
+        breakdown=_breakdown(plan.replicas[0], plan.estimate.needs),
         dtype=plan.dtype.dtype,
         dtype_reason=plan.dtype.reason,
         kv_tokens=plan.estimate.kv_tokens,

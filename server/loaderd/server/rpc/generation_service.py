@@ -131,8 +131,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         with ExitStack() as use:
             use.enter_context(self._quotas.request(caller))
             await self._loads.ensure(request.model, caller)
+            asker = request.cache_salt or client
             model_id, worker = use.enter_context(
-                self._registry.use(request.model, keep_alive, lease_id)
+                self._registry.use(request.model, keep_alive, lease_id, asker)
             )
             with worker.link.generate(request, on_end=use.close, client=client) as stream:
                 metered = _Metered(stream, self._quotas, caller)

@@ -33,11 +33,12 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.LoadModelRequest, context: Context
     ) -> AsyncIterator[model_pb2.LoadModelResponse]:
         """Streams progress, then the model."""
-        options = convert.load_options(request.options)
+        options, replicas = convert.load_options(request.options), convert.replicas(request)
         keep_alive, ttl = convert.keep_alive(request), convert.span(request, "lease_ttl")
         if ttl is not None:
             check_ttl(ttl, "lease_ttl")
-        async with aclosing(self._loads.load(request.model, options, current_caller())) as updates:
+        loading = self._loads.load(request.model, options, current_caller(), replicas)
+        async with aclosing(loading) as updates:
             async for update in updates:
                 if isinstance(update, LoadProgress):
                     yield model_pb2.LoadModelResponse(progress=convert.load_progress(update))
@@ -96,7 +97,8 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.PlanModelResponse:
         """What a load would take."""
         options = convert.load_options(request.options)
-        return convert.load_plan(await self._planner.plan(request.model, options))
+        replicas = convert.replicas(request) or 1
+        return convert.load_plan(await self._planner.plan(request.model, options, replicas))
 
     async def AcquireLease(
         self, request: model_pb2.AcquireLeaseRequest, context: Context
@@ -123,5 +125,5 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         return model_pb2.ReleaseLeaseResponse()
 
     def _acquire(self, record: ModelRecord, ttl: float) -> Lease:
-        self._registry.worker_of(record)
+        self._registry.check_serves(record)
         return self._registry.leases.acquire(record.id, ttl)

@@ -35,6 +35,7 @@ CAPABILITIES = (
     "models.load_on_demand",
     "models.placement",
     "models.plan",
+    "models.replicas",
     "models.statistics",
     "models.watch",
 )

@@ -55,6 +55,11 @@ class WorkerLink:
         """Whether the worker has ended, or is being ended, and serves nobody any more."""
         return self._failure is not None
 
+    @property
+    def queued(self) -> int:
+        """Requests whose turn has not come."""
+        return sum(not stream.started for stream in self._streams.values())
+
     def load(self, load: worker_pb2.Load) -> asyncio.Future[worker_pb2.Loaded]:
         """Sends the load; the future ends with it."""
         self._commands.put_nowait(worker_pb2.AttachResponse(load=load))

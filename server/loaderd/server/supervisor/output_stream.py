@@ -24,6 +24,7 @@ class OutputStream:
             may take what waits long after that, or never.
 
     Attributes:
+        started: Whether its turn has come.
         ended: Whether no more comes.
         tokens: Tokens of the prompt and of what came so far. Until the end a delta counts as one,
             which is a little less than there are: some tokens give no text.
@@ -37,6 +38,7 @@ class OutputStream:
         self._largest_step = 0
         self._error: LoaderdError | None = None
         self._changed = asyncio.Event()
+        self.started = False
         self.ended = False
         self.tokens = 0
 
@@ -46,6 +48,7 @@ class OutputStream:
             return
         step = 0
         for message in messages:
+            self.started |= not message.HasField("queued")
             step += _content_bytes(message)
             self._count(message)
             if not any(_join(waiting, message) for waiting in reversed(self._waiting)):

@@ -101,7 +101,7 @@ ACTIVE_REQUESTS = Metric(
 LEASES = Metric("loaderd_model_leases", "Leases that hold a model.", ("model",))
 WORKER_MEMORY = Metric(
     "loaderd_worker_memory_bytes",
-    "Memory of a model's process: resident, and its allocations on accelerators.",
+    "Memory of a model's processes: resident, and their allocations on accelerators.",
     ("model",),
 )
 LOAD_SECONDS = Metric(

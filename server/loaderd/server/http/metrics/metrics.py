@@ -12,6 +12,7 @@ from loaderd.server.http.metrics import catalog
 from loaderd.server.http.metrics.generation import GenerationMetrics
 from loaderd.server.http.metrics.models import ModelMetrics
 from loaderd.server.http.metrics.state import LoadedModel, State, StateCollector
+from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.store.store import ModelStore
@@ -90,11 +91,11 @@ class Metrics:
                 name=str(record.name),
                 active_requests=record.active_requests,
                 leases=len(self._registry.leases.of(record.id)),
-                memory_bytes=record.worker.link.memory_bytes,
-                engine=record.worker.link.engine.read(),
+                memory_bytes=record.replicas.memory_bytes,
+                engine=record.replicas.statistics(),
             )
             for record in records
-            if record.worker is not None
+            if record.state is ModelState.READY
         ]
         self._generation.keep({model.name for model in loaded})
         self._state.state = State(

@@ -11,7 +11,7 @@ from loaderd.server.errors import DrainingError, SlowConsumerError
 from loaderd.server.http.metrics import catalog
 from loaderd.server.http.metrics.catalog import Metric
 from loaderd.server.models.events import EventBus, ModelEvent
-from loaderd.server.models.lifecycle import ModelState
+from loaderd.server.models.lifecycle import ChangeReason, ModelState
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,9 @@ class ModelMetrics:
             self._loads.labels("failed").inc()
         elif was_loading and now is ModelState.UNLOADED:
             self._loads.labels("stopped").inc()
-        elif before is ModelState.READY and now is ModelState.FAILED:
+        elif event.reason is ChangeReason.WORKER_DIED or (
+            before is ModelState.READY and now is ModelState.FAILED
+        ):
             self._deaths.inc()
         elif before is ModelState.READY and now is ModelState.UNLOADING:
             self._unloads.labels(event.reason.value).inc()
