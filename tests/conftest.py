@@ -44,3 +44,10 @@ def real_model() -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny random model."""
     return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds what a longer run of the fuzz test is asked for with."""
+    parser.addoption(
+        "--fuzz-examples", type=int, default=15, help="requests to each method, in each round (15)"
+    )

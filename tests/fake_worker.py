@@ -31,6 +31,7 @@ class FakeWorker:
         self.pid = next(_pids)
         self.silent = False
         self.deaf_to_calls = False
+        self.model = ""
         self._calls: list[int] = []
         self.loads: list[worker_pb2.Load] = []
         self.cancelled: list[int] = []
@@ -45,6 +46,9 @@ class FakeWorker:
 
     async def wait(self) -> int:
         return await asyncio.shield(self._exit)
+
+    def serves(self, model: str) -> None:
+        self.model = model
 
     def kill(self) -> None:
         self._main.cancel()

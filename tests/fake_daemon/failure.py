@@ -109,9 +109,10 @@ class FailureError(Exception):
         )
         details = [
             error_details_pb2.ErrorInfo(
-                reason=self.reason, domain="loaderd", metadata=self.metadata
+                reason=self.reason,
+                domain="loaderd",
+                metadata={**self.metadata, "request_id": REQUEST_ID},
             ),
-            error_details_pb2.RequestInfo(request_id=REQUEST_ID),
         ]
         if known is None or known.retry:
             delay = Duration()

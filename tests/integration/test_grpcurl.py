@@ -120,7 +120,9 @@ def test_an_error_has_its_details(grpcurl: Grpcurl) -> None:
     details = {detail["@type"].rpartition(".")[2]: detail for detail in status["details"]}
     assert details["ErrorInfo"]["reason"] == "MODEL_NOT_LOADED"
     assert details["ErrorInfo"]["domain"] == "loaderd"
-    assert details["ErrorInfo"]["metadata"] == {"model": "org/name"}
+    metadata = details["ErrorInfo"]["metadata"]
+    assert metadata.pop("request_id")
+    assert metadata == {"model": "org/name"}
     assert details["PreconditionFailure"]["violations"][0]["subject"] == "org/name"
 
 

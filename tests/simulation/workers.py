@@ -88,6 +88,9 @@ class SimulatedWorker(WorkerProcess):
     async def wait(self) -> int:
         return await asyncio.shield(self._exit)
 
+    def serves(self, model: str) -> None:
+        """It writes no log."""
+
     def kill(self) -> None:
         """SIGKILL; the kernel takes its time."""
         if self.alive and self._dying is None:

@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loaderd.server": set(),
     "loaderd.server.errors": {"loaderd.v1"},
     "loaderd.server.box": {"loaderd.server.errors", "loaderd.v1"},
+    "loaderd.server.logs": set(),
     "loaderd.server.parent": set(),
     "loaderd.server.single_flight": set(),
     "loaderd.server.addresses": set(),
@@ -52,8 +53,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "loaderd.server.setting_types",
     },
     "loaderd.server.store.names": {"loaderd.server.errors"},
-    "loaderd.server.store": _BASE | {"loaderd.server.config", "loaderd.server.parent"},
-    "loaderd.server.supervisor": _BASE | {"loaderd.worker.v1", "loaderd.server.config"},
+    "loaderd.server.store": _BASE
+    | {"loaderd.server.config", "loaderd.server.logs", "loaderd.server.parent"},
+    "loaderd.server.supervisor": _BASE
+    | {"loaderd.worker.v1", "loaderd.server.config", "loaderd.server.logs"},
     "loaderd.server.models": _BASE
     | _LOWER
     | {"loaderd.worker.v1", "loaderd.server.access", "loaderd.server.box"},
@@ -63,18 +66,30 @@ MAY_IMPORT: dict[str, set[str]] = {
         "loaderd.worker.v1",
         "loaderd.server.access",
         "loaderd.server.addresses",
+        "loaderd.server.logs",
         "loaderd.server.models",
     },
     "loaderd.server.http": _BASE
     | _LOWER
-    | {"loaderd.server.addresses", "loaderd.server.models", "loaderd.server.rpc"},
+    | {
+        "loaderd.server.addresses",
+        "loaderd.server.logs",
+        "loaderd.server.models",
+        "loaderd.server.rpc",
+    },
     "loaderd.server.systemd": set(),
     "loaderd.server.from_config": _BASE
     | _LOWER
-    | {"loaderd.server.access", "loaderd.server.models", "loaderd.server.rpc"},
+    | {
+        "loaderd.server.access",
+        "loaderd.server.logs",
+        "loaderd.server.models",
+        "loaderd.server.rpc",
+    },
     "loaderd.server.reload": {
         "loaderd.server.config",
         "loaderd.server.from_config",
+        "loaderd.server.logs",
         "loaderd.server.models",
         "loaderd.server.rpc",
         "loaderd.server.store",
@@ -86,6 +101,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "loaderd.server.access",
         "loaderd.server.from_config",
         "loaderd.server.http",
+        "loaderd.server.logs",
         "loaderd.server.models",
         "loaderd.server.reload",
         "loaderd.server.rpc",
@@ -104,12 +120,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "loaderd.server.config_command",
         "loaderd.server.daemon",
         "loaderd.server.systemd",
+        "loaderd.server.logs",
     },
     "loaderd.server.worker": {
         "loaderd.v1",
         "loaderd.worker.v1",
         "loaderd.server.box",
         "loaderd.server.errors",
+        "loaderd.server.logs",
         "loaderd.server.parent",
         "loaderd.server.store",
         "loaderd.server.store.names",

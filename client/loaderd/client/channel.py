@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 
 from google.protobuf.message import Message
 
@@ -13,6 +14,7 @@ from loaderd.client.status import CallContext
 DEFAULT_TIMEOUT = 60.0
 """Seconds that a call which neither streams nor generates may take."""
 
+_REQUEST_ID_HEADER = "x-request-id"
 _MESSAGE_LIMIT = 64 * 1024 * 1024
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
@@ -46,10 +48,17 @@ def check_timeout(timeout: float | None) -> float | None:
 
 
 def call_context(connection: Connection, request: Message, timeout: float | None) -> CallContext:
-    """What the errors of this call may tell."""
+    """What is known of this call: what it carries, and what its errors may tell.
+
+    A request has an id from its caller, or gets one here, so that also an error that no daemon
+    explained, such as a deadline's, can be found in the daemon's log.
+    """
+    own_id = getattr(request, "request_id", "")
+    request_id = own_id or secrets.token_hex(8)
     return CallContext(
         connection.address,
         timeout,
-        getattr(request, "request_id", None) or None,
+        request_id,
         tls=connection.credentials is not None,
+        metadata=() if own_id else ((_REQUEST_ID_HEADER, request_id),),
     )

@@ -20,7 +20,7 @@ class LoaderdError(Exception):
         reason: The daemon's reason, for example "MODEL_NOT_FOUND"; empty when it gave none.
         metadata: The fields of that reason, as the daemon sent them.
         retry_after: Seconds after which the daemon says that a retry makes sense, or None.
-        request_id: The id of the failed request in the daemon's log, or None.
+        request_id: The id of the failed call in the daemon's log; None if none was made.
     """
 
     code: StatusCode = StatusCode.UNKNOWN

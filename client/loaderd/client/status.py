@@ -27,14 +27,16 @@ class CallContext:
     Attributes:
         address: The daemon's gRPC target.
         timeout: Seconds until the call's deadline; None: it has none.
-        request_id: The id that the caller gave the request, if any.
+        request_id: What the daemon's log calls the call.
         tls: Whether the client speaks TLS.
+        metadata: What the call carries.
     """
 
     address: str
     timeout: float | None
-    request_id: str | None
+    request_id: str
     tls: bool = False
+    metadata: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -118,12 +120,10 @@ def _read_details(failure: grpc.RpcError) -> _Details:
                 info = error_details_pb2.ErrorInfo.FromString(packed.value)
                 if info.domain == _DOMAIN:
                     found.reason, found.metadata = info.reason, dict(info.metadata)
+                    found.request_id = found.metadata.pop("request_id", None)
             case "google.rpc.RetryInfo":
                 retry = error_details_pb2.RetryInfo.FromString(packed.value)
                 found.retry_after = retry.retry_delay.ToTimedelta().total_seconds()
-            case "google.rpc.RequestInfo":
-                request = error_details_pb2.RequestInfo.FromString(packed.value)
-                found.request_id = request.request_id
     return found
 
 

@@ -971,7 +971,9 @@ class PruneCacheRequest(_message.Message):
     """Say what would be deleted, and delete nothing."""
     @_builtins.property
     def unused_for(self) -> _duration_pb2.Duration:
-        """Delete snapshots that were not used for so long. Not negative."""
+        """Delete snapshots that were not used for so long. Not negative, at most 1000
+        years.
+        """
 
     def __init__(
         self,

@@ -173,7 +173,9 @@ class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     Every failed call ends in a google.rpc.Status whose details hold a
     google.rpc.ErrorInfo with `domain` = "loaderd" and `reason` = the name below
     without its prefix, for example "MODEL_NOT_FOUND". `metadata` holds the fields
-    named at each value. The gRPC code is fixed for each reason.
+    named at each value, and request_id: what the daemon's log calls the call, which
+    the metadata x-request-id named, or else the daemon. Answers of all kinds end with
+    it in their trailing metadata. The gRPC code is fixed for each reason.
     """
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0

@@ -62,7 +62,9 @@ class TokenIds(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Each below the vocabulary's size, else INVALID_ARGUMENT."""
+        """Each below the vocabulary's size, and at most 1048576 of them, else
+        INVALID_ARGUMENT.
+        """
 
     def __init__(
         self,
@@ -111,10 +113,10 @@ class ChatMessage(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     """Who speaks: "system", "user" or "assistant", or what else the model's chat
-    template knows. Required.
+    template knows; at most 64 characters. Required.
     """
     content: _builtins.str
-    """What is said."""
+    """What is said; at most 1048576 characters in all messages."""
     def __init__(
         self,
         *,
@@ -207,11 +209,13 @@ class StreamGenerateRequest(_message.Message):
     model: _builtins.str
     """The model, see GenerationService. Required."""
     request_id: _builtins.str
-    """The caller's name for this request, echoed in the answer and in logs; at
-    most 128 printable ASCII characters. Default: the daemon makes one.
+    """The caller's name for this call, echoed in the answer and in logs; 1 to 128
+    printable ASCII characters. It is the metadata x-request-id of other calls,
+    and may be given there instead, or as well if it is the same. Default: the
+    daemon makes one.
     """
     text: _builtins.str
-    """A text, encoded by the model's tokenizer."""
+    """A text, encoded by the model's tokenizer; at most 1048576 characters."""
     add_special_tokens: _builtins.bool
     """Whether the tokenizer adds its special tokens to `text`. Default true. Goes
     with `text` only.
@@ -385,8 +389,8 @@ class StreamGenerateRequest(_message.Message):
 
     @_builtins.property
     def max_time(self) -> _duration_pb2.Duration:
-        """Most time to generate for, queueing not included; above 0. Default: no
-        limit.
+        """Most time to generate for, queueing not included; above 0, at most 24 hours.
+        Default: no limit.
         """
 
     def __init__(
@@ -1466,7 +1470,7 @@ class TokenizeRequest(_message.Message):
     model: _builtins.str
     """The model, see GenerationService. Required."""
     text: _builtins.str
-    """A text."""
+    """A text; at most 1048576 characters."""
     add_special_tokens: _builtins.bool
     """Whether the tokenizer adds its special tokens to `text`. Default true. Goes
     with `text` only.
@@ -1548,7 +1552,9 @@ class DetokenizeRequest(_message.Message):
     """Whether special tokens are left out of the text. Default false."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Each below the vocabulary's size, else INVALID_ARGUMENT."""
+        """Each below the vocabulary's size, and at most 1048576 of them, else
+        INVALID_ARGUMENT.
+        """
 
     def __init__(
         self,

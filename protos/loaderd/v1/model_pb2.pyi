@@ -330,7 +330,8 @@ class LoadOptions(_message.Message):
         "cpu" beside accelerators, and on "disk", are offloaded. INVALID_ARGUMENT
         beside device_map, max_memory or offload, where a name is no module, where a
         weight has no device, or where a layer is divided; a device that the box lacks
-        is UNSUPPORTED_OPTION.
+        is UNSUPPORTED_OPTION. At most 10000 entries, of names of at most 256
+        characters.
         """
 
     @_builtins.property
@@ -543,7 +544,8 @@ class UnloadModelRequest(_message.Message):
     @_builtins.property
     def grace(self) -> _duration_pb2.Duration:
         """How long running requests may go on before `force` ends them; new ones are
-        refused at once. Default 0. Without `force` it is INVALID_ARGUMENT.
+        refused at once. Default 0; at most 24 hours. Without `force` it is
+        INVALID_ARGUMENT.
         """
 
     def __init__(

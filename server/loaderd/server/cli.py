@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from loaderd.server.config import ServerConfig
 
+logger = logging.getLogger(__name__)
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -99,20 +101,21 @@ def _token(arguments: Sequence[str]) -> int:
 def _run(config: ServerConfig, reread: Callable[[], ServerConfig]) -> int:
     import asyncio
 
+    from loaderd.server.config import ConfigError
     from loaderd.server.daemon import AddressError, Daemon
+    from loaderd.server.logs.lines import log_to
     from loaderd.server.systemd import Systemd
 
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    for library in ("asyncio", "grpc", "httpx2", "filelock", "uvicorn"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    log_to(sys.stderr, config.log_format, config.log_level)
     try:
         asyncio.run(Daemon(config, reread, Systemd(os.environ)).run())
     except AddressError as error:
         _fail(EXIT_ADDRESS, str(error))
+    except ConfigError:
+        raise
+    except Exception:
+        logger.critical("the daemon has failed", exc_info=True)
+        return EXIT_FAILED
     return EXIT_OK
 
 

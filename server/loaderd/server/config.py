@@ -21,6 +21,7 @@ from loaderd.server.addresses import Address, TcpAddress, UnixAddress
 from loaderd.server.setting_sources import PREFIX, Origin, Sources
 from loaderd.server.setting_types import (
     Addresses,
+    AuditFile,
     Endpoint,
     FilePath,
     FolderPath,
@@ -247,6 +248,13 @@ class ServerConfig(BaseSettings):
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much to log, to standard error."""
+
+    log_format: Literal["text", "json"] = "text"
+    """What the lines of the log are: text for people, or one JSON object each."""
+
+    audit_log: AuditFile | None = None
+    """File to which a JSON line is added for each action of administrators, and each load that a
+    client asks for; -: standard output. Default: none."""
 
     @model_validator(mode="after")
     def _refuse_what_has_no_effect(self) -> ServerConfig:

@@ -91,7 +91,8 @@ class Daemon:
             restarts = Restarts(loads)
             registry.on_death = restarts.begin
             manifest = Manifest(models, registry, loads)
-            access = from_config.access(config)
+            audit = stack.enter_context(from_config.audit_log(config))
+            access = from_config.access(config, audit)
             http = self._http(registry, planner, store, supervisor)
             server = RpcServer(
                 registry,
@@ -101,6 +102,7 @@ class Daemon:
                 supervisor,
                 access=access,
                 observer=None if http is None else http.metrics,
+                audit=audit,
             )
             addresses = stack.enter_context(
                 listening(
@@ -112,8 +114,12 @@ class Daemon:
             )
             if http is not None:
                 addresses = [http.url, *addresses]
-            parts = Parts(access, loads, manifest, registry, store)
-            reloader = Reloader(config, self._reread, parts, self._systemd)
+            reloader = Reloader(
+                config,
+                self._reread,
+                Parts(access, loads, manifest, registry, store, audit),
+                self._systemd,
+            )
             self._catch_signals(supervisor, reloader)
             health = asyncio.create_task(server.health.follow())
             await store.start()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 from loaderd.server.access.clients import ClientsFile, ClientsFileError
 from loaderd.server.access.quotas import Quotas
 from loaderd.server.access.roles import Role
 from loaderd.server.config import ConfigError, ServerConfig
 from loaderd.server.errors import ModelNotAllowedError
+from loaderd.server.logs.audit import AuditLog
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.manifest import Declared, declared
 from loaderd.server.rpc.access import Access
@@ -46,8 +49,30 @@ def keep_alive_s(config: ServerConfig) -> float:
     return config.keep_alive if config.keep_alive >= 0 else PINNED
 
 
-def access(config: ServerConfig) -> Access:
+@contextmanager
+def audit_log(config: ServerConfig) -> Iterator[AuditLog | None]:
+    """Where actions of administrators are told; None: nowhere. Closed on leaving.
+
+    Raises:
+        ConfigError: The file cannot be opened.
+    """
+    if config.audit_log is None:
+        yield None
+        return
+    try:
+        audit = AuditLog(None if config.audit_log == Path("-") else config.audit_log)
+    except OSError as error:
+        raise ConfigError(f"audit_log: {config.audit_log}: {error.strerror}") from error
+    with closing(audit):
+        yield audit
+
+
+def access(config: ServerConfig, audit: AuditLog | None = None) -> Access:
     """Who may do what.
+
+    Args:
+        config: The settings.
+        audit: Told when the file of clients was read again.
 
     Raises:
         ConfigError: The file of clients cannot be used.
@@ -56,6 +81,8 @@ def access(config: ServerConfig) -> Access:
         clients = None if config.clients is None else ClientsFile(config.clients)
     except ClientsFileError as error:
         raise ConfigError(f"clients: {error}") from error
+    if clients is not None and audit is not None:
+        clients.on_reload = audit.write
     return Access(clients, Quotas(time.monotonic), Role(config.socket_role))
 
 

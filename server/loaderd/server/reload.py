@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from loaderd.server import from_config
 from loaderd.server.config import ConfigError, ServerConfig
+from loaderd.server.logs.audit import AuditLog
 from loaderd.server.models.loads import Loads, OnDemand
 from loaderd.server.models.manifest import Manifest
 from loaderd.server.models.registry import ModelRegistry
@@ -54,6 +55,7 @@ class Parts:
     manifest: Manifest
     registry: ModelRegistry
     store: ModelStore
+    audit: AuditLog | None
 
     def apply(self, config: ServerConfig) -> None:
         """Gives them the settings of `LIVE`: all of them, or none if one cannot be used.
@@ -63,7 +65,8 @@ class Parts:
                 not allowed.
         """
         models = from_config.models_to_load(config)
-        gate, store = from_config.access(config).gate, from_config.store_settings(config)
+        gate = from_config.access(config, self.audit).gate
+        store = from_config.store_settings(config)
         self.access.gate = gate
         self.loads.on_demand = OnDemand(config.load_on_demand)
         self.loads.user_loads = OnDemand(config.user_loads)
@@ -100,6 +103,12 @@ class Reloader:
         self._systemd = systemd
         self._asked = asyncio.Event()
 
+    def _tell(self, code: str, **fields: object) -> None:
+        if self._parts.audit is not None:
+            self._parts.audit.write(
+                {"action": "ReloadSettings", "client": "", "code": code, **fields}
+            )
+
     def ask(self) -> None:
         """Has the settings read again soon."""
         self._asked.set()
@@ -123,11 +132,13 @@ class Reloader:
         except ConfigError as error:
             for problem in error.problems:
                 logger.error("the settings stay as they are: %s", problem)
+            self._tell("FAILED_PRECONDITION", problem=str(error))
             return f"the settings stay as they are: {error}"
         changed = self._differing(config)
         self.config = config
         done = f"read the settings again; changed: {', '.join(changed) or 'nothing'}"
         logger.info("%s", done)
+        self._tell("OK", changed=changed)
         waiting = self._differing(found)
         if waiting:
             logger.warning("these settings need a restart to change: %s", ", ".join(waiting))

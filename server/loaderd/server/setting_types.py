@@ -120,6 +120,11 @@ def _model_name(text: str) -> str:
     return text
 
 
+def _file_or_output(path: Path) -> Path:
+    """A path made absolute; `-`, which is standard output, as it is."""
+    return path if path == Path("-") else _absolute(path)
+
+
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
 ModelName = Annotated[str, AfterValidator(_model_name)]
 Mode = Annotated[int, BeforeValidator(_mode), Field(ge=0, le=0o777)]
@@ -127,6 +132,7 @@ Group = Annotated[str, AfterValidator(_group)]
 Endpoint = Annotated[str, AfterValidator(_hub_endpoint)]
 HostPort = Annotated[TcpAddress, BeforeValidator(_host_port)]
 FilePath = Annotated[Path, AfterValidator(_absolute)]
+AuditFile = Annotated[Path, AfterValidator(_file_or_output)]
 FolderPath = Annotated[FilePath, AfterValidator(_no_file)]
 
 _Folder = Annotated[FilePath, AfterValidator(_existing_folder)]

@@ -199,6 +199,48 @@ def test_a_connection_lost_in_mid_stream_is_said_to_be(breaks_off: str) -> None:
     assert "Socket closed" in str(caught.value.__cause__)  # for who looks at the traceback
 
 
+class _NamesItself(grpc.GenericRpcHandler):
+    """A server that fails without a reason, and tells what the call was named."""
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        metadata: Any = details.invocation_metadata
+        name = dict(metadata)["x-request-id"]
+
+        def fail(request: bytes, context: grpc.ServicerContext) -> None:
+            context.abort(grpc.StatusCode.UNKNOWN, name)
+
+        if details.method.endswith("WatchModels"):
+            return grpc.unary_stream_rpc_method_handler(fail)
+        return grpc.unary_unary_rpc_method_handler(fail)
+
+
+@pytest.fixture
+def names_itself() -> Iterator[str]:
+    """The address of a server whose errors' texts are the names that calls came with."""
+    server = grpc.server(ThreadPoolExecutor(2), handlers=[_NamesItself()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(0).wait(10)
+
+
+async def test_each_call_has_a_name_of_its_own_that_its_error_tells(names_itself: str) -> None:
+    caught = []
+    with Client(names_itself) as client:
+        for call in (client.models, lambda: next(client.watch())):
+            with pytest.raises(LoaderdError) as error:
+                call()
+            caught.append(error.value)
+    async with AsyncClient(names_itself) as aclient:
+        for acall in (aclient.models, lambda: anext(aclient.watch())):
+            with pytest.raises(LoaderdError) as error:
+                await acall()
+            caught.append(error.value)
+
+    assert [error.request_id for error in caught] == [str(error) for error in caught]
+    assert len({str(error) for error in caught}) == 4
+
+
 async def test_a_connection_lost_in_mid_stream_of_the_asyncio_client(breaks_off: str) -> None:
     async with AsyncClient(breaks_off) as client:
         watch = client.watch()
@@ -230,7 +272,7 @@ def test_failures_that_no_daemon_explained(
         def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:  # type: ignore[override] # grpc's stubs hide the pairs
             return () if details is None else (("grpc-status-details-bin", details),)
 
-    error = error_from_rpc(Bare(), CallContext("box:1", 3.0, None))
+    error = error_from_rpc(Bare(), CallContext("box:1", 3.0, "mine"))
 
     assert type(error) is kind
     assert error.code is code

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from loaderd.server.access.quotas import Quotas
 from loaderd.server.addresses import TcpAddress
+from loaderd.server.logs.audit import AuditLog
 from loaderd.server.models.idle import IdleModels, IdleUnloader
 from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.loads import Loads, OnDemand
@@ -99,6 +100,7 @@ async def open_box(
     user_loads: OnDemand = OnDemand.ANY,
     policy: ModelPolicy | None = None,
     http: bool = False,
+    audit: AuditLog | None = None,
 ) -> AsyncIterator[Box]:
     """The insides with a model folder beside them; models come back only with a wait for it.
 
@@ -111,6 +113,7 @@ async def open_box(
         user_loads: Which models users load.
         policy: Which models are allowed; None: all.
         http: Whether it also listens for HTTP.
+        audit: Told what administrators do.
     """
     async with AsyncExitStack() as stack:
         launcher = FakeLauncher()
@@ -144,9 +147,15 @@ async def open_box(
             listener = HttpListener(TcpAddress("127.0.0.1", 0))
             service = HttpService(listener, registry, planner, store, supervisor)
         access = access or Access(None, Quotas(time.monotonic))
-        observer = None if service is None else service.metrics
         server = RpcServer(
-            registry, loads, planner, store, supervisor, access=access, observer=observer
+            registry,
+            loads,
+            planner,
+            store,
+            supervisor,
+            access=access,
+            observer=None if service is None else service.metrics,
+            audit=audit,
         )
         port = server.bind("127.0.0.1:0")
         socket = f"unix:{tmp_path / 'box.sock'}"

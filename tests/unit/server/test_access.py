@@ -63,7 +63,9 @@ async def call(
             status = rpc_status.from_call(error)  # type: ignore[arg-type]
             info = error_details_pb2.ErrorInfo()
             if status is not None and status.details[0].Unpack(info):
-                return error.code(), {"reason": info.reason, **info.metadata}
+                fields = dict(info.metadata)
+                assert fields.pop("request_id")
+                return error.code(), {"reason": info.reason, **fields}
             return error.code(), {}
         finally:
             answers.cancel()

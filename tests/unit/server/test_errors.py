@@ -77,13 +77,13 @@ def test_what_is_not_known_is_neither_told_nor_sent() -> None:
 @pytest.mark.parametrize("reason", sorted(errors.BY_REASON))
 def test_a_status_holds_the_reason_its_fields_and_the_details_that_fit(reason: str) -> None:
     error = example(errors.BY_REASON[reason])
-    status = status_of(error)
+    status = status_of(error, "r-1")
     assert status.message == str(error)
     assert status.code not in {0, 2}  # neither OK nor UNKNOWN
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)
     assert (info.reason, info.domain) == (reason, "loaderd")
-    assert dict(info.metadata) == error.metadata
+    assert dict(info.metadata) == {**error.metadata, "request_id": "r-1"}
     kinds = {detail.TypeName().removeprefix("google.rpc.") for detail in status.details}
     assert _DETAILS.get(reason, "ErrorInfo") in kinds
 

@@ -57,6 +57,19 @@ async def test_the_id_of_a_model_that_may_come_back_is_kept(box: Box, stub: Any)
     assert await status(stub, model.id) == NOT_SERVING
 
 
+async def test_the_list_has_all_that_a_check_knows(box: Box, stub: Any) -> None:
+    model = await box.load()
+    watch = stub.Watch(health_pb2.HealthCheckRequest(service=model.id), timeout=30)
+    async for response in watch:
+        if response.status == SERVING:
+            break
+    watch.cancel()
+    listed = await stub.List(health_pb2.HealthListRequest())  # type: ignore[attr-defined]
+    assert {"", model.id, model.name} <= set(listed.statuses)
+    for service, answer in listed.statuses.items():
+        assert answer.status == await status(stub, service)
+
+
 async def status(stub: Any, service: str) -> int:
     request = health_pb2.HealthCheckRequest(service=service)
     response: health_pb2.HealthCheckResponse = await stub.Check(request, timeout=30)

@@ -167,10 +167,8 @@ NAN, INF = float("nan"), float("inf")
         ("repetition_penalty", [0.0, -1.0, 100.1, NAN, INF]),
         ("max_new_tokens", [0, 999, 2**32 - 1]),
         ("truncate_prompt_tokens", [0]),
-        ("stop", [[""], ["x" * 257], ["x"] * 17]),
-        ("stop_token_ids", [[500], [1] * 65]),
+        ("stop_token_ids", [[500]]),
         ("max_time", [Duration(), Duration(seconds=-1), Duration(nanos=-1)]),
-        ("request_id", ["x" * 129, "\N{SNOWMAN}", "a\nb"]),
     ],
 )
 def test_values_out_of_bounds_are_refused_by_name(field: str, values: list[Any]) -> None:
@@ -209,12 +207,9 @@ def test_bounds_belong_to_the_range(fields: dict[str, Any]) -> None:
         ("presence_penalty", [-2.1, 2.1, NAN]),
         ("frequency_penalty", [-2.1, 2.1, NAN]),
         ("logit_bias", [{5: 100.1}, {5: -100.1}, {5: NAN}, {2000: 1.0}]),
-        ("logit_bias", [dict.fromkeys(range(1025), 1.0)]),
         ("allowed_token_ids", [TokenIds(), TokenIds(ids=[5, 2000])]),
-        ("bad_words", [[""], ["x" * 257], ["x"] * 129]),
         ("top_logprobs", [21]),
         ("prompt_logprobs", [21]),
-        ("cache_salt", ["x" * 257]),
         ("num_beams", [0, 33]),
     ],
 )

@@ -109,10 +109,10 @@ class AsyncTransport:
         seconds = check_timeout(timeout)
         if timeout is None and self._timeout is not None:
             seconds = self._timeout + grace_s
+        call = call_context(self.connection, request, seconds)
         try:
-            return await method(request, timeout=seconds)
+            return await method(request, timeout=seconds, metadata=call.metadata)
         except grpc.RpcError as failure:
-            call = call_context(self.connection, request, seconds)
             raise error_from_rpc(failure, call) from failure
         except asyncio.CancelledError:
             if _task_is_cancelled():
@@ -148,8 +148,9 @@ class AsyncTransport:
         """
         self._require_open()
         seconds = check_timeout(timeout)
-        call = method(request, timeout=seconds)
-        return AsyncResponseStream(call, call_context(self.connection, request, seconds))
+        context = call_context(self.connection, request, seconds)
+        call = method(request, timeout=seconds, metadata=context.metadata)
+        return AsyncResponseStream(call, context)
 
     async def close(self) -> None:
         """Closes the channel; calls under way end with `CallCancelledError`."""

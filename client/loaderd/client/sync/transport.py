@@ -115,10 +115,10 @@ class Transport:
         seconds = check_timeout(timeout)
         if timeout is None and self._timeout is not None:
             seconds = self._timeout + grace_s
+        call = call_context(self.connection, request, seconds)
         try:
-            return method(request, timeout=seconds)
+            return method(request, timeout=seconds, metadata=call.metadata)
         except grpc.RpcError as failure:
-            call = call_context(self.connection, request, seconds)
             raise error_from_rpc(failure, call) from failure
 
     def generate(
@@ -150,8 +150,9 @@ class Transport:
         """
         self._require_open()
         seconds = check_timeout(timeout)
-        call = method(request, timeout=seconds)
-        return ResponseStream(call, call_context(self.connection, request, seconds))
+        context = call_context(self.connection, request, seconds)
+        call = method(request, timeout=seconds, metadata=context.metadata)
+        return ResponseStream(call, context)
 
     def close(self) -> None:
         """Closes the channel; calls under way end with `CallCancelledError`."""

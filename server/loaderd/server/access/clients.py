@@ -6,7 +6,7 @@ import hmac
 import logging
 import stat
 import tomllib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -90,6 +90,9 @@ class ClientsFile:
         path: The file.
         clock: Tells the time, for what expires.
 
+    Attributes:
+        on_reload: Told when the file was read again: how that went, and who is in it.
+
     Raises:
         ClientsFileError: It cannot be read now.
     """
@@ -99,6 +102,7 @@ class ClientsFile:
     ) -> None:
         self._path = path
         self._clock = clock
+        self.on_reload: Callable[[Mapping[str, object]], None] = lambda _: None
         self._stamp = self._stamped()
         self._clients = read_clients(path)
 
@@ -148,9 +152,15 @@ class ClientsFile:
                 self._stamp = stamp  # a file that is wrong is told of once
                 self._clients = read_clients(self._path)
                 logger.info("read %s again: %d clients", self._path, len(self._clients.clients))
+                self._tell("OK", clients=sorted({each.name for each in self._clients.clients}))
         except ClientsFileError as error:
             logger.error("%s; those stay clients who were", error)
+            self._tell("FAILED_PRECONDITION", problem=str(error))
         return self._clients
+
+    def _tell(self, code: str, **fields: object) -> None:
+        entry = {"action": "ReloadClients", "client": "", "file": str(self._path), "code": code}
+        self.on_reload(entry | fields)
 
     def _stamped(self) -> tuple[int, int, int] | None:
         """What changes when the file does; None if there is none."""

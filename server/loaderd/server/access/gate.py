@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from loaderd.server.access.caller import ANONYMOUS, OWNER, Caller
@@ -46,12 +47,18 @@ class Gate:
         self._clients = clients
         self._socket_role = socket_role
 
-    def admit(self, method: str, credentials: Credentials) -> Caller:
+    def admit(
+        self,
+        method: str,
+        credentials: Credentials,
+        on_known: Callable[[Caller], None] = lambda _: None,
+    ) -> Caller:
         """Who makes a call.
 
         Args:
             method: The method's path.
             credentials: What the call shows.
+            on_known: Told who it is, before it is seen whether they may.
 
         Raises:
             UnauthenticatedError: Nobody knows, and not everybody may.
@@ -59,6 +66,7 @@ class Gate:
         """
         try:
             caller = self._identify(credentials)
+            on_known(caller)
             if not may_call(caller.role, method):
                 raise _refusal(caller, method)
         except LoaderdError as error:

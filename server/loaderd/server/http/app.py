@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from loaderd.server.errors import LoaderdError
 from loaderd.server.http.caller import caller
 from loaderd.server.http.errors import on_failure, on_refusal
-from loaderd.server.http.guard import Counted, OwnHost
+from loaderd.server.http.guard import Counted, Named, OwnHost
 from loaderd.server.http.metrics.metrics import Metrics
 from loaderd.server.http.openai.api import OpenAiApi
 from loaderd.server.http.status_page import status_routes
@@ -65,6 +65,7 @@ def build_app(
         routes=[*routes, OpenAiApi(calls).routes()],
         middleware=[
             Middleware(Counted, answered=metrics.answered, route_of=lambda p: _route(p, known)),
+            Middleware(Named),
             Middleware(OwnHost, is_own=is_own_host),
         ],
         exception_handlers={

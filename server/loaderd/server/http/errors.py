@@ -13,6 +13,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from loaderd.server.errors import InternalError, LoaderdError
+from loaderd.server.logs.call import current_request_id
+from loaderd.server.rpc.call import REQUEST_ID_HEADER
 from loaderd.server.rpc.status import status_of
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ _REFUSALS = {
 
 def status_and_headers(error: LoaderdError) -> tuple[int, dict[str, str]]:
     """The status of an error, and the headers that say whether to try again."""
-    described = status_of(error)
+    described = status_of(error, current_request_id())
     status = _BY_REASON.get(error.reason, _BY_CODE[described.code])
     # OpenAI's clients go by this; without it they would repeat what cannot get better.
     headers = {"x-should-retry": "false"}
@@ -102,7 +104,9 @@ def defect(error: Exception) -> InternalError:
 
 async def on_failure(_: Request, error: Exception) -> Response:
     """Answers for a handler that raised a domain error."""
-    return failure(error if isinstance(error, LoaderdError) else defect(error))
+    response = failure(error if isinstance(error, LoaderdError) else defect(error))
+    response.headers[REQUEST_ID_HEADER] = current_request_id()  # a defect passes no middleware
+    return response
 
 
 async def on_refusal(_: Request, error: Exception) -> Response:

@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loaderd.server.http.errors import refusal
+from loaderd.server.errors import InvalidArgumentError
+from loaderd.server.http.errors import failure, refusal
+from loaderd.server.logs.call import bind, new_request_id, request_id_problem
+from loaderd.server.rpc.call import REQUEST_ID_HEADER
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,35 @@ class Counted:
             self._answered(route, status)
             elapsed_ms = (time.monotonic() - started) * 1000
             logger.debug("%s %s %d %.1f ms", scope["method"], route, status, elapsed_ms)
+
+
+class Named:
+    """Gives each request a name: that of its header, or one of the daemon's. Answers tell it.
+
+    Args:
+        app: Answers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        given = Headers(scope=scope).get(REQUEST_ID_HEADER)
+        problem = None if given is None else request_id_problem(given)
+        request_id = new_request_id() if given is None or problem else given
+        bind(request_id=request_id)
+
+        async def name(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        if problem is None:
+            await self._app(scope, receive, name)
+        else:
+            error = InvalidArgumentError(REQUEST_ID_HEADER, problem)
+            await failure(error)(scope, receive, name)
 
 
 class OwnHost:

@@ -221,9 +221,18 @@ class ModelRegistry:
         if state in {ModelState.UNLOADED, ModelState.FAILED}:
             record.unpin()
         if failure is None:
-            logger.info("%s %s: %s", record.id, record.name, state.value)
+            logger.info(
+                "%s %s: %s", record.id, record.name, state.value, extra={"model": record.name}
+            )
         else:
-            logger.warning("%s %s: %s: %s", record.id, record.name, state.value, failure)
+            logger.warning(
+                "%s %s: %s: %s",
+                record.id,
+                record.name,
+                state.value,
+                failure,
+                extra={"model": record.name},
+            )
         self._publish(record, previous)
         if state is ModelState.FAILED:
             self._forget_old_failures()

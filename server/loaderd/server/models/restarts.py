@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict, deque
+from contextvars import Context
 
 from loaderd.server.errors import LoaderdError
 from loaderd.server.models.loads import Loads
@@ -42,7 +43,10 @@ class Restarts:
             return  # it is seen that more are missing when those are there
         if earlier := self._tasks.get(record.id):
             earlier.cancel()  # somebody was faster than its wait
-        task = self._tasks[record.id] = asyncio.create_task(self._restart(record))
+        task = self._tasks[record.id] = asyncio.create_task(
+            self._restart(record),
+            context=Context(),  # of no call
+        )
         task.add_done_callback(lambda _: self._forget(record.id, task))
 
     async def close(self) -> None:

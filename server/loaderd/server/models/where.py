@@ -22,8 +22,6 @@ ModuleMap: TypeAlias = tuple[tuple[str, str], ...]
 _DEVICE = re.compile(r"cpu|mps(:0)?|(cuda|xpu):(0|[1-9]\d{0,2})")
 _DEVICE_NAMES = '"cpu", "mps", "cuda:N" or "xpu:N"'
 _STRATEGIES = (AUTO, BALANCED, SEQUENTIAL)
-_MOST_ENTRIES = 10_000
-"""Of a module map; no model has so many layers, and a key should not be larger."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,6 @@ class Where:
 
     def _check_module_map(self) -> None:
         field = "options.module_map"
-        if len(self.module_map) > _MOST_ENTRIES:
-            raise InvalidArgumentError(field, f"must have at most {_MOST_ENTRIES} entries")
         for module, device in self.module_map:
             if device != DISK and not _DEVICE.fullmatch(device):
                 problem = f'{device!r} for {module!r} is none of "disk", {_DEVICE_NAMES}'

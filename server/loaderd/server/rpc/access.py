@@ -14,6 +14,7 @@ from loaderd.server.access.clients import ClientsFile
 from loaderd.server.access.gate import Credentials, Gate
 from loaderd.server.access.quotas import Quotas
 from loaderd.server.access.roles import Role
+from loaderd.server.logs.call import bind
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -23,6 +24,11 @@ _caller: ContextVar[Caller] = ContextVar("caller")
 def current_caller() -> Caller:
     """Who makes the call that is being served."""
     return _caller.get()
+
+
+def caller_if_known() -> Caller | None:
+    """Who makes the call that is being served; None if its credentials are wrong."""
+    return _caller.get(None)
 
 
 class Access:
@@ -57,13 +63,17 @@ class Access:
             UnauthenticatedError, ForbiddenError: See `Gate.admit`.
             ClientLimitError: They have too many streams.
         """
-        caller = self.gate.admit(method, _credentials(context))
-        # Never reset: each call is a task of its own, with a context of its own.
-        _caller.set(caller)
+        caller = self.gate.admit(method, _credentials(context), _set_caller)
         with ExitStack() as held:
             if streams:
                 held.enter_context(self.quotas.stream(caller))
             yield
+
+
+def _set_caller(caller: Caller) -> None:
+    # Never reset: each call is a task of its own, with a context of its own.
+    _caller.set(caller)
+    bind(client=caller.name)
 
 
 def _credentials(context: Context) -> Credentials:

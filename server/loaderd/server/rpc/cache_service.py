@@ -18,8 +18,6 @@ from loaderd.server.store.store import ModelStore
 from loaderd.server.store.verifications import Verified
 from loaderd.v1 import cache_pb2, cache_pb2_grpc
 
-MAX_TARGETS = 1000
-
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -95,9 +93,8 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
     ) -> cache_pb2.DeleteSnapshotsResponse:
         """Deletes the snapshots that are named."""
         self._registry.check_open()
-        if not 1 <= len(request.models) <= MAX_TARGETS:
-            problem = f"name 1 to {MAX_TARGETS} of them, not {len(request.models)}"
-            raise InvalidArgumentError("models", problem)
+        if not request.models:
+            raise InvalidArgumentError("models", "name at least one of them")
         targets = [_target(model) for model in request.models]
         deletion = await self._store.delete(targets, dry_run=request.dry_run)
         return cache_pb2.DeleteSnapshotsResponse(deletion=convert.deletion(deletion))

@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from loaderd.server.errors import InvalidArgumentError
 from loaderd.server.models.events import ModelEvent
-from loaderd.server.models.keep_alive import LONGEST_S, PINNED
+from loaderd.server.models.keep_alive import PINNED
 from loaderd.server.models.leases import Lease
 from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.loads import LoadProgress
@@ -143,29 +143,16 @@ def lease(value: Lease) -> model_pb2.Lease:
 
 
 def keep_alive(request: Message, field: str = "keep_alive") -> float | None:
-    """Seconds that a client wants a model to stay unused; None where it does not say.
-
-    Raises:
-        InvalidArgumentError: It is no valid time span, or too long.
-    """
+    """Seconds that a client wants a model to stay unused; None where it does not say."""
     seconds = span(request, field)
-    if seconds is not None and seconds > LONGEST_S:
-        raise InvalidArgumentError(field, "must be at most a year; negative is for ever")
     return PINNED if seconds is not None and seconds < 0 else seconds
 
 
 def span(request: Message, field: str) -> float | None:
-    """Seconds of a field that is a Duration; None where it is not set.
-
-    Raises:
-        InvalidArgumentError: It is no valid time span.
-    """
+    """Seconds of a field that is a Duration within its bounds; None where it is not set."""
     if not request.HasField(field):
         return None
-    try:
-        seconds: float = getattr(request, field).ToTimedelta().total_seconds()
-    except (ValueError, OverflowError):
-        raise InvalidArgumentError(field, "is no valid time span") from None
+    seconds: float = getattr(request, field).ToTimedelta().total_seconds()
     return seconds
 
 

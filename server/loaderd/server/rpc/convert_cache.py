@@ -174,10 +174,7 @@ def prune_policy(request: cache_pb2.PruneCacheRequest) -> PrunePolicy:
     """
     unused_for = None
     if request.HasField("unused_for"):
-        try:
-            unused_for = request.unused_for.ToTimedelta()
-        except (ValueError, OverflowError):
-            raise InvalidArgumentError("unused_for", "is no valid time span") from None
+        unused_for = request.unused_for.ToTimedelta()
         if unused_for < timedelta():
             raise InvalidArgumentError("unused_for", "must not be negative")
     policy = PrunePolicy(

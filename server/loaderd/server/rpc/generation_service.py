@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import defaultdict
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import ExitStack, aclosing, asynccontextmanager
@@ -12,7 +11,7 @@ import grpc
 
 from loaderd.server.access.caller import Caller
 from loaderd.server.access.quotas import Quotas
-from loaderd.server.errors import InvalidArgumentError
+from loaderd.server.logs.call import current_request_id
 from loaderd.server.models.loads import Loads
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.access import current_caller
@@ -23,8 +22,6 @@ from loaderd.v1 import generation_pb2, generation_pb2_grpc
 from loaderd.worker.v1 import worker_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-_MAX_REQUEST_ID = 128
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -122,21 +119,18 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.StreamGenerateRequest, context: Context
     ) -> AsyncIterator[tuple[str, AsyncIterable[generation_pb2.StreamGenerateResponse]]]:
         if not request.HasField("request_id"):
-            request.request_id = secrets.token_hex(8)
-        name = request.request_id
-        if not (0 < len(name) <= _MAX_REQUEST_ID and name.isascii() and name.isprintable()):
-            problem = f"must be 1 to {_MAX_REQUEST_ID} printable ASCII characters"
-            raise InvalidArgumentError("request_id", problem)
+            request.request_id = current_request_id()
         keep_alive = keep_alive_of(request)
         lease_id = request.lease_id if request.HasField("lease_id") else None
         if lease_id is not None:
             self._registry.leases.check(lease_id)
         caller = current_caller()
+        # Asked for now: of a call that has ended, gRPC's core crashes when it is asked.
+        client = caller.name or _connection_of(context.peer())
         # The model is in use until its worker is done, not until a slow client has read it all.
         with ExitStack() as use:
             use.enter_context(self._quotas.request(caller))
             await self._loads.ensure(request.model, caller)
-            client = caller.name or _connection_of(context.peer())
             asker = request.cache_salt or client
             model_id, worker = use.enter_context(
                 self._registry.use(request.model, keep_alive, lease_id, asker)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio
@@ -58,7 +59,17 @@ class Health:
 
 
 class _Servicer(aio.HealthServicer):
-    """The standard service, which can forget."""
+    """The standard service, which can forget, and answers List as well."""
+
+    async def List(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802 - the service's
+        """The health of all that it knows."""
+        known: dict[str, Any] = self._server_status  # type: ignore[attr-defined]  # no other way
+        statuses = {
+            service: health_pb2.HealthCheckResponse(status=status)
+            for service, status in known.items()
+        }
+        # Its stubs are those of a release that did not have it.
+        return health_pb2.HealthListResponse(statuses=statuses)  # type: ignore[attr-defined]
 
     async def forget(self, service: str) -> None:
         """Knows a service no more; who watches it is told so."""

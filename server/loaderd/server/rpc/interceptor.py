@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import logging
 import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -16,7 +15,10 @@ from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from loaderd.server.errors import InternalError, InvalidArgumentError, LoaderdError
+from loaderd.server.logs.audit import AuditLog
+from loaderd.server.rpc import bounds
 from loaderd.server.rpc.access import Access
+from loaderd.server.rpc.call import REQUEST_ID_HEADER, Call, code_name
 from loaderd.server.rpc.clients import Clients
 from loaderd.server.rpc.status import status_of
 
@@ -36,16 +38,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     Domain errors become their status. Anything else is a defect: the log gets the cause, the client
     INTERNAL with an incident number. Malformed requests, which gRPC would answer with UNKNOWN and
-    the exception's text, become INVALID_ARGUMENT.
+    the exception's text, become INVALID_ARGUMENT, and so do those that are out of bounds.
 
     Args:
         access: Admits calls.
         clients: Counts who calls.
+        audit: Told what administrators do; None: nobody asked.
     """
 
-    def __init__(self, access: Access, clients: Clients) -> None:
+    def __init__(self, access: Access, clients: Clients, audit: AuditLog | None = None) -> None:
         self._access = access
         self._clients = clients
+        self._audit = audit
 
     async def intercept_service(
         self,
@@ -75,66 +79,69 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _unary(self, handler: Any, method: str) -> Any:
         async def call(request: Any, context: Context) -> Any:
-            async with _ends_in_status(method, context):
-                with (
-                    self._clients.calling(context.peer()),
-                    self._access.admit(method, context, streams=False),
-                ):
-                    return await handler(_checked(request), context)
+            async with self._serving(method, request, context, streams=False):
+                return await handler(_checked(request), context)
 
         return call
 
     def _streaming(self, handler: Any, method: str, check: Callable[[Any], Any]) -> Any:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with _ends_in_status(method, context):
-                with (
-                    self._clients.calling(context.peer()),
-                    self._access.admit(method, context, streams=True),
-                ):
-                    if not inspect.isasyncgenfunction(handler):  # writes through the context
-                        await handler(check(request), context)
-                        return
-                    responses = handler(check(request), context)
-                    try:
-                        async for response in responses:
-                            yield response
-                    finally:
-                        await responses.aclose()
+            async with self._serving(method, request, context, streams=True):
+                if not inspect.isasyncgenfunction(handler):  # writes through the context
+                    await handler(check(request), context)
+                    return
+                responses = handler(check(request), context)
+                try:
+                    async for response in responses:
+                        yield response
+                finally:
+                    await responses.aclose()
 
         return call
 
+    @asynccontextmanager
+    async def _serving(
+        self, method: str, request: object, context: Context, *, streams: bool
+    ) -> AsyncIterator[None]:
+        """Admits a call, ends it in a status, and tells the logs before its caller hears of it."""
+        call = Call(method, request, context, self._audit)
+        try:
+            with self._clients.calling(context.peer()):
+                call.identify()
+                context.set_trailing_metadata(((REQUEST_ID_HEADER, call.request_id),))
+                with self._access.admit(method, context, streams=streams):
+                    yield
+        except grpc.aio.AbortError:
+            number: Any = context.code()  # grpc's type stubs hide that it is one
+            call.tell(code_name(number))
+            raise
+        except LoaderdError as error:
+            await _abort(call, error, context)
+        except (asyncio.CancelledError, GeneratorExit) as error:
+            task = asyncio.current_task()
+            if isinstance(error, GeneratorExit) or (task is not None and task.cancelling()):
+                call.tell("CANCELLED")
+                raise  # the client left, or the server stops: gRPC knows
+            # Raised by the handler itself: without a status the client would wait for its deadline.
+            await _abort_as_defect(call, context)
+        except Exception:
+            await _abort_as_defect(call, context)
+        else:
+            call.tell("OK")
 
-@asynccontextmanager
-async def _ends_in_status(method: str, context: Context) -> AsyncIterator[None]:
-    started = time.monotonic()
-    outcome = "OK"
-    try:
-        yield
-    except grpc.aio.AbortError:
-        outcome = "aborted"
-        raise
-    except LoaderdError as error:
-        outcome = error.reason
-        await context.abort_with_status(rpc_status.to_status(status_of(error)))
-    except (asyncio.CancelledError, GeneratorExit) as error:
-        outcome = "CANCELLED"
-        task = asyncio.current_task()
-        if isinstance(error, GeneratorExit) or (task is not None and task.cancelling()):
-            raise  # the client left, or the server stops: gRPC knows
-        # Raised by the handler itself: without a status the client would wait for its deadline.
-        outcome = await _abort_as_defect(context)
-    except Exception:
-        outcome = await _abort_as_defect(context)
-    finally:
-        elapsed_ms = (time.monotonic() - started) * 1000
-        logger.debug("%s %s %.1f ms", method, outcome, elapsed_ms)
+
+async def _abort(call: Call, error: LoaderdError, context: Context) -> None:
+    status = status_of(error, call.request_id)
+    call.tell(code_name(status.code), error.reason)
+    aborted = rpc_status.to_status(status)
+    named = (*aborted.trailing_metadata, (REQUEST_ID_HEADER, call.request_id))
+    await context.abort(aborted.code, aborted.details, named)
 
 
-async def _abort_as_defect(context: Context) -> str:
+async def _abort_as_defect(call: Call, context: Context) -> None:
     error = InternalError(incident=secrets.token_hex(4))
     logger.exception("incident %s", error.incident)
-    await context.abort_with_status(rpc_status.to_status(status_of(error)))
-    return error.reason
+    await _abort(call, error, context)
 
 
 def _tolerant(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
@@ -153,6 +160,7 @@ def _tolerant(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] |
 def _checked(request: Any) -> Any:
     if isinstance(request, _Malformed):
         raise InvalidArgumentError("request", "its bytes are not a message of this method's type")
+    bounds.check(request)
     return request
 
 

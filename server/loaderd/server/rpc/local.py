@@ -1,11 +1,12 @@
 """Calls from inside the daemon, for what speaks to clients other than by gRPC.
 
-They reach the same servicers that gRPC reaches, and so the same roles, limits and errors, without a
-way through a socket. An error comes as the domain error that it is.
+They reach the same servicers that gRPC reaches, and so the same roles, bounds, limits and errors,
+without a way through a socket. An error comes as the domain error that it is.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,11 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from loaderd.server.errors import LoaderdError
+from loaderd.server.logs.audit import AuditLog
+from loaderd.server.rpc import bounds
 from loaderd.server.rpc.access import Access
+from loaderd.server.rpc.call import Call, code_of
 from loaderd.server.rpc.clients import Clients
 
 
@@ -49,12 +54,20 @@ class LocalCalls:
         servicers: By the full names of their services.
         access: Admits calls.
         clients: Counts who calls.
+        audit: Told what administrators do; None: nobody asked.
     """
 
-    def __init__(self, servicers: Mapping[str, object], access: Access, clients: Clients) -> None:
+    def __init__(
+        self,
+        servicers: Mapping[str, object],
+        access: Access,
+        clients: Clients,
+        audit: AuditLog | None = None,
+    ) -> None:
         self._servicers = servicers
         self._access = access
         self._clients = clients
+        self._audit = audit
 
     async def unary(self, method: str, request: Message, call: LocalCall) -> Any:
         """Calls a method that answers once.
@@ -67,7 +80,7 @@ class LocalCalls:
         Raises:
             LoaderdError: It failed.
         """
-        with self._admitted(method, call, streams=False):
+        with self._admitted(method, request, call, streams=False):
             return await self._handler(method)(request, call)
 
     async def stream(
@@ -83,19 +96,35 @@ class LocalCalls:
         Raises:
             LoaderdError: It failed.
         """
-        with self._admitted(method, call, streams=True):
+        with self._admitted(method, request, call, streams=True):
             async with aclosing(self._handler(method)(request, call)) as responses:
                 async for response in responses:
                     yield response
 
     @contextmanager
-    def _admitted(self, method: str, call: LocalCall, *, streams: bool) -> Iterator[None]:
+    def _admitted(
+        self, method: str, request: Message, call: LocalCall, *, streams: bool
+    ) -> Iterator[None]:
         context: Any = call  # what is asked of a context, it has
-        with (
-            self._clients.calling(call.peer()),
-            self._access.admit(f"/{method}", context, streams=streams),
-        ):
-            yield
+        path = f"/{method}"
+        told = Call(path, request, context, self._audit)
+        try:
+            with self._clients.calling(call.peer()):
+                told.identify()
+                with self._access.admit(path, context, streams=streams):
+                    bounds.check(request)
+                    yield
+        except LoaderdError as error:
+            told.tell(code_of(error), error.reason)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            told.tell("CANCELLED")
+            raise
+        except Exception:
+            told.tell("INTERNAL")
+            raise
+        else:
+            told.tell("OK")
 
     def _handler(self, method: str) -> Any:
         service, _, name = method.rpartition("/")

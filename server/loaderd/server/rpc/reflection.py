@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
-from google.protobuf.message import Message
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 _V1ALPHA = "grpc.reflection.v1alpha"
@@ -32,7 +31,7 @@ def add_reflection(server: grpc.aio.Server, services: Sequence[str]) -> None:
     method = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=Message.SerializeToString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
     handler = grpc.method_handlers_generic_handler(_V1_SERVICE, {"ServerReflectionInfo": method})
     server.add_generic_rpc_handlers((handler,))

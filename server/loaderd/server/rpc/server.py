@@ -5,10 +5,12 @@ from __future__ import annotations
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from loaderd.server.logs.audit import AuditLog
 from loaderd.server.models.loads import Loads
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.access import Access
+from loaderd.server.rpc.bounds import MESSAGE_BYTES
 from loaderd.server.rpc.cache_service import CacheService
 from loaderd.server.rpc.call_counter import CallCounter
 from loaderd.server.rpc.clients import Clients
@@ -34,6 +36,7 @@ from loaderd.v1 import (
 )
 
 _OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # a second daemon on the port must fail, not share it
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -65,11 +68,12 @@ class RpcServer:
         *,
         access: Access,
         observer: Observer | None = None,
+        audit: AuditLog | None = None,
     ) -> None:
         clients = Clients()
         counters = [] if observer is None else [CallCounter(observer)]
         self._server = grpc.aio.server(
-            options=_OPTIONS, interceptors=[*counters, CallInterceptor(access, clients)]
+            options=_OPTIONS, interceptors=[*counters, CallInterceptor(access, clients, audit)]
         )
         models = ModelService(registry, loads, planner)
         model_pb2_grpc.add_ModelServiceServicer_to_server(models, self._server)
@@ -88,7 +92,7 @@ class RpcServer:
                 (system_pb2, "SystemService", system),
             )
         }
-        self.local = LocalCalls(servicers, access, clients)
+        self.local = LocalCalls(servicers, access, clients, audit)
         services = list(servicers)
         self.health = Health(registry, services)
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)

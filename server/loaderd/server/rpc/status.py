@@ -61,18 +61,24 @@ _RETRY_AFTER_S = {
 }
 
 
-def status_of(error: LoaderdError) -> status_pb2.Status:
-    """The status that a client gets for `error`."""
+def status_of(error: LoaderdError, request_id: str) -> status_pb2.Status:
+    """The status that a client gets for `error`.
+
+    Args:
+        error: The error.
+        request_id: Of the call that it ends.
+    """
     status = status_pb2.Status(code=_CODES[error.reason], message=str(error))
-    for detail in _details(error):
+    for detail in _details(error, request_id):
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
     return status
 
 
-def _details(error: LoaderdError) -> Iterator[Message]:
-    yield error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+def _details(error: LoaderdError, request_id: str) -> Iterator[Message]:
+    metadata = {**error.metadata, "request_id": request_id}
+    yield error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
     if seconds := _retry_after_s(error):
         yield error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=seconds))
     if describe := _DESCRIPTIONS.get(error.reason):

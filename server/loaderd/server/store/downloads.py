@@ -22,6 +22,8 @@ from loaderd.server.errors import (
     InternalError,
     LoaderdError,
 )
+from loaderd.server.logs.call import bound
+from loaderd.server.logs.children import ChildLog
 from loaderd.server.store.hub_access import HubAccess
 from loaderd.server.store.hub_messages import (
     GO,
@@ -182,14 +184,19 @@ class Downloads:
         async with self._turns[request.operation]:
             if self._closed:
                 raise DrainingError
-            child = await asyncio.create_subprocess_exec(
-                *_COMMAND,
-                stdin=PIPE,
-                stdout=PIPE,
-                limit=_LONGEST_LINE,
-                env=_environment(request),
-                start_new_session=True,  # Ctrl-C is for the daemon, which ends its children itself
-            )
+            log = ChildLog(model=request.repo_id, request_id=bound().get("request_id"))
+            try:
+                child = await asyncio.create_subprocess_exec(
+                    *_COMMAND,
+                    stdin=PIPE,
+                    stdout=PIPE,
+                    stderr=log.stderr,
+                    limit=_LONGEST_LINE,
+                    env=_environment(request),
+                    start_new_session=True,  # Ctrl-C is for the daemon, which ends it itself
+                )
+            finally:
+                log.begun()
             self._children.add(child)
             try:
                 if self._closed:

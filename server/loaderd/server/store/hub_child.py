@@ -2,12 +2,11 @@
 
 Hub code runs in a process of its own because the hub library has calls that never end, keeps
 state from its import on, and handles what strangers send. One request comes on stdin, messages go
-to stdout, logs to stderr. The child ends when its parent does or closes stdin.
+to stdout, log lines to stderr. The child ends when its parent does or closes stdin.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loaderd.server.errors import LoaderdError
+from loaderd.server.logs.children import log_to_daemon
 from loaderd.server.parent import die_with_parent, exit_when_closed
 from loaderd.server.store.cache import RepoFolder
 from loaderd.server.store.confine import confine_writing
@@ -39,7 +39,7 @@ def main() -> None:
     if not line:
         return  # the daemon is gone already
     request = Request.from_line(line)
-    _log_to_stderr(request.repo_id)
+    log_to_daemon()
     try:
         _confine(request)
         answer = _run(request, output)
@@ -109,12 +109,6 @@ def _take_stdout() -> BinaryIO:
     output = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     return output
-
-
-def _log_to_stderr(repo_id: str) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"%(levelname)s download of {repo_id}: %(message)s"))
-    logging.getLogger("loaderd").addHandler(handler)
 
 
 def _send(output: BinaryIO, message: Message) -> None:

@@ -7,6 +7,8 @@ import os
 import sys
 from typing import Protocol, cast
 
+from loaderd.server.logs.children import ChildLog
+
 _OPENMP_WAITING = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
 _SPIN_COUNT = "10000"
 _KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
@@ -22,6 +24,9 @@ class WorkerProcess(Protocol):
 
     async def wait(self) -> int:
         """Waits for its end; its exit code, negative for a signal."""
+
+    def serves(self, model: str) -> None:
+        """Tells whose lines in the log those of this worker are from now on."""
 
     def kill(self) -> None:
         """Ends it at once; nothing happens if it has ended."""
@@ -41,8 +46,9 @@ class WorkerLauncher(Protocol):
 class LocalProcess:
     """A worker in a process of this box, ended when its standard input closes."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, log: ChildLog) -> None:
         self._process = process
+        self._log = log
 
     @property
     def pid(self) -> int:
@@ -51,7 +57,13 @@ class LocalProcess:
 
     async def wait(self) -> int:
         """Waits for its end; its exit code, negative for a signal."""
-        return await self._process.wait()
+        code = await self._process.wait()
+        self._log.take()  # its last words come before what the daemon says of its end
+        return code
+
+    def serves(self, model: str) -> None:
+        """Has its lines in the log name the model."""
+        self._log.fields["model"] = model
 
     def kill(self) -> None:
         """Ends it with SIGKILL."""
@@ -64,22 +76,28 @@ class LocalLauncher:
 
     async def launch(self, worker_id: str, token: str, link: str) -> LocalProcess:
         """Starts a worker; the token goes through its standard input, which stays open."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",  # the daemon's working folder is no place to import from
-            "-m",
-            "loaderd.server.worker",
-            "--link",
-            link,
-            "--id",
-            worker_id,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
-            env=worker_environment(),
-        )
+        log = ChildLog()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",  # the daemon's working folder is no place to import from
+                "-m",
+                "loaderd.server.worker",
+                "--link",
+                link,
+                "--id",
+                worker_id,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=log.stderr,
+                env=worker_environment(),
+            )
+        finally:
+            log.begun()
+        log.fields["worker"] = process.pid
         stdin = cast(asyncio.StreamWriter, process.stdin)  # there, because it is a pipe
         stdin.write(token.encode() + b"\n")
-        return LocalProcess(process)
+        return LocalProcess(process, log)
 
 
 def worker_environment() -> dict[str, str]:

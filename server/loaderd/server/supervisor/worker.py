@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from contextvars import Context
 from dataclasses import dataclass
 
 from loaderd.server.errors import LoaderdError, WorkerDiedError
@@ -46,17 +47,17 @@ class Worker:
     imports its libraries, which may hold up its heartbeats, the load time-out holds.
 
     Attributes:
-        model: Name of the model that it was given; empty while it is a spare.
         link: The stream to it.
     """
 
     def __init__(self, process: WorkerProcess, link: WorkerLink, limits: WorkerLimits) -> None:
-        self.model = ""
         self.link = link
+        self._model = ""
         self._process = process
         self._limits = limits
         self._end_error: LoaderdError | None = None
-        self._watch = asyncio.create_task(self._watch_process())
+        # In no call's context: it outlives the call that it was started for.
+        self._watch = asyncio.create_task(self._watch_process(), context=Context())
 
     @classmethod
     async def start(
@@ -83,6 +84,16 @@ class Worker:
     def pid(self) -> int:
         """The process id."""
         return self._process.pid
+
+    @property
+    def model(self) -> str:
+        """Name of the model that it was given; empty while it is a spare."""
+        return self._model
+
+    @model.setter
+    def model(self, name: str) -> None:
+        self._model = name
+        self._process.serves(name)
 
     @property
     def ended(self) -> bool:
@@ -120,11 +131,18 @@ class Worker:
             async with asyncio.timeout(_KILL_GRACE_S):
                 await self.wait()
         except TimeoutError:
-            logger.error("worker %d does not end; it may hold its memory still", self.pid)
+            logger.error(
+                "worker %d does not end; it may hold its memory still", self.pid, extra=self._fields
+            )
 
     def end_now(self) -> None:
         """Ends the process at once, without waiting for it."""
         self._process.kill()
+
+    @property
+    def _fields(self) -> dict[str, object]:
+        """What lines of the log say of it."""
+        return {"worker": self.pid, "model": self._model}
 
     async def _watch_process(self) -> None:
         exited = asyncio.ensure_future(self._process.wait())
@@ -135,12 +153,17 @@ class Worker:
                 started = self.link.standby.done()
                 limit = self._limits.heartbeat_timeout if started else self._limits.load_timeout
                 if silence > limit and not exited.done():
-                    logger.error("worker %d gave no sign of life for %.0f s", self.pid, silence)
+                    logger.error(
+                        "worker %d gave no sign of life for %.0f s",
+                        self.pid,
+                        silence,
+                        extra=self._fields,
+                    )
                     self.end_now()
                     await exited
             code = exited.result()
             level = logging.INFO if code == 0 else logging.WARNING
-            logger.log(level, "worker %d ended with code %d", self.pid, code)
+            logger.log(level, "worker %d ended with code %d", self.pid, code, extra=self._fields)
         finally:
             exited.cancel()
             self.end_now()

@@ -18,7 +18,6 @@ from loaderd.v1.generation_pb2 import ChatMessage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MAX_MESSAGES = 1024
 _MAX_SECONDS = 5.0
 _MAX_CHARACTERS = 4 * 1024 * 1024
 _FIELD = "messages"
@@ -49,8 +48,8 @@ def render(
         UnsupportedOptionError: The model has no chat template, it exceeds its limits, or it does
             not read one of the variables.
     """
-    if not 1 <= len(messages) <= _MAX_MESSAGES:
-        raise InvalidArgumentError(_FIELD, f"from 1 to {_MAX_MESSAGES} messages")
+    if not messages:
+        raise InvalidArgumentError(_FIELD, "give at least one")
     if not all(message.role for message in messages):
         raise InvalidArgumentError(_FIELD, "each message needs a role")
     if tokenizer.chat_template is None:

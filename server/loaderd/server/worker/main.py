@@ -11,6 +11,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from loaderd.server.logs.children import log_to_daemon
 from loaderd.server.parent import die_with_parent, exit_when_closed
 from loaderd.server.worker.link import HeartbeatThread, Link
 
@@ -28,7 +29,7 @@ def main() -> None:
     die_with_parent()
     token = sys.stdin.buffer.readline().decode().strip()
     exit_when_closed(sys.stdin.fileno())
-    _send_all_output_to_the_log(arguments.id)
+    _send_all_output_to_the_log()
     link = Link(arguments.link, arguments.id, token)
     run(link)
     _exit(0)
@@ -85,15 +86,10 @@ def _exit_if_failed(host: Future[ModelHost]) -> None:
         _exit(1)
 
 
-def _send_all_output_to_the_log(worker_id: str) -> None:
+def _send_all_output_to_the_log() -> None:
     """Standard error is the log; what libraries print goes there too."""
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format=f"%(asctime)s %(levelname)s worker {worker_id}: %(message)s",
-    )
-    logging.captureWarnings(capture=True)
+    log_to_daemon()
     # transformers imports torchao where it is installed, which tells what it would need for a GPU.
     for chatty in ("py.warnings", "torchao", "torch.utils._pytree"):
         logging.getLogger(chatty).setLevel(logging.ERROR)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 FIELD = "chat_template_kwargs"
 
 _MAX_VARIABLES = 16
-_MAX_BYTES = 64 * 1024
 _MAX_DEPTH = 16
 _MAX_TEMPLATES = 8  # a worker has one model, and few models have more than one template
 _LONGEST_SHOWN = 40
@@ -37,8 +36,6 @@ def plain(variables: Struct) -> dict[str, Any]:
     """
     if len(variables.fields) > _MAX_VARIABLES:
         raise InvalidArgumentError(FIELD, f"at most {_MAX_VARIABLES} variables")
-    if variables.ByteSize() > _MAX_BYTES:
-        raise InvalidArgumentError(FIELD, f"at most {_MAX_BYTES} bytes when encoded")
     named = _plain_object(variables, depth=1)
     for name in _LISTS_OF_OBJECTS:
         value = named.get(name)

@@ -137,6 +137,9 @@ async def test_users_of_one_client_take_turns(box: Box, openai: AsyncOpenAI) -> 
         ({"prompt": [1, "a"]}, "prompt", "invalid_argument"),
         ({"echo": True, "logprobs": 1}, "echo", "unsupported_option"),
         ({"model": None}, "model", "invalid_argument"),
+        ({"model": "x" * 4097}, "model", "invalid_name"),
+        ({"prompt": "x" * (2**20 + 1)}, "prompt", "invalid_argument"),
+        ({"stop": ["x"] * 17}, "stop", "invalid_argument"),
     ],
 )
 async def test_what_is_not_honoured_is_refused_by_name(
@@ -163,6 +166,8 @@ async def test_what_is_not_honoured_is_refused_by_name(
         ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"tool_choice": "auto"}, "tool_choice"),
+        ({"messages": [{"role": "user", "content": "hi"}] * 1025}, "messages"),
+        ({"messages": [{"role": "x" * 65, "content": "hi"}]}, "messages[0].role"),
     ],
 )
 async def test_what_a_chat_cannot_have(box: Box, fields: dict[str, object], param: str) -> None:

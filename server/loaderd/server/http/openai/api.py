@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
@@ -25,6 +24,7 @@ from loaderd.server.http.openai.chat import ChatAnswer, read_chat
 from loaderd.server.http.openai.completions import TextAnswer, read_completion
 from loaderd.server.http.openai.event_stream import DONE, EventStream, comment, event
 from loaderd.server.http.openai.fields import Fields
+from loaderd.server.logs.call import current_request_id
 from loaderd.server.rpc.local import LocalCalls
 from loaderd.v1 import model_pb2
 from loaderd.v1.generation_pb2 import GenerateRequest, StreamGenerateResponse
@@ -87,14 +87,12 @@ class OpenAiApi:
             # Also what keeps pages that a browser shows from sending any without asking first.
             raise HTTPException(415, "the body must be JSON, with content-type application/json")
         asked = read(Fields.parse(await request.body()))
-        request_id = asked.request.request_id = secrets.token_hex(12)
+        request_id = asked.request.request_id = current_request_id()
         answer = shape(request_id, int(time.time()), asked.request.model)
         try:
-            response = await self._begin(request, asked, answer)
+            return await self._begin(request, asked, answer)
         except LoaderdError as error:
             raise asked.in_its_names(error) from error
-        response.headers["x-request-id"] = request_id
-        return response
 
     async def _begin(self, request: Request, asked: Asked, answer: Answer) -> Response:
         call = caller(request, asked.user)

@@ -25,17 +25,9 @@ _SAMPLES = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 """Fields that only make sense when sampling."""
 
 _DEFAULT_NEW_TOKENS = 256
-_MAX_REQUEST_ID = 128
-_MAX_STOPS = 16
-_MAX_STOP_CHARACTERS = 256
-_MAX_STOP_TOKENS = 64
 MAX_COMPLETIONS = 32
 """Token sequences of one request: completions, candidates or beams."""
 _MAX_LOGPROBS = 20
-_MAX_BIASES = 1024
-_MAX_BAD_WORDS = 128
-_MAX_BAD_WORD_CHARACTERS = 256
-_MAX_SALT_CHARACTERS = 256
 _UINT32 = 2**32
 _UINT64 = 2**64
 
@@ -100,7 +92,7 @@ def typed_request(
     client: str = "",
     bad_words: Sequence[Sequence[int]] = (),
 ) -> GenerationRequest:
-    """Checks every bound and resolves every default.
+    """Checks what values mean and resolves every default. How long they are the daemon has checked.
 
     Args:
         request: What the client asked; `check_supported` has passed it.
@@ -115,23 +107,12 @@ def typed_request(
         InvalidArgumentError: A value is out of bounds or contradicts another.
     """
     given = {field.name: value for field, value in request.ListFields()}
-    request_id = request.request_id
-    _require(
-        len(request_id) <= _MAX_REQUEST_ID and request_id.isascii() and request_id.isprintable(),
-        "request_id",
-        f"at most {_MAX_REQUEST_ID} printable ASCII characters",
-    )
-    _require(
-        len(request.cache_salt) <= _MAX_SALT_CHARACTERS,
-        "cache_salt",
-        f"at most {_MAX_SALT_CHARACTERS} characters",
-    )
     tokens = _kept_prompt(request, prompt, facts)
     n = given.get("n", 1)
     beams = _beams(request, given)
     return GenerationRequest(
         key=key,
-        request_id=request_id,
+        request_id=request.request_id,
         client=client,
         prompt=tokens,
         sampling=_sampling(request, given, bad_words, facts, beams),
@@ -254,7 +235,6 @@ def _sampling(
 
 def _logit_bias(request: StreamGenerateRequest, facts: ModelFacts) -> tuple[tuple[int, float], ...]:
     bias = request.logit_bias
-    _require(len(bias) <= _MAX_BIASES, "logit_bias", f"at most {_MAX_BIASES} token ids")
     _require_vocabulary(list(bias), "logit_bias", facts)
     _require(
         all(-100 <= added <= 100 for added in bias.values()),
@@ -278,14 +258,8 @@ def _allowed_token_ids(request: StreamGenerateRequest, facts: ModelFacts) -> tup
 def _bad_words(
     request: StreamGenerateRequest, token_ids: Sequence[Sequence[int]], facts: ModelFacts
 ) -> tuple[tuple[int, ...], ...]:
-    words = request.bad_words
-    _require(len(words) <= _MAX_BAD_WORDS, "bad_words", f"at most {_MAX_BAD_WORDS} strings")
-    _require(
-        all(1 <= len(word) <= _MAX_BAD_WORD_CHARACTERS for word in words),
-        "bad_words",
-        f"each string has from 1 to {_MAX_BAD_WORD_CHARACTERS} characters",
-    )
-    _require(not words or len(token_ids) > 0, "bad_words", "the model has no tokens for them")
+    has_tokens = not request.bad_words or len(token_ids) > 0
+    _require(has_tokens, "bad_words", "the model has no tokens for them")
     # A tokenizer may have more tokens than the model; those never come.
     return tuple(tuple(ids) for ids in token_ids if max(ids) < facts.vocabulary_size)
 
@@ -330,14 +304,7 @@ def _stopping(
         "min_new_tokens",
         f"at most max_new_tokens, which is {max_new}",
     )
-    _require(len(request.stop) <= _MAX_STOPS, "stop", f"at most {_MAX_STOPS} strings")
-    _require(
-        all(1 <= len(stop) <= _MAX_STOP_CHARACTERS for stop in request.stop),
-        "stop",
-        f"each string has from 1 to {_MAX_STOP_CHARACTERS} characters",
-    )
     stop_ids = request.stop_token_ids
-    _require(len(stop_ids) <= _MAX_STOP_TOKENS, "stop_token_ids", f"at most {_MAX_STOP_TOKENS}")
     _require_vocabulary(stop_ids, "stop_token_ids", facts)
     return Stopping(
         max_new_tokens=max_new,

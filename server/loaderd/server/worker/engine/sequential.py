@@ -202,6 +202,7 @@ class SequentialEngine:
             job.request.request_id,
             len(job.request.prompt),
             job.generated_tokens,
+            extra={"request_id": job.request.request_id},
         )
 
     def _failure(self, turn: Admitted) -> LoaderdError | None:
@@ -217,7 +218,9 @@ class SequentialEngine:
         except Exception as error:
             request_id = job.request.request_id
             if devices.is_out_of_memory(error):
-                logger.warning("request %s: out of memory", request_id)
+                logger.warning(
+                    "request %s: out of memory", request_id, extra={"request_id": request_id}
+                )
                 return DeviceMemoryError(self._model_name)
             if devices.is_broken(error):
                 raise

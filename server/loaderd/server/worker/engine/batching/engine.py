@@ -319,6 +319,7 @@ class BatchingEngine:
             len(job.request.prompt),
             job.cached,
             job.generated_tokens,
+            extra={"request_id": job.request.request_id},
         )
 
     def _stop(self, job: Job, reason: FinishReason.ValueType) -> None:
@@ -356,7 +357,9 @@ class BatchingEngine:
         request_id = job.request.request_id
         failure: LoaderdError
         if devices.is_out_of_memory(error):
-            logger.warning("request %s: out of memory", request_id)
+            logger.warning(
+                "request %s: out of memory", request_id, extra={"request_id": request_id}
+            )
             failure = DeviceMemoryError(self._model_name)
         else:
             failure = incident(error, f"{doing} for request {request_id}")

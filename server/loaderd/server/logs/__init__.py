@@ -1,0 +1,1 @@
+"""What the daemon tells its operator: the log, with its children's lines, and the audit log."""
