@@ -119,6 +119,7 @@ async def test_a_death_ends_the_streams_of_one_replica_and_nothing_else(lasting:
 async def test_a_model_without_replicas_fails_and_comes_back_with_all(lasting: Box) -> None:
     box = lasting
     model = await box.load(replicas=MOST_DEATHS + 2)
+    box.launcher.load_gate.clear()
     with box.registry.events.subscribe() as events:
         for worker in holding(box):
             worker.kill()
@@ -127,6 +128,7 @@ async def test_a_model_without_replicas_fails_and_comes_back_with_all(lasting: B
             if event.model.state is ModelState.FAILED:
                 break
         assert not event.model.replicas
+    box.launcher.load_gate.set()
     assert (await until_serving(box, MOST_DEATHS + 2)).id == model.id
 
 
