@@ -93,7 +93,7 @@ class SpawnedDaemon:
     def workers(self) -> list[psutil.Process]:
         """Its worker processes."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [each for each in children if "loaderd.server.worker" in each.cmdline()]
+        return [each for each in children if "loaderd.server.worker" in _command(each)]
 
     def download_children(self) -> list[psutil.Process]:
         """Its processes that ask the hub, as far as they are alive."""
@@ -131,3 +131,11 @@ def _is_download_child(process: psutil.Process) -> bool:
         return alive and "loaderd.server.store.hub_child" in process.cmdline()
     except psutil.NoSuchProcess:
         return False
+
+
+def _command(process: psutil.Process) -> list[str]:
+    """Its words; none of one that is gone by now, or ends."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
