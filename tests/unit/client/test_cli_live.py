@@ -15,7 +15,7 @@ import pytest
 
 from loaderd.cli.exits import ExitCode
 from loaderd.client import Client
-from tests.fake_daemon import FakeDaemon
+from tests.fake_daemon import FakeDaemon, models
 from tests.unit.client.ctl import Ctl, document
 from tests.unit.client.terminal import CTRL_C, WAIT_S, Spawn
 
@@ -192,3 +192,16 @@ def test_show_tells_all_of_a_model(ctl: Ctl, client: Client) -> None:
     assert shown["keys and values"] == "0 of 10,000 tokens"
     assert document(ctl("show", "demo/chat", "--json"))["timings"]["weights"] == 0.015
     assert ctl("show", "demo/none").exit_code == ExitCode.PRECONDITION
+
+
+def test_show_tells_of_an_engine_without_bounds_for_keys_and_values(
+    ctl: Ctl, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "KV_CAPACITY_TOKENS", 0)  # as of one request after the other
+    client.load("demo/chat").generate("one two", max_new_tokens=5)
+
+    shown = ctl("show", "m-1")
+
+    assert shown.exit_code == 0
+    assert "generated tokens" in shown.stdout
+    assert "keys and values" not in shown.stdout

@@ -73,9 +73,8 @@ def _statistics(figures: ModelStatistics) -> list[tuple[str, str]]:
     kept = f"{figures.cached_prompt_tokens:,} from the prefix cache"
     out = f"{figures.generated_tokens:,}, {figures.generated_tokens_per_second:.1f}/s"
     prompts = f"{figures.prompt_tokens:,}, {figures.prompt_tokens_per_second:.1f}/s, {kept}"
-    memory = f"{figures.kv_tokens:,} of {figures.kv_capacity_tokens:,} tokens"
-    return [
-        ("prompt tokens", prompts),
-        ("generated tokens", out),
-        *([("keys and values", memory)] if figures.kv_capacity_tokens else []),
-    ]
+    told = [("prompt tokens", prompts), ("generated tokens", out)]
+    if figures.kv_capacity_tokens is not None:
+        memory = f"{figures.kv_tokens:,} of {figures.kv_capacity_tokens:,} tokens"
+        told.append(("keys and values", memory))
+    return told

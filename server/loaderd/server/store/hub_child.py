@@ -8,6 +8,7 @@ to stdout, log lines to stderr. The child ends when its parent does or closes st
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -34,6 +35,7 @@ from loaderd.server.store.names import HubName
 def main() -> None:
     """Does what the request says, then ends the process."""
     die_with_parent()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it reaches the whole group; the daemon decides
     output = _take_stdout()
     line = sys.stdin.buffer.readline()
     if not line:

@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Runs a worker; never returns."""
     arguments = _arguments()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the daemon decides
+    # These reach the whole group, from a terminal or a supervisor; the daemon decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
     token = sys.stdin.buffer.readline().decode().strip()
