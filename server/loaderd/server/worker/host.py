@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from loaderd.server.worker.failures import error_message, incident
 from loaderd.server.worker.layout import Layout
 from loaderd.server.worker.link import Link
 from loaderd.server.worker.loader import ModelLoader
+from loaderd.server.worker.passing_thread import in_passing_thread
 from loaderd.server.worker.quantization import choose_quantizer, quantization_reason
 from loaderd.server.worker.tokenization import Tokenization, special_ids
 from loaderd.v1.model_pb2 import Offload
@@ -68,10 +68,6 @@ class ModelHost:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(min(torch.get_num_threads(), cores()))
-        # What was imported stays: no collection need look through it, least of all while a
-        # tokenizer's many small objects are made.
-        gc.collect()
-        gc.freeze()
 
     def stand_by(self) -> None:
         """Tells the daemon that a load can come."""
@@ -87,11 +83,7 @@ class ModelHost:
         if self._hosted is not None:
             logger.error("asked to load %s, but a model is loaded already", command.model)
             return
-        # OpenMP keeps threads for each thread that has computed. While there are more than cores
-        # they wait for each other asleep, and every operator of the engine would wake them.
-        thread = threading.Thread(target=self._try_to_load, args=(command,), name="load")
-        thread.start()
-        thread.join()
+        in_passing_thread(partial(self._try_to_load, command), "load")
 
     def _try_to_load(self, command: worker_pb2.Load) -> None:
         try:

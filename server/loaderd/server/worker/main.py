@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -77,6 +78,10 @@ def _new_host(link: Link) -> ModelHost:
     heartbeat.accelerator_bytes = devices.allocated_bytes
     host = ModelHost(link)
     warm_up()
+    # What there is by now stays: no collection need look through it, least of all while the many
+    # small objects of a tokenizer are made.
+    gc.collect()
+    gc.freeze()
     host.stand_by()
     return host
 

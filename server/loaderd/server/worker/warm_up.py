@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import threading
 from pathlib import Path
 
 from tokenizers import Tokenizer as Tokens
@@ -22,6 +21,7 @@ from loaderd.server.worker.engine.batching.build import batching_engine
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.facts import TORCH_DTYPES
 from loaderd.server.worker.loader import ModelLoader
+from loaderd.server.worker.passing_thread import in_passing_thread
 from loaderd.v1.model_pb2 import Dtype
 
 logger = logging.getLogger(__name__)
@@ -33,11 +33,8 @@ def warm_up() -> None:
     """Loads a made-up model as small as can be, in the way that real ones are, and runs it.
 
     On the CPU only: a context on an accelerator takes memory that no spare worker should hold.
-    In a thread that ends, as loads are: OpenMP keeps threads for each one that has computed.
     """
-    thread = threading.Thread(target=_load_a_model, name="warm-up")
-    thread.start()
-    thread.join()
+    in_passing_thread(_load_a_model, "warm-up")
 
 
 def _load_a_model() -> None:

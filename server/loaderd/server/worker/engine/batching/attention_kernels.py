@@ -37,6 +37,10 @@ class Rule:
         """Whether torch's function can do it."""
         return self.softcap is None and self.sinks is None
 
+    def scale(self, dimensions: int) -> float:
+        """Of the scores of heads with so many dimensions."""
+        return dimensions**-0.5 if self.scaling is None else self.scaling
+
 
 def seen_mask(
     positions: torch.Tensor, begin: int, end: int, window: int | None, dtype: torch.dtype
@@ -142,7 +146,7 @@ def _plain_attention(
     rule: Rule,
 ) -> torch.Tensor:
     """In three operators; shapes as those of torch's function."""
-    scaling = query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
+    scaling = rule.scale(query.shape[-1])
     scores = query * scaling @ keys.transpose(2, 3)
     if mask is not None:
         scores += mask
@@ -165,7 +169,7 @@ def _attention(
         mask: [rows, 1, tokens, tokens before].
         rule: How.
     """
-    scaling = query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
+    scaling = rule.scale(query.shape[-1])
     # What shares keys is one matrix: none of them is copied.
     products = _products(query.flatten(2, 3).flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
     scores = products.view(*query.shape[:-1], -1)
