@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.folders import paths_below
+
 _UNFINISHED = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})\.incomplete")
 
 
@@ -35,7 +37,7 @@ class Disk:
         shared.add(self.cache / "CACHEDIR.TAG")
         return {
             path
-            for path in self.folder.rglob("*")
+            for path in paths_below(self.folder)
             if path not in shared and not any(path.is_relative_to(each) for each in allowed)
         }
 
@@ -57,9 +59,9 @@ class Disk:
         for blob in repo.glob("blobs/*"):
             if not _UNFINISHED.fullmatch(blob.name):
                 assert _digest(blob) == blob.name, f"{blob} has another content"
-        strays = [p for p in repo.rglob("*") if p.name.endswith((".tmp", ".part"))]
+        strays = [p for p in paths_below(repo) if p.name.endswith((".tmp", ".part"))]
         assert not strays, f"left behind: {strays}"
-        unfinished = list(repo.rglob("*.incomplete"))
+        unfinished = [p for p in paths_below(repo) if p.name.endswith(".incomplete")]
         assert all(p.parent == repo / "blobs" for p in unfinished), unfinished
         for link in repo.glob("snapshots/**/*"):
             if link.is_symlink():

@@ -20,6 +20,7 @@ from loaderd.server.store.store import (
     ModelStore,
     StoreSettings,
 )
+from tests.folders import paths_below
 from tests.hub import Hub
 from tests.unit.store.caches import SMALL_MODEL, safetensors
 
@@ -98,13 +99,17 @@ def found(cache: Path, pattern: str) -> list[Path]:
 
 def partial_files(cache: Path) -> list[Path]:
     """What came of files that are not whole, for the next download to go on from."""
-    return sorted(path for path in cache.rglob("*.incomplete") if path.stem.isalnum())
+    return [path for path in _files(cache, {".incomplete"}) if path.stem.isalnum()]
 
 
 def litter(cache: Path) -> list[Path]:
     """What nobody can use."""
-    unfinished = [path for path in cache.rglob("*") if path.suffix in {".incomplete", ".tmp"}]
+    unfinished = _files(cache, {".incomplete", ".tmp"})
     return sorted(set(unfinished) - set(partial_files(cache)))
+
+
+def _files(cache: Path, suffixes: set[str]) -> list[Path]:
+    return sorted(path for path in paths_below(cache) if path.suffix in suffixes)
 
 
 def ranges(hub: Hub, path: str = "model.safetensors") -> list[str | None]:

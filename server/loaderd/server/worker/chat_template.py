@@ -6,9 +6,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 from google.protobuf.struct_pb2 import Struct
 
 from loaderd.server.errors import InvalidArgumentError, UnsupportedOptionError
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 _MAX_SECONDS = 5.0
 _MAX_CHARACTERS = 4 * 1024 * 1024
 _FIELD = "messages"
+_CODE_OF_TEMPLATES = ("<template>", str(Path(jinja2.__file__).parent))
 
 
 class _TimeLimitError(Exception):
@@ -88,10 +91,16 @@ def render(
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Ends Python code that runs in this thread for longer, at the line that it has come to."""
+    """Ends a template that runs in this thread for longer, at the line that it has come to.
+
+    Only in code of the template and of jinja2: Python swallows what is raised in a finalizer or
+    in a callback of the garbage collector, which run in between, and traces no further then.
+    """
     deadline = time.monotonic() + seconds
 
-    def trace(_frame: FrameType, _event: str, _argument: Any) -> Any:
+    def trace(frame: FrameType, _event: str, _argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(_CODE_OF_TEMPLATES):
+            return None
         if time.monotonic() > deadline:
             raise _TimeLimitError
         return trace
