@@ -214,7 +214,9 @@ class _ChangeReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeRe
     CHANGE_REASON_FAILURE: _ChangeReason.ValueType  # 5
     """It failed; see Model.failure."""
     CHANGE_REASON_FORGOTTEN: _ChangeReason.ValueType  # 6
-    """It had failed, and is forgotten: it is loaded again, or there are too many."""
+    """It had failed, and is forgotten: it is loaded again, there are too many, or it
+    never was there: its name is no model's, or its load was refused.
+    """
     CHANGE_REASON_SHUTDOWN: _ChangeReason.ValueType  # 7
     """The daemon shuts down."""
     CHANGE_REASON_REPLICAS: _ChangeReason.ValueType  # 8
@@ -238,7 +240,9 @@ CHANGE_REASON_EVICTED: ChangeReason.ValueType  # 4
 CHANGE_REASON_FAILURE: ChangeReason.ValueType  # 5
 """It failed; see Model.failure."""
 CHANGE_REASON_FORGOTTEN: ChangeReason.ValueType  # 6
-"""It had failed, and is forgotten: it is loaded again, or there are too many."""
+"""It had failed, and is forgotten: it is loaded again, there are too many, or it
+never was there: its name is no model's, or its load was refused.
+"""
 CHANGE_REASON_SHUTDOWN: ChangeReason.ValueType  # 7
 """The daemon shuts down."""
 CHANGE_REASON_REPLICAS: ChangeReason.ValueType  # 8

@@ -137,6 +137,7 @@ class ModelRecord:
         leaving: Why it is being ended, if it is.
         freed_bytes: What its processes held when they ended.
         earlier_failure: Why it had failed when it began to be loaded again.
+        has_begun: Whether a worker was asked to load it, since its files were last found.
         loaded_for: The client that it was loaded for; empty for one without a name.
     """
 
@@ -170,6 +171,7 @@ class ModelRecord:
         self.leaving: ChangeReason | None = None
         self.freed_bytes = 0
         self.earlier_failure: LoaderdError | None = None
+        self.has_begun = False
         self.loaded_for = ""
 
     @property
@@ -225,6 +227,7 @@ class ModelRecord:
     def found(self, files: LocalFolder | CachedSnapshot) -> None:
         """Notes which files it is, as the first thing of its load."""
         self._steps.clear()
+        self.has_begun = False
         self.files = files
         self.identity = identity_of(files)
         if isinstance(files, CachedSnapshot):

@@ -174,7 +174,7 @@ class ModelRegistry:
         failed = [each for each in self._records.values() if each.state is ModelState.FAILED]
         for stale in failed:
             if stale.is_named(name) and stale.options == options:
-                self._forget(stale)
+                self.forget(stale)
         record = ModelRecord(name, options, KeepAlive(self.keep_alive_s, time.monotonic))
         record.loaded_for = caller.name if caller is not None else ""
         self._records[record.id] = record
@@ -236,6 +236,11 @@ class ModelRegistry:
         self._publish(record, previous)
         if state is ModelState.FAILED:
             self._forget_old_failures()
+
+    def forget(self, record: ModelRecord) -> None:
+        """Removes a model that has failed from the list."""
+        record.leaving = ChangeReason.FORGOTTEN
+        self.to(record, ModelState.UNLOADED)
 
     def resized(self, record: ModelRecord, reason: ChangeReason = ChangeReason.REPLICAS) -> None:
         """Tells all watchers that a READY model has more or fewer replicas now, and why."""
@@ -444,11 +449,7 @@ class ModelRegistry:
         failed = [each for each in self._records.values() if each.state is ModelState.FAILED]
         failed.sort(key=lambda each: each.lifecycle.entered[ModelState.FAILED])
         for record in failed[:-_MAX_FAILED]:
-            self._forget(record)
-
-    def _forget(self, record: ModelRecord) -> None:
-        record.leaving = ChangeReason.FORGOTTEN
-        self.to(record, ModelState.UNLOADED)
+            self.forget(record)
 
     def _count(self, record: ModelRecord, change: int) -> None:
         record.count(change)

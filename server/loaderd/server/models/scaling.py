@@ -137,6 +137,7 @@ class Scaling:
             async with AsyncExitStack() as turn:
                 for device in claim.accelerators:
                     await turn.enter_async_context(turns[device])
+                record.has_begun = True
                 try:
                     model = await self._supervisor.load(self._command(record, claim), claim.begun)
                 except BaseException as error:
