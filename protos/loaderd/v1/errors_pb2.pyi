@@ -64,8 +64,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: model, active_requests. Details: PreconditionFailure.
     """
     ERROR_REASON_MODEL_NOT_LOADED: _ErrorReason.ValueType  # 11
-    """FAILED_PRECONDITION. The model is not loaded, or was unloaded while the
-    request ran. Metadata: model. Details: PreconditionFailure.
+    """FAILED_PRECONDITION. The model is not loaded, or is being unloaded.
+    Metadata: model. Details: PreconditionFailure.
     """
     ERROR_REASON_MODEL_UNSUPPORTED: _ErrorReason.ValueType  # 12
     """FAILED_PRECONDITION. The model's files are whole but cannot be served:
@@ -166,6 +166,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """PERMISSION_DENIED. The model is larger than the operator allows.
     Metadata: model, size_bytes, max_bytes. Details: ResourceInfo.
     """
+    ERROR_REASON_MODEL_UNLOADED: _ErrorReason.ValueType  # 36
+    """ABORTED. Somebody unloaded the model by force while the call used it, or
+    waited for its load; what a stream has sent by then stands. The same call again
+    may load it again, which only makes sense if it is not to stay unloaded.
+    Metadata: model.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed.
@@ -220,8 +226,8 @@ ERROR_REASON_MODEL_IN_USE: ErrorReason.ValueType  # 10
 Metadata: model, active_requests. Details: PreconditionFailure.
 """
 ERROR_REASON_MODEL_NOT_LOADED: ErrorReason.ValueType  # 11
-"""FAILED_PRECONDITION. The model is not loaded, or was unloaded while the
-request ran. Metadata: model. Details: PreconditionFailure.
+"""FAILED_PRECONDITION. The model is not loaded, or is being unloaded.
+Metadata: model. Details: PreconditionFailure.
 """
 ERROR_REASON_MODEL_UNSUPPORTED: ErrorReason.ValueType  # 12
 """FAILED_PRECONDITION. The model's files are whole but cannot be served:
@@ -321,5 +327,11 @@ Details: ResourceInfo.
 ERROR_REASON_MODEL_TOO_LARGE: ErrorReason.ValueType  # 35
 """PERMISSION_DENIED. The model is larger than the operator allows.
 Metadata: model, size_bytes, max_bytes. Details: ResourceInfo.
+"""
+ERROR_REASON_MODEL_UNLOADED: ErrorReason.ValueType  # 36
+"""ABORTED. Somebody unloaded the model by force while the call used it, or
+waited for its load; what a stream has sent by then stands. The same call again
+may load it again, which only makes sense if it is not to stay unloaded.
+Metadata: model.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

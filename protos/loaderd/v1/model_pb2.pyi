@@ -542,8 +542,8 @@ class UnloadModelRequest(_message.Message):
     """
     force: _builtins.bool
     """Default false: refuse with MODEL_IN_USE while requests run or leases hold it.
-    True: running requests end with MODEL_NOT_LOADED, leases end, a load under way
-    is stopped.
+    True: running requests end with MODEL_UNLOADED, leases end, and a load under way
+    is stopped, which whoever waits for it is told in the same way.
     """
     @_builtins.property
     def grace(self) -> _duration_pb2.Duration:

@@ -165,7 +165,7 @@ class ModelInUseError(LoaderdError):
 
 @dataclass(eq=False)
 class ModelNotLoadedError(LoaderdError):
-    """The model is not loaded, or was unloaded while the request ran."""
+    """The model is not loaded, or is being unloaded."""
 
     reason = "MODEL_NOT_LOADED"
     text = "model {model!r} is not loaded; load it first"
@@ -439,6 +439,18 @@ class ModelTooLargeError(LoaderdError):
     model: str
     size_bytes: int
     max_bytes: int
+
+
+@dataclass(eq=False)
+class ModelUnloadedError(LoaderdError):
+    """Somebody unloaded the model by force while the call used it, or waited for its load."""
+
+    reason = "MODEL_UNLOADED"
+    text = (
+        "model {model!r} was unloaded by force while this call used it; try again only if it is "
+        "to be loaded again"
+    )
+    model: str
 
 
 BY_REASON: dict[str, type[LoaderdError]] = {

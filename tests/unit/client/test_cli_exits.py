@@ -51,6 +51,7 @@ EXPECTED_CODES = {
     "CLIENT_LIMIT": 7,
     "MODEL_NOT_ALLOWED": 8,
     "MODEL_TOO_LARGE": 8,
+    "MODEL_UNLOADED": 1,
 }
 
 

@@ -335,7 +335,7 @@ async def test_all_replicas_end_with_their_model(box: Box) -> None:
     workers = holding(box)
     answer = await unload(box, force=True)
     assert answer.freed_bytes == 2 << 20, "each fake holds a MiB"
-    assert [await reason_of(stream) for stream, _ in streams] == 2 * ["MODEL_NOT_LOADED"]
+    assert [await reason_of(stream) for stream, _ in streams] == 2 * ["MODEL_UNLOADED"]
     assert all(worker.exited for worker in workers)
     assert await box.list() == []
 

@@ -19,6 +19,7 @@ from loaderd.server.errors import (
     LoaderdError,
     ModelInUseError,
     ModelNotLoadedError,
+    ModelUnloadedError,
     QueueFullError,
 )
 from loaderd.server.models.events import EventBus
@@ -318,7 +319,8 @@ class ModelRegistry:
         leases = len(self.leases.of(record.id))
         if not force and (record.active_requests or leases or record.state.is_loading):
             raise ModelInUseError(text, record.active_requests, leases)
-        freed = await asyncio.shield(self.end(record, ChangeReason.UNLOAD, grace_s))
+        ending = self.end(record, ChangeReason.UNLOAD, grace_s, by_force=force)
+        freed = await asyncio.shield(ending)
         return self.view(record), freed
 
     async def _cut(
@@ -401,7 +403,12 @@ class ModelRegistry:
             record.keep_alive.held(when)
 
     def end(
-        self, record: ModelRecord, reason: ChangeReason, grace_s: float = 0.0
+        self,
+        record: ModelRecord,
+        reason: ChangeReason,
+        grace_s: float = 0.0,
+        *,
+        by_force: bool = False,
     ) -> asyncio.Task[int]:
         """Begins to end a model; no request is taken any more when this returns.
 
@@ -409,11 +416,13 @@ class ModelRegistry:
             record: The model.
             reason: Why.
             grace_s: How long its requests may go on before.
+            by_force: Whether those who use it, or wait for its load, are to be told so.
 
         Returns:
             A task whose result is the bytes that its processes held.
         """
-        error = ModelNotLoadedError(model=str(record.name))
+        kind = ModelUnloadedError if by_force else ModelNotLoadedError
+        error = kind(model=str(record.name))
         record.leaving = reason
         if record.state is ModelState.READY:
             if record.replicas.growing.locked():
