@@ -435,6 +435,26 @@ def test_run_refuses_a_system_message_without_chat_template(ctl: Ctl) -> None:
     assert "no chat template" in result.stderr
 
 
+def test_a_failure_in_mid_answer_stands_on_a_line_of_its_own(
+    daemon: FakeDaemon, client: Client
+) -> None:
+    model = client.load("demo/base")
+    asked = ("run", "demo/base", "x", "--max-new-tokens", "50000")
+    with subprocess.Popen(
+        [sys.executable, "-m", "loaderd.cli", "-a", daemon.address, *asked],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        begun = process.stdout.read(5)
+        model.unload(force=True)
+        *answer, last = (begun + process.stdout.read()).splitlines()
+
+    assert len(answer) == 1
+    assert last.startswith("loaderctl: model unloaded")
+
+
 def test_watch_begins_with_what_is_there(ctl: Ctl, client: Client) -> None:
     client.load("demo/base")
 
