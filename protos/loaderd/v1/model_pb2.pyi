@@ -878,8 +878,8 @@ class Model(_message.Message):
 
     @_builtins.property
     def timings(self) -> Global___LoadTimings:
-        """How long the steps of its load took, of its slowest replica; steps not done are
-        unset.
+        """How long the steps of its load took; steps not done are unset. Replicas that
+        come later do not change it.
         """
 
     @_builtins.property
@@ -1364,7 +1364,10 @@ Global___ModelDetails: _TypeAlias = ModelDetails  # noqa: Y015
 
 @_typing.final
 class LoadTimings(_message.Message):
-    """How long the steps of a load took."""
+    """How long the steps of a load took. They follow each other, so they add up to no
+    more than `total`. Replicas load beside each other: of worker, weights and engine
+    it has those of the replica that was ready last.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1386,7 +1389,9 @@ class LoadTimings(_message.Message):
 
     @_builtins.property
     def worker(self) -> _duration_pb2.Duration:
-        """Waiting for a worker process; near zero with a warm standby."""
+        """Waiting for a worker process, and for its turn where replicas share an
+        accelerator; near zero with a warm standby.
+        """
 
     @_builtins.property
     def weights(self) -> _duration_pb2.Duration:

@@ -217,8 +217,14 @@ def test_ps_lists_models(ctl: Ctl) -> None:
 
 def test_load_and_ps_tell_of_replicas(ctl: Ctl, daemon: FakeDaemon) -> None:
     assert ctl("load", "demo/chat", "--replicas", "3").stdout == (
-        "demo/chat is ready as m-1, bfloat16 on cpu, 3 replicas\n"
+        "demo/chat is ready as m-1, bfloat16 on cpu, 3 replicas, "
+        "loaded in 0.0 s (resolve 5 ms, weights 15 ms)\n"
     )
+    ready = "demo/chat is ready as m-1, bfloat16 on cpu, "
+    fewer = ctl("load", "demo/chat", "--replicas", "2").stdout
+    assert fewer == f"{ready}2 replicas, was loaded already\n"
+    more = ctl("load", "demo/chat", "--replicas", "3").stdout
+    assert more.startswith(f"{ready}3 replicas, more of them loaded in ")
     assert lines(ctl("ps").stdout)[1][5] == "3"
     with daemon.models.in_use("demo/chat") as model:
         del model.replicas[0]

@@ -237,14 +237,12 @@ class ModelRecord:
                 self.source = ModelSource.CACHED
 
     def loaded_by(self, models: Sequence[LoadedWorker]) -> None:
-        """Notes how long its workers took: the slowest one for each step."""
-        weights_s = [model.loaded.weights.ToTimedelta().total_seconds() for model in models]
-        self._steps["worker"] = max(model.wait_s for model in models)
-        self._steps["weights"] = max(weights_s)
-        self._steps["engine"] = max(
-            max(model.load_s - seconds, 0.0)
-            for model, seconds in zip(models, weights_s, strict=True)
-        )
+        """Notes how long its workers took, which began together: the one that was ready last."""
+        last = max(models, key=lambda model: model.wait_s + model.load_s)
+        weights_s = last.loaded.weights.ToTimedelta().total_seconds()
+        self._steps["worker"] = last.wait_s
+        self._steps["weights"] = weights_s
+        self._steps["engine"] = max(last.load_s - weights_s, 0.0)
 
     @contextmanager
     def timing(self, step: str) -> Iterator[None]:
