@@ -220,6 +220,7 @@ class DeviceMemoryError(LoaderdError):
     needed_bytes = _NumberField()
     free_bytes = _NumberField()
     holders = _TextField()
+    bounded = _TextField()
 
 
 class QueueFullError(LoaderdError):

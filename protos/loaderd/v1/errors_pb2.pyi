@@ -87,8 +87,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_DEVICE_MEMORY: _ErrorReason.ValueType  # 16
     """RESOURCE_EXHAUSTED. The device's memory cannot hold the model or request.
-    Metadata: model, and where they are known needed_bytes, free_bytes and
-    holders (the models that have the rest, such as "org/a (2.1 GB)").
+    Metadata: model, and where they are known needed_bytes, free_bytes, holders (the
+    models that have the rest, such as "org/a (2.1 GB)") and bounded (the devices of
+    which LoadOptions.max_memory allows less than could be had, such as "cpu").
     Details: QuotaFailure.
     """
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 17
@@ -249,8 +250,9 @@ Metadata: needed_bytes, free_bytes. Details: QuotaFailure.
 """
 ERROR_REASON_DEVICE_MEMORY: ErrorReason.ValueType  # 16
 """RESOURCE_EXHAUSTED. The device's memory cannot hold the model or request.
-Metadata: model, and where they are known needed_bytes, free_bytes and
-holders (the models that have the rest, such as "org/a (2.1 GB)").
+Metadata: model, and where they are known needed_bytes, free_bytes, holders (the
+models that have the rest, such as "org/a (2.1 GB)") and bounded (the devices of
+which LoadOptions.max_memory allows less than could be had, such as "cpu").
 Details: QuotaFailure.
 """
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 17

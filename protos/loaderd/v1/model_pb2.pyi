@@ -1496,7 +1496,7 @@ class PlanModelResponse(_message.Message):
     would be on the disk.
     """
     free_bytes: _builtins.int
-    """What could be had of the devices that it may be on, in bytes."""
+    """What could be had of the devices that it may be on, within max_memory, in bytes."""
     dtype: Global___Dtype.ValueType
     """The dtype that it would have; never unspecified."""
     dtype_reason: _builtins.str

@@ -16,7 +16,7 @@ from loaderd.server.errors import DeviceMemoryError, SnapshotNotFoundError, Work
 from loaderd.server.models.eviction import to_evict
 from loaderd.server.models.fitting import place_all, together
 from loaderd.server.models.needs import Estimate, estimate
-from loaderd.server.models.placement import DeviceBook, MemoryDevice, Needs, Placement, told
+from loaderd.server.models.placement import DeviceBook, MemoryDevice, Needs, Placement
 from loaderd.server.models.record import LoadOptions, ModelRecord
 from loaderd.server.models.where import DISK, SEQUENTIAL
 from loaderd.server.store.names import HubName, LocalName, parse_name
@@ -192,13 +192,7 @@ class Claim:
 
     def told(self, error: DeviceMemoryError) -> DeviceMemoryError:
         """What a worker says of its memory, with what only the plan knows."""
-        placement = self._placement
-        return DeviceMemoryError(
-            error.model,
-            placement.needed_bytes if error.needed_bytes is None else error.needed_bytes,
-            placement.free_bytes if error.free_bytes is None else error.free_bytes,
-            told(placement.holders),
-        )
+        return self._placement.refusal(error.model, error.needed_bytes, error.free_bytes)
 
     def give_up(self) -> None:
         """Gives it back when the worker has ended, which the kernel may hold for long."""
