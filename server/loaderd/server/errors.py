@@ -63,11 +63,14 @@ class ModelNotFoundError(LoaderdError):
     """The hub has no such repository, or there is no such folder."""
 
     reason = "MODEL_NOT_FOUND"
-    text = (
-        "model {model!r} was not found; check the spelling, and for a private repository "
-        "the daemon's hub token"
-    )
+    text = "model {model!r} was not found; {advice}"
     model: str
+
+    def __str__(self) -> str:
+        advice = "check the spelling, and for a private repository the daemon's hub token"
+        if self.model.startswith("/"):
+            advice = "the daemon's box has no such folder, and no such GGUF file"
+        return self.text.format(model=_shortened(self.model), advice=advice)
 
 
 @dataclass(eq=False)

@@ -250,7 +250,7 @@ def test_ps_tells_until_when_a_model_stays(ctl: Ctl, client: Client) -> None:
     assert ctl("ps").stdout.splitlines()[2].rstrip().endswith("1 lease")
     refused = ctl("unload", "demo/base")
     assert refused.exit_code == ExitCode.PRECONDITION
-    assert ctl("unload", "demo/base", "--grace", "5s").exit_code == ExitCode.INVALID
+    assert ctl("unload", "demo/base", "--grace", "5s").exit_code == ExitCode.USAGE
     assert ctl("unload", "demo/base", "--force", "--grace", "5s").exit_code == ExitCode.OK
 
 

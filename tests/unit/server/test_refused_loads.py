@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import grpc
 import pytest
 
 from loaderd.server.errors import (
@@ -19,9 +20,8 @@ from tests.waiting import until_in_loop as until
 
 
 def request(box: Box, options: dict[str, Any], **fields: Any) -> model_pb2.LoadModelRequest:
-    return model_pb2.LoadModelRequest(
-        model=str(box.folder), options=model_pb2.LoadOptions(**options), **fields
-    )
+    given = {"model": str(box.folder)} | fields
+    return model_pb2.LoadModelRequest(options=model_pb2.LoadOptions(**options), **given)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,30 @@ async def test_what_the_daemon_refuses_leaves_nothing(
     assert await reason_of(box.models.LoadModel(refused, timeout=30)) == reason
     assert await box.list() == []
     assert box.launcher.loads == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "text"),
+    [
+        ({"device_map": "foo"}, {}, 'options.device_map: \'foo\' is none of "auto", "balanced"'),
+        ({}, {"replicas": 0}, "replicas: 0 is not from 1 to 32"),
+    ],
+)
+async def test_a_refusal_says_what_was_given_and_what_could_be(
+    box: Box, options: dict[str, Any], fields: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await anext(aiter(box.models.LoadModel(request(box, options, **fields), timeout=30)))
+    assert str(caught.value.details()).startswith(text)
+
+
+async def test_a_path_that_is_not_there_is_one_of_the_daemons_box(box: Box) -> None:
+    path = str(box.folder / "nope")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await anext(aiter(box.models.LoadModel(request(box, {}, model=path), timeout=30)))
+    assert caught.value.details() == (
+        f"model '{path}' was not found; the daemon's box has no such folder, and no such GGUF file"
+    )
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,11 @@ def unload(
     json: options.Json = False,
 ) -> None:
     """Unload a model and say how much memory that freed."""
+    if grace is not None and not force:
+        raise typer.BadParameter(
+            "goes with --force; without it a model that is in use is not unloaded",
+            param_hint="--grace",
+        )
     session = session_of(context)
     with session.connect() as client:
         unloaded = client.unload(model, force=force, grace=grace, timeout=session.timeout)

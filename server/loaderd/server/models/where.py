@@ -45,7 +45,8 @@ class Where:
 
     def __post_init__(self) -> None:
         if self.device_map not in _STRATEGIES and not _DEVICE.fullmatch(self.device_map):
-            problem = f'must be "auto", "balanced", "sequential", {_DEVICE_NAMES}'
+            known = f'"auto", "balanced", "sequential", {_DEVICE_NAMES}'
+            problem = f"{self.device_map!r} is none of {known}"
             raise InvalidArgumentError("options.device_map", problem)
         for device, _ in self.max_memory:
             if not _DEVICE.fullmatch(device):
