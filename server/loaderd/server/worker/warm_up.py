@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 _CONTEXT = 64
 _LAYERS = 32
-"""transformers compiles a pattern for each tensor's name, and Python keeps the last 512. Those of so
-many layers are what most models begin with."""
+"""transformers compiles a pattern for each tensor's name, and Python keeps the last 512: these are
+those of so many layers, which have the same names in most models."""
 
 
 def warm_up() -> None:
