@@ -11,11 +11,14 @@ from typing import Any, Literal
 
 PREFIX = "LOADERD_"
 
-# Variables of the hub library that stand in for a setting.
-_HUB_VARIABLES = {
+# Variables of libraries that stand in for a setting.
+_STANDARD_VARIABLES = {
     "cache_dir": ("HF_HUB_CACHE", "HF_HOME"),
     "hub_endpoint": ("HF_ENDPOINT",),
     "offline": ("HF_HUB_OFFLINE",),
+    "tracing_endpoint": ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),
+    "tracing_ratio": ("OTEL_TRACES_SAMPLER",),
+    "tracing_service_name": ("OTEL_SERVICE_NAME",),
 }
 
 
@@ -57,7 +60,7 @@ class Sources:
         if self.file is None:
             return
         try:
-            self.table = tomllib.loads(self.file.read_text())
+            self.table = _by_option(tomllib.loads(self.file.read_text()))
         except FileNotFoundError:
             self.problem = f"config: there is no file {file}"
         except OSError as error:
@@ -76,7 +79,16 @@ class Sources:
                 return Origin("variable", variable)
         if setting in self.table:
             return Origin("file", str(self.file))
-        for variable in _HUB_VARIABLES.get(setting, ()):
+        for variable in _STANDARD_VARIABLES.get(setting, ()):
             if os.environ.get(variable):
                 return Origin("variable", variable)
         return Origin("default")
+
+
+def _by_option(table: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file by the names of their options, also those of its table [tracing]."""
+    inner = table.get("tracing")
+    if not isinstance(inner, dict):
+        return table
+    settings = {f"tracing_{name}": value for name, value in inner.items() if name != "enabled"}
+    return {**table, "tracing": inner.get("enabled", True), **settings}
