@@ -69,6 +69,8 @@ class Sources:
             self.problem = f"config: {file} is not text in UTF-8"
         except tomllib.TOMLDecodeError as error:
             self.problem = f"config: {file} is not TOML: {error}"
+        except ValueError as error:
+            self.problem = f"config: {file}: {error}"
 
     def origin(self, setting: str) -> Origin:
         """What sets a setting: the first of flag, variable, file and default that has it."""
@@ -86,9 +88,15 @@ class Sources:
 
 
 def _by_option(table: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a file by the names of their options, also those of its table [tracing]."""
+    """The settings of a file by the names of their options, also those of its table [tracing].
+
+    Raises:
+        ValueError: It has one twice.
+    """
     inner = table.get("tracing")
     if not isinstance(inner, dict):
         return table
     settings = {f"tracing_{name}": value for name, value in inner.items() if name != "enabled"}
+    if twice := sorted(settings.keys() & table.keys()):
+        raise ValueError(f"{twice[0]} stands in it twice, once in [tracing]")
     return {**table, "tracing": inner.get("enabled", True), **settings}

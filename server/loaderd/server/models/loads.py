@@ -339,6 +339,7 @@ class Loads:
         if held is not None and held.state is ModelState.UNLOADING:
             await held.gone.wait()
         elif held is not None and held.state is ModelState.READY:
+            annotate(held.span_attributes)
             return held
         if record is None:
             record = self._registry.failed(identity, options)

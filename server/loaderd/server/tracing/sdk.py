@@ -76,11 +76,11 @@ class SdkTracer:
     def serve(self, name: str, headers: Iterable[tuple[str, str | bytes]]) -> Span:
         """See `Tracer.serve`."""
         parent = _W3C.extract(_trace_context(headers), Context())
-        return _SdkSpan(self._tracer, self._tracer.start_span(name, parent, SpanKind.SERVER))
+        return _SdkSpan(self._tracer, _Clock(), name, parent, kind=SpanKind.SERVER)
 
     def begin(self, name: str) -> Span:
         """See `Tracer.begin`."""
-        return _SdkSpan(self._tracer, self._tracer.start_span(name, Context()))
+        return _SdkSpan(self._tracer, _Clock(), name, Context())
 
     def close(self) -> None:
         """Sends what waits still, which takes a few seconds at most."""
@@ -91,13 +91,35 @@ class SdkTracer:
             logger.warning("the collector did not take the last spans in time")
 
 
+class _Clock:
+    """The time of day for the spans of one trace, which fit together whoever sets it meanwhile."""
+
+    def __init__(self) -> None:
+        self._offset_ns = time.time_ns() - time.monotonic_ns()
+
+    def ns(self, at: float | None) -> int:
+        """Nanoseconds of the epoch at a monotonic time in seconds; None: now."""
+        return self._offset_ns + (time.monotonic_ns() if at is None else round(at * 1e9))
+
+
 class _SdkSpan:
     """A span of the SDK's."""
 
-    def __init__(self, tracer: trace.Tracer, span: trace.Span) -> None:
+    def __init__(
+        self,
+        tracer: trace.Tracer,
+        clock: _Clock,
+        name: str,
+        parent: Context,
+        *,
+        kind: SpanKind = SpanKind.INTERNAL,
+        links: Sequence[Link] = (),
+        at: float | None = None,
+    ) -> None:
         self._tracer = tracer
-        self._span = span
-        context = span.get_span_context()
+        self._clock = clock
+        self._span = tracer.start_span(name, parent, kind, links=links, start_time=clock.ns(at))
+        context = self._span.get_span_context()
         self.ids: Mapping[str, str] = (
             {
                 "trace_id": trace.format_trace_id(context.trace_id),
@@ -111,8 +133,7 @@ class _SdkSpan:
         """See `Span.child`."""
         links = [Link(link._span.get_span_context())] if isinstance(link, _SdkSpan) else []
         parent = trace.set_span_in_context(self._span, Context())
-        span = self._tracer.start_span(name, parent, links=links, start_time=_wall_ns(at))
-        return _SdkSpan(self._tracer, span)
+        return _SdkSpan(self._tracer, self._clock, name, parent, links=links, at=at)
 
     def set(self, attributes: Mapping[str, Value]) -> None:
         """See `Span.set`."""
@@ -125,7 +146,7 @@ class _SdkSpan:
             self._span.set_attribute(names.ERROR_TYPE, error)
         if error and error != CANCELLED:
             self._span.set_status(Status(StatusCode.ERROR, error))
-        self._span.end(_wall_ns(at))
+        self._span.end(self._clock.ns(at))
 
 
 def _resource(service_name: str | None) -> Resource:
@@ -146,8 +167,3 @@ def _trace_context(headers: Iterable[tuple[str, str | bytes]]) -> Mapping[str, S
 
 def _short(value: Value) -> Value:
     return value[:_LONGEST_VALUE] if isinstance(value, str) else value
-
-
-def _wall_ns(at: float | None) -> int | None:
-    """A monotonic time by the clock that spans have."""
-    return None if at is None else time.time_ns() - round((time.monotonic() - at) * 1e9)
