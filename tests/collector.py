@@ -28,7 +28,9 @@ class Collector:
         self.headers: dict[str, str] = {}
         self._server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
         servicer: Any = self
-        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(servicer, self._server)
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(  # type: ignore[no-untyped-call]
+            servicer, self._server
+        )
         self.url = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
 
     def __enter__(self) -> Collector:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from loaderd.server.errors import ModelUnsupportedError
 from loaderd.server.logs.lines import JsonFormatter
 from loaderd.server.models.loads import OnDemand
 from loaderd.server.models.manifest import Declared, Manifest
+from loaderd.server.supervisor.launcher import worker_environment
+from loaderd.server.tracing import names
 from loaderd.v1 import generation_pb2, model_pb2
 from tests.recorded_spans import SPAN_ID, TRACE_ID, TRACEPARENT, RecordedSpans
 from tests.unit.server.box import Box, make_model, open_box, reason_of
@@ -227,6 +230,7 @@ async def test_what_the_daemon_does_by_itself_begins_traces(box: Box, spans: Rec
     manifest = Manifest([Declared(str(box.folder))], box.registry, box.loads, tracer=spans.tracer)
     await manifest.loaded()
     assert spans.one("preload").parent is None
+    assert spans.told("preload") == {"loaderd.model.name": str(box.folder)}
     assert spans.parts("preload") == ["resolve", "load"]
     spans.clear()
     box.launcher.workers[0].kill()
@@ -264,6 +268,21 @@ async def test_log_lines_name_the_trace_and_so_do_commands_for_workers(
     assert [{key: line[key] for key in ids} for line in lines] == [ids]
     (trace,) = loaded.launcher.workers[0].traces
     assert {"trace_id": trace.trace_id, "span_id": trace.span_id} == ids
+
+
+def test_the_docs_name_every_attribute() -> None:
+    docs = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
+    section = docs.partition("\n## Traces\n")[2].partition("\n## ")[0]
+    table = section.partition("| Attribute |")[2]
+    named = {name for name in re.findall("`([a-z_.]+)`", table) if "." in name}
+    assert named == {value for name, value in vars(names).items() if name.isupper()}
+
+
+def test_the_collectors_secrets_go_to_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
+    for variable in variables:
+        monkeypatch.setenv(variable, "authorization=plugh")
+    assert not set(variables) & worker_environment().keys()
 
 
 async def test_without_tracing_nothing_is_told(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.replicas import check_replicas
 from loaderd.server.models.where import AUTO, Where
-from loaderd.server.tracing.spans import Tracer, running
+from loaderd.server.tracing import names
+from loaderd.server.tracing.spans import Tracer, annotate, running
 from loaderd.v1 import model_pb2
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class Manifest:
         """Whether it need not be tried again."""
         try:
             with running(self._tracer.begin("preload") if self._tracer is not None else None):
+                annotate({names.MODEL: model.name})
                 loading = self._loads.load(model.name, model.options, replicas=model.replicas)
                 record = await outcome(loading)
             self._registry.keep(record, model.keep_alive_s)

@@ -11,7 +11,7 @@ from contextvars import Context
 from loaderd.server.errors import LoaderdError
 from loaderd.server.models.loads import Loads
 from loaderd.server.models.record import ModelRecord
-from loaderd.server.tracing.spans import Tracer, running
+from loaderd.server.tracing.spans import Tracer, annotate, running
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class Restarts:
             self._loading.add(record.id)
             try:
                 with running(self._tracer.begin("restart") if self._tracer is not None else None):
+                    annotate(record.span_attributes)
                     loaded = await self._loads.again(record)
                 if loaded is not record:
                     return  # other names of the same files came to be loaded
