@@ -106,7 +106,7 @@ PLAIN = LinearPolicy()
 """As torch does it."""
 
 Product = Callable[[torch.Tensor], torch.Tensor]
-"""From [..., inputs] to [..., outputs], of the same type."""
+"""From [..., inputs] of any type to [..., outputs] of the one that it is computed in."""
 
 
 class UnfitWeightError(RuntimeError):
@@ -141,7 +141,7 @@ def product(weight: torch.Tensor, bias: torch.Tensor | None, form: Form) -> Prod
 
 
 def _converted(dtype: torch.dtype, multiply: Product) -> Product:
-    return lambda inputs: multiply(inputs.to(dtype)).to(inputs.dtype)
+    return lambda inputs: multiply(inputs.to(dtype))
 
 
 def _native(

@@ -21,6 +21,7 @@ from loaderd.server.worker.engine.batching.kernels import (
     PLAIN,
     Form,
     LinearPolicy,
+    Product,
     UnfitWeightError,
     best_policy,
     product,
@@ -156,7 +157,7 @@ class Hybrid:
         self._many = product(weight, bias, Form.NATIVE) if policy.many is Form.NATIVE else own
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """From [..., inputs] to [..., outputs], of the same type."""
+        """See `Product`."""
         multiply = self._few if inputs.shape[:-1].numel() <= FEW else self._many
         return multiply(inputs)
 
@@ -199,7 +200,16 @@ class HybridLinear(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.weight = _parameter(weight)
         self.bias = None if bias is None else _parameter(bias)
-        self.forward = self.hybrid = Hybrid(weight, bias, policy)
+        self.hybrid = Hybrid(weight, bias, policy)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """From [..., inputs] to [..., outputs], of the same type."""
+        return self.hybrid(inputs).to(inputs.dtype)
+
+
+def product_of(layer: nn.Module) -> Product:
+    """What a linear layer computes, without a conversion to the type of what goes in."""
+    return layer.hybrid if isinstance(layer, HybridLinear) else layer.forward
 
 
 class Siblings:
@@ -242,7 +252,8 @@ class Siblings:
         """The outputs of one of the layers."""
         if inputs is not self._inputs:
             self._inputs = inputs
-            self._outputs = list(self.whole(inputs).split(self._sizes, -1))
+            outputs = self.whole(inputs).to(inputs.dtype)
+            self._outputs = list(outputs.split(self._sizes, -1))
         output = self._outputs[index]
         if index == len(self._sizes) - 1:
             # The last one: what was computed is not needed any more.
