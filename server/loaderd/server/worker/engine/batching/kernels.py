@@ -54,6 +54,10 @@ class Form(StrEnum):
         """
         return {Form.REORDERED: itemsize, Form.PACKED: 2, Form.WIDENED: 4}.get(self, 0)
 
+    def type_of(self, weights: torch.dtype) -> torch.dtype:
+        """What weights of some type are multiplied in."""
+        return torch.float32 if self in (Form.PACKED, Form.WIDENED) else weights
+
 
 _TEXTS = {
     Form.NATIVE: "as matrix-vector products",

@@ -155,11 +155,16 @@ class Hybrid:
         own = product(weight, bias, Form.OWN)
         self._few = product(weight, bias, Form.NATIVE) if policy.few is Form.NATIVE else own
         self._many = product(weight, bias, Form.NATIVE) if policy.many is Form.NATIVE else own
+        self._few_type = self._many_type = weight.dtype
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """See `Product`."""
         multiply = self._few if inputs.shape[:-1].numel() <= FEW else self._many
         return multiply(inputs)
+
+    def type_of(self, rows: int) -> torch.dtype:
+        """What so many rows are multiplied in: inputs of this type are not converted."""
+        return self._few_type if rows <= FEW else self._many_type
 
     @property
     def missing_bytes(self) -> int:
@@ -179,7 +184,9 @@ class Hybrid:
         except UnfitWeightError as error:
             logger.info("a layer of %s stays as it is: %s", tuple(weight.shape), error)
         else:
-            self._few, self._many = made[self._policy.few], made[self._policy.many]
+            few, many = self._policy.few, self._policy.many
+            self._few, self._many = made[few], made[many]
+            self._few_type, self._many_type = few.type_of(weight.dtype), many.type_of(weight.dtype)
 
 
 class HybridLinear(nn.Module):  # type: ignore[misc]
