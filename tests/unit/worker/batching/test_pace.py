@@ -53,6 +53,14 @@ def test_few_who_decode_wait_for_many_who_wait() -> None:
     assert pace.budget(1, 31) == 512
 
 
+def test_steps_of_more_than_ever_decoded_are_guessed_from_those_of_fewer() -> None:
+    pace = Pace()
+    for decoding, seconds in [(1, 0.01), (8, 0.024)] * 30:
+        pace.note(decoding, 0, seconds)
+        pace.note(decoding, 20, seconds + 20 * 0.001)
+    assert pace.budget(16, 16) * 0.001 == pytest.approx(1.9 * 0.072 - 0.040, abs=0.002)
+
+
 @given(st.floats(1e-6, 100), st.floats(1e-9, 10), st.integers(0, 64), st.integers(0, 2000))
 def test_every_step_takes_prompts_further_but_none_takes_for_ever(
     decode_seconds: float, token_seconds: float, decoding: int, prompts: int

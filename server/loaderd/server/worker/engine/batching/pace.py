@@ -101,14 +101,17 @@ class _DecodeTimes:
         )
 
     def seconds(self, decoding: int) -> float:
-        """Between what was measured a straight line, beyond it the nearest; 0 for no idea."""
+        """On the straight line between what was measured next to it; 0 for no idea."""
         if not decoding or not self._points:
             return 0.0
         points = [self._points[size] for size in sorted(self._points)]
+        if len(points) == 1 or decoding < points[0][0]:
+            return points[0][1]
         for (x0, y0), (x1, y1) in pairwise(points):
+            slope = (y1 - y0) / (x1 - x0)
             if x0 <= decoding <= x1:
-                return y0 + (y1 - y0) * (decoding - x0) / (x1 - x0)
-        return points[0][1] if decoding < points[0][0] else points[-1][1]
+                return y0 + slope * (decoding - x0)
+        return y1 + max(slope, 0.0) * (decoding - x1)
 
 
 class _Line:
