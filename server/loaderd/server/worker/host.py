@@ -25,8 +25,9 @@ from loaderd.server.errors import LoaderdError, ModelNotLoadedError
 from loaderd.server.logs.call import bind
 from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.build import EngineSettings, batching_engine
+from loaderd.server.worker.engine.batching.caches import cache_folder
 from loaderd.server.worker.engine.batching.suitability import UnsuitableError
-from loaderd.server.worker.engine.batching.trials import Trials, default_folder
+from loaderd.server.worker.engine.batching.trials import Trials
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.parameters import ModelFacts, check_supported, typed_request
 from loaderd.server.worker.engine.protocol import Engine
@@ -214,7 +215,7 @@ class ModelHost:
                 on_death=_end_process,
                 context_length=facts.context_length,
                 settings=settings,
-                trials=Trials(default_folder()),
+                trials=Trials(cache_folder("trials")),
             )
         except UnsuitableError as error:
             logger.info("%s is served one request at a time: %s", name, error)

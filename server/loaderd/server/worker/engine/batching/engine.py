@@ -175,8 +175,8 @@ class BatchingEngine:
             _Work(row.job, row, Feed(row.slot, row.length, row.token_ids[-1:], wants=1))
             for row in rows
         ]
-        decoding = len({row.job for row in rows})
-        budget = self._pace.budget(decoding, len(self._running) - decoding)
+        prompts = len(self._running) - len({row.job for row in rows})
+        budget = self._pace.budget(len(rows), prompts)
         for piece in self._reception.pieces(budget):
             job = self._running[piece.key]
             with self._failing(job, "starting"):
