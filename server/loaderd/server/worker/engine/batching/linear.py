@@ -216,7 +216,9 @@ class HybridLinear(nn.Module):  # type: ignore[misc]
 
 def product_of(layer: nn.Module) -> Product:
     """What a linear layer computes, without a conversion to the type of what goes in."""
-    return layer.hybrid if isinstance(layer, HybridLinear) else layer.forward
+    if isinstance(layer, HybridLinear):
+        return layer.hybrid
+    return lambda inputs: layer(inputs.to(layer.weight.dtype))
 
 
 class Siblings:

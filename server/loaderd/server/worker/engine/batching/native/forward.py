@@ -67,16 +67,20 @@ class NativeForward:
             part[0, :, : part.shape[-1] // 2].contiguous()
             for part in self._rotary(hidden, positions.unsqueeze(0))
         )
-        of_products = self._layers[0].queries_keys_values.type_of(len(hidden))
-        scratch = _Scratch(cosines, sines, torch.empty(hidden.shape, dtype=of_products))
+        normed = torch.empty(hidden.shape, dtype=self._type_for(len(hidden)))
+        scratch = _Scratch(cosines, sines, normed)
         delta = None
         for layer in self._layers:
             delta = layer(hidden, delta, scratch, step)
         if wanted is not None:
             hidden, delta = hidden[wanted], None if delta is None else delta[wanted]
-        normed = torch.empty_like(hidden)
+        normed = torch.empty(hidden.shape, dtype=self._type_for(len(hidden)))
         self._kernels.add_and_norm(hidden, delta, self._norm.weight, self._norm.epsilon, normed)
         return self._head(normed)
+
+    def _type_for(self, rows: int) -> torch.dtype:
+        """What the products of so many rows take without a conversion."""
+        return self._layers[0].queries_keys_values.type_of(rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,8 @@ INLINE void narrow(const float *from, long count, void *to, int type, long first
 
 /* e to a number that is not positive: two factors, 2 to a whole number and a polynomial. */
 INLINE float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
+    int is_nothing = x < -87.0f;
+    x = is_nothing ? -87.0f : x;
     float whole = __builtin_rintf(x * 1.44269504088896341f);
     float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
     float sum = 1.0f / 720;
@@ -81,7 +82,7 @@ INLINE float exponential(float x) {
     int32_t bits = ((int32_t)whole + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
-    return sum * power;
+    return is_nothing ? 0.0f : sum * power;
 }
 
 /* Rows that threads take one by one. */
