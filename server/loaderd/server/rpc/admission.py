@@ -14,6 +14,7 @@ from loaderd.server.rpc import bounds
 from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.call import Call
 from loaderd.server.rpc.clients import Clients
+from loaderd.server.tracing.spans import Span
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -36,15 +37,18 @@ class Admission:
         self._clients = clients
         self._audit = audit
 
-    def call(self, method: str, request: object, context: Context) -> Call:
+    def call(
+        self, method: str, request: object, context: Context, span: Span | None = None
+    ) -> Call:
         """A call that asks to be let in; it is to be told how it ends, also if it is not.
 
         Args:
             method: The method's path.
             request: The message, or the stream of them.
             context: The call.
+            span: Tells of it; None: nobody asked.
         """
-        return Call(method, request, context, self._audit)
+        return Call(method, request, context, self._audit, span)
 
     @contextmanager
     def admit(self, call: Call, *, streams: bool) -> Iterator[Any]:

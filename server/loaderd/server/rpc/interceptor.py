@@ -18,6 +18,8 @@ from loaderd.server.errors import InternalError, LoaderdError
 from loaderd.server.rpc.admission import Admission, Malformed
 from loaderd.server.rpc.call import REQUEST_ID_HEADER, Call, code_name
 from loaderd.server.rpc.status import status_of
+from loaderd.server.tracing import names
+from loaderd.server.tracing.spans import Span, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +37,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         admission: Lets calls in.
+        tracer: Gets a span of each call of loaderd's own services; None: nobody asked.
     """
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, tracer: Tracer | None = None) -> None:
         self._admission = admission
+        self._tracer = tracer
 
     async def intercept_service(
         self,
@@ -93,7 +97,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self, method: str, request: object, context: Context, *, streams: bool
     ) -> AsyncIterator[Any]:
         """Admits a call, ends it in a status, and tells the logs before its caller hears of it."""
-        call = self._admission.call(method, request, context)
+        call = self._admission.call(method, request, context, self._span(method, context))
         try:
             with self._admission.admit(call, streams=streams) as admitted:
                 context.set_trailing_metadata(((REQUEST_ID_HEADER, call.request_id),))
@@ -115,6 +119,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await _abort_as_defect(call, context)
         else:
             call.tell("OK")
+
+    def _span(self, method: str, context: Context) -> Span | None:
+        if self._tracer is None or not method.startswith("/loaderd."):
+            return None  # probes and reflection say nothing of what the daemon does
+        name = method.removeprefix("/")
+        span = self._tracer.serve(name, context.invocation_metadata() or ())
+        span.set({names.RPC_SYSTEM: "grpc", names.RPC_METHOD: name})
+        return span
 
 
 async def _abort(call: Call, error: LoaderdError, context: Context) -> None:

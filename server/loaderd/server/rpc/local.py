@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from loaderd.server.errors import LoaderdError
 from loaderd.server.rpc.admission import Admission
 from loaderd.server.rpc.call import code_of
+from loaderd.server.tracing.spans import begin
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class LocalCalls:
         self, method: str, request: Message, call: LocalCall, *, streams: bool
     ) -> Iterator[Any]:
         context: Any = call  # what is asked of a context, it has
-        told = self._admission.call(f"/{method}", request, context)
+        told = self._admission.call(f"/{method}", request, context, begin(method))
         try:
             with self._admission.admit(told, streams=streams) as admitted:
                 yield admitted

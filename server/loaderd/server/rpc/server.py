@@ -25,6 +25,7 @@ from loaderd.server.rpc.reflection import add_reflection
 from loaderd.server.rpc.system_service import SystemService
 from loaderd.server.store.store import ModelStore
 from loaderd.server.supervisor.supervisor import Supervisor
+from loaderd.server.tracing.spans import Tracer
 from loaderd.v1 import (
     cache_pb2,
     cache_pb2_grpc,
@@ -70,13 +71,13 @@ class RpcServer:
         access: Access,
         observer: Observer | None = None,
         audit: AuditLog | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         clients = Clients()
         admission = Admission(access, clients, audit)
         counters = [] if observer is None else [CallCounter(observer)]
-        self._server = grpc.aio.server(
-            options=_OPTIONS, interceptors=[*counters, CallInterceptor(admission)]
-        )
+        interceptor = CallInterceptor(admission, tracer)
+        self._server = grpc.aio.server(options=_OPTIONS, interceptors=[*counters, interceptor])
         models = ModelService(registry, loads, planner)
         model_pb2_grpc.add_ModelServiceServicer_to_server(models, self._server)
         cache = CacheService(registry, store)
