@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 from loaderd.server.worker.engine.batching import kernels, linear, preparation
 from loaderd.server.worker.engine.batching.kernels import FEW, Form, LinearPolicy, best_policy
 from loaderd.server.worker.engine.batching.linear import HybridLinear, fastest, speed_up
+from loaderd.server.worker.engine.batching.mapped import is_mapped
+from loaderd.server.worker.loader import ModelLoader
 from tests.unit.worker.engine_client import PROMPT, Client, build, reference
 
 _GLU = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -120,6 +124,46 @@ def test_weights_that_only_copies_multiply_are_held_once() -> None:
     before = layer.q_proj.weight.data_ptr()
     speed_up(model, LinearPolicy(Form.PACKED, Form.PACKED), PLENTY)
     assert layer.q_proj.weight.data_ptr() == before
+
+
+def storages(layers: Sequence[Any]) -> set[int]:
+    return {layer.weight.untyped_storage().data_ptr() for layer in layers}
+
+
+def test_weights_that_are_multiplied_themselves_become_one_with_the_copies() -> None:
+    model = build("llama", **_GLU).to(torch.bfloat16)
+    policy = LinearPolicy(Form.NATIVE, Form.REORDERED)
+    if not is_there(Form.REORDERED, torch.bfloat16):
+        pytest.skip("this CPU has no instructions for it")
+    attention = model.model.layers[0].self_attn
+    before = [layer.weight.clone() for layer in (attention.q_proj, attention.k_proj)]
+    linears = speed_up(model, policy, PLENTY)
+    assert len(storages([attention.q_proj, attention.k_proj, attention.v_proj])) == 3
+    linears.make_copies()
+    assert len(storages([attention.q_proj, attention.k_proj, attention.v_proj])) == 1
+    assert torch.equal(attention.q_proj.weight, before[0])
+    assert torch.equal(attention.k_proj.weight, before[1])
+
+
+def test_what_becomes_one_takes_memory_where_it_was_in_a_file(tmp_path: Path) -> None:
+    model = build("llama", **_GLU).to(torch.bfloat16)
+    policy = LinearPolicy(Form.NATIVE, Form.REORDERED)
+    if not is_there(Form.REORDERED, torch.bfloat16):
+        pytest.skip("this CPU has no instructions for it")
+    model.save_pretrained(tmp_path)
+    mapped = ModelLoader(str(tmp_path), dtype=torch.bfloat16, device_map="cpu").load_model()
+    layers = [layer for layer in mapped.modules() if isinstance(layer, torch.nn.Linear)]
+    numbers = sum(layer.weight.numel() for layer in layers)
+    alone = sum(
+        layer.weight.numel()
+        for block in mapped.model.layers
+        for layer in (block.self_attn.o_proj, block.mlp.down_proj)
+    )
+    alone += mapped.lm_head.weight.numel()
+    assert is_mapped(mapped.lm_head.weight)
+    assert not is_mapped(model.lm_head.weight)
+    assert speed_up(model, policy, PLENTY).missing_bytes == 2 * numbers
+    assert speed_up(mapped, policy, PLENTY).missing_bytes == 2 * (2 * numbers - alone)
 
 
 def test_the_memory_of_copies_is_told_before_it_is_taken() -> None:

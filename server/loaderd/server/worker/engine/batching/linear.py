@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from loaderd.server.worker.engine.batching.kernels import (
     best_policy,
     product,
 )
+from loaderd.server.worker.engine.batching.mapped import is_mapped
 from loaderd.server.worker.quantization import is_quantized
 
 logger = logging.getLogger(__name__)
@@ -63,16 +64,23 @@ class Linears:
     Args:
         policy: How they are computed.
         layers: Those with weights of their own.
+        are_mapped: Whether these weights are parts of mapped files.
     """
 
-    def __init__(self, policy: LinearPolicy, layers: Sequence[Hybrid]) -> None:
+    def __init__(
+        self, policy: LinearPolicy, layers: Sequence[Hybrid], *, are_mapped: bool = False
+    ) -> None:
         self.policy = policy
         self._layers = layers
+        self._are_mapped = are_mapped
 
     @property
     def missing_bytes(self) -> int:
         """What the copies that are still to be made will take."""
-        return sum(layer.missing_bytes for layer in self._layers)
+        copies = sum(layer.missing_bytes for layer in self._layers)
+        if not self._are_mapped:
+            return copies
+        return copies + sum(layer.joined_bytes for layer in self._layers)
 
     def make_copies_beside(self) -> None:
         """Makes them in a thread of its own, which waits for all others."""
@@ -110,13 +118,14 @@ def speed_up(model: nn.Module, policy: LinearPolicy, free_bytes: int) -> Linears
         room = free_bytes / sum(layer.weight.numel() for layer in layers)
         if policy.bytes_of(layers[0].weight.itemsize) > room:
             policy = best_policy(_typical(layers), room)
+    are_mapped = bool(layers) and is_mapped(layers[0].weight)
     hybrids: list[Hybrid] = []
     with torch.no_grad():
         for module in list(model.modules()):
             hybrids += _fuse(module, policy)
             if policy != PLAIN:
                 hybrids += _replace(module, policy)
-    return Linears(policy, hybrids)
+    return Linears(policy, hybrids, are_mapped=are_mapped)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -145,15 +154,26 @@ class Hybrid:
 
     Args:
         parts: The weights and biases of layers whose outputs stand side by side. They become one
-            in the policy's copies; those of a policy that has none are best made one before.
+            with the policy's copies; those of a policy that has none are best made one before.
         policy: The ways.
+        on_join: Called with the one weight and bias that several became, if they are multiplied
+            themselves.
     """
 
-    def __init__(self, parts: Sequence[_Weights], policy: LinearPolicy) -> None:
+    def __init__(
+        self,
+        parts: Sequence[_Weights],
+        policy: LinearPolicy,
+        on_join: Callable[[torch.Tensor, torch.Tensor | None], None] = lambda *_: None,
+    ) -> None:
         self._policy = policy
-        numbers = sum(weight.numel() for weight, _ in parts)
-        self._copied_bytes = policy.bytes_of(parts[0][0].itemsize) * numbers
+        self._on_join = on_join
+        weights = [weight for weight, _ in parts]
+        numbers = sum(weight.numel() for weight in weights)
+        self._copied_bytes = policy.bytes_of(weights[0].itemsize) * numbers
         self._source = parts if self._copied_bytes else ()
+        is_joined = len(parts) > 1 and not policy.is_all_copies
+        self._joined_bytes = sum(weight.nbytes for weight in weights) if is_joined else 0
         own = _side_by_side(parts, Form.OWN)
         self._few = _side_by_side(parts, Form.NATIVE) if policy.few is Form.NATIVE else own
         self._many = _side_by_side(parts, Form.NATIVE) if policy.many is Form.NATIVE else own
@@ -173,6 +193,11 @@ class Hybrid:
         """What the policy's copies will take; 0 when there are none to be made."""
         return self._copied_bytes if self._source else 0
 
+    @property
+    def joined_bytes(self) -> int:
+        """What the one weight will take that several become; theirs are let go for it."""
+        return self._joined_bytes if self._source else 0
+
     def make_copies(self) -> None:
         """From now on the policy holds; a weight that a form cannot hold stays as it is."""
         source, self._source = self._source, ()  # else its memory would stay
@@ -188,6 +213,8 @@ class Hybrid:
         else:
             few, many = self._policy.few, self._policy.many
             self._few, self._many = made[few], made[many]
+            if self._joined_bytes:
+                self._on_join(weight, bias)
             self._few_type, self._many_type = few.type_of(weight.dtype), many.type_of(weight.dtype)
 
 
@@ -232,20 +259,20 @@ class Siblings:
 
     Attributes:
         whole: All of them; their outputs side by side.
+        parts: What takes the layers' places.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], policy: LinearPolicy) -> None:
         self._sizes = [layer.out_features for layer in layers]
-        self._parts: list[_Weights] = [(layer.weight, layer.bias) for layer in layers]
-        if policy.is_all_copies:
-            # They become one in the copies, for which no load waits.
-            self.whole = Hybrid(self._parts, policy)
+        weights: list[_Weights] = [(layer.weight, layer.bias) for layer in layers]
+        self.parts = [_Part(self, index, *each) for index, each in enumerate(weights)]
+        if policy.bytes_of(1):
+            # They become one where copies are made, for which no load waits.
+            self.whole = Hybrid(weights, policy, self._hold)
         else:
-            whole = weight, bias = _joined(self._parts)
-            self.whole = Hybrid([whole], policy)
-            biases = [None] * len(layers) if bias is None else bias.split(self._sizes)
-            # One of the two is enough: what files are mapped to costs no memory.
-            self._parts = list(zip(weight.split(self._sizes), biases, strict=True))
+            joined = _joined(weights)
+            self.whole = Hybrid([joined], policy)
+            self._hold(*joined)
         self._inputs: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []
 
@@ -254,10 +281,11 @@ class Siblings:
         """Those that a layer is one of."""
         return layer.siblings if isinstance(layer, _Part) else None
 
-    def parts(self) -> Iterator[nn.Module]:
-        """What takes the layers' places."""
-        for index, (weight, bias) in enumerate(self._parts):
-            yield _Part(self, index, weight, bias)
+    def _hold(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Lets go of the layers' own weights, which are parts of this one now."""
+        biases = [None] * len(self.parts) if bias is None else bias.split(self._sizes)
+        for part, *each in zip(self.parts, weight.split(self._sizes), biases, strict=True):
+            part.hold(*each)
 
     def output(self, inputs: torch.Tensor, index: int) -> torch.Tensor:
         """The outputs of one of the layers."""
@@ -279,10 +307,14 @@ class _Part(nn.Module):  # type: ignore[misc]
         self, siblings: Siblings, index: int, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
         super().__init__()
-        self.weight = _parameter(weight)
-        self.bias = None if bias is None else _parameter(bias)
         self.siblings = siblings
         self._index = index
+        self.hold(weight, bias)
+
+    def hold(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Has these as its weights from now on."""
+        self.weight = _parameter(weight)
+        self.bias = None if bias is None else _parameter(bias)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """This one's outputs."""
@@ -310,7 +342,7 @@ def _fuse(module: nn.Module, policy: LinearPolicy) -> Iterator[Hybrid]:
         layers = [module._modules.get(name) for name in names]
         if _are_siblings(layers):
             siblings = Siblings(layers, policy)
-            for name, part in zip(names, siblings.parts(), strict=True):
+            for name, part in zip(names, siblings.parts, strict=True):
                 setattr(module, name, part)
             yield siblings.whole
 
