@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from loaderd.server.errors import LoaderdError
 from loaderd.server.http.caller import caller
 from loaderd.server.http.errors import on_failure, on_refusal
-from loaderd.server.http.guard import Counted, Named, OwnHost
+from loaderd.server.http.guard import Counted, Named, OwnHost, WithRoom
 from loaderd.server.http.metrics.metrics import Metrics
 from loaderd.server.http.openai.api import OpenAiApi
 from loaderd.server.http.status_page import status_routes
@@ -30,6 +30,7 @@ def build_app(
     metrics: Metrics,
     is_draining: Callable[[], bool],
     is_own_host: Callable[[str], bool],
+    has_room: Callable[[], bool],
 ) -> ASGIApp:
     """The application.
 
@@ -38,6 +39,7 @@ def build_app(
         metrics: What /metrics tells.
         is_draining: Whether the daemon shuts down.
         is_own_host: Tells the hosts that requests may name.
+        has_room: Whether there is room for the connections that are open.
     """
 
     async def healthz(_: Request) -> Response:
@@ -61,11 +63,12 @@ def build_app(
         *status_routes(calls),
     ]
     known = {route.path for route in routes}
-    return Starlette(
+    app = Starlette(
         routes=[*routes, OpenAiApi(calls).routes()],
         middleware=[
             Middleware(Counted, answered=metrics.answered, route_of=lambda p: _route(p, known)),
             Middleware(Named),
+            Middleware(WithRoom, has_room=has_room),
             Middleware(OwnHost, is_own=is_own_host),
         ],
         exception_handlers={
@@ -74,6 +77,8 @@ def build_app(
             Exception: on_failure,
         },
     )
+    app.router.redirect_slashes = False  # a path is as it is documented, or is not there
+    return app
 
 
 _API_PATHS = {"/v1/models", "/v1/chat/completions", "/v1/completions"}

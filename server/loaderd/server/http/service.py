@@ -54,7 +54,11 @@ class HttpService:
         """
         self._following = asyncio.create_task(self.metrics.follow())
         app = build_app(
-            calls, self.metrics, lambda: self._registry.draining, self._listener.is_own_host
+            calls,
+            self.metrics,
+            lambda: self._registry.draining,
+            self._listener.is_own_host,
+            self._listener.has_room,
         )
         self._listener.start(app)
 
