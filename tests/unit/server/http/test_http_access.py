@@ -22,6 +22,7 @@ from loaderd.server.rpc.tls import ServerTls
 from tests.certificates import HERE, Authority
 from tests.unit.server.http.browser import fetch
 from tests.unit.server.http.gate import Gate, open_gate
+from tests.unit.server.test_tls import greet
 
 
 @pytest.fixture
@@ -121,6 +122,21 @@ async def test_a_certificate_is_used_also_when_it_is_replaced(tmp_path: Path) ->
         assert await _ask(listener, ours.certificate) == "second"
         with pytest.raises(ssl.SSLCertVerificationError):
             await _ask(listener, Authority(tmp_path, "theirs").certificate)
+    finally:
+        await listener.stop(0)
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
+async def test_old_versions_of_tls_are_refused_over_http_too(tmp_path: Path) -> None:
+    server = Authority(tmp_path, "ours").sign("first", HERE).install(tmp_path, "server")
+    tls = ServerTls(server.certificate, server.key, None)
+    listener = HttpListener(TcpAddress("127.0.0.1", 0), server_context(tls))
+    listener.start(PlainTextResponse("hello"))
+    address = listener.url.removeprefix("https://")
+    try:
+        assert await greet(address, ssl.TLSVersion.TLSv1_2) == "TLSv1.2"
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await greet(address, ssl.TLSVersion.TLSv1_1)
     finally:
         await listener.stop(0)
 
