@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from loaderd.server.worker.detokenizer import Decoder
 from loaderd.server.worker.engine.batching.build import batching_engine
+from loaderd.server.worker.engine.batching.native.compiler import NotCompiledError
+from loaderd.server.worker.engine.batching.native.kernels import Kernels
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.parameters import typed_request
 from loaderd.server.worker.engine.protocol import Engine
@@ -35,6 +37,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8, "num_heads": 4},
 }
 TOKENIZER_SPECIAL_IDS = frozenset({EOS})
+
+
+def no_kernels() -> Kernels:
+    """Where there is no compiler."""
+    raise NotCompiledError("there is no C compiler")
 
 
 class Numbers:

@@ -22,10 +22,12 @@ from transformers.models.qwen2 import modeling_qwen2  # noqa: F401 - as above
 from loaderd.server.box.cpu import CPU, cores
 from loaderd.server.box.dtype import choose_dtype, cpu_flags
 from loaderd.server.errors import LoaderdError, ModelNotLoadedError
+from loaderd.server.logs.call import bind
 from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.build import EngineSettings, batching_engine
+from loaderd.server.worker.engine.batching.caches import cache_folder
 from loaderd.server.worker.engine.batching.suitability import UnsuitableError
-from loaderd.server.worker.engine.batching.trials import Trials, default_folder
+from loaderd.server.worker.engine.batching.trials import Trials
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.parameters import ModelFacts, check_supported, typed_request
 from loaderd.server.worker.engine.protocol import Engine
@@ -86,6 +88,8 @@ class ModelHost:
         in_passing_thread(partial(self._try_to_load, command), "load")
 
     def _try_to_load(self, command: worker_pb2.Load) -> None:
+        # The thread's lines in the log, and nobody else's: it ends with the load.
+        bind(trace_id=command.trace.trace_id, span_id=command.trace.span_id)
         try:
             self._link.send(loaded=self._load(command))
         except LoaderdError as error:
@@ -114,6 +118,7 @@ class ModelHost:
                     facts=hosted.facts,
                     client=command.client,
                     bad_words=hosted.tokenization.bad_words(request),
+                    trace=command.trace,
                 )
             )
         except LoaderdError as error:
@@ -210,7 +215,7 @@ class ModelHost:
                 on_death=_end_process,
                 context_length=facts.context_length,
                 settings=settings,
-                trials=Trials(default_folder()),
+                trials=Trials(cache_folder("trials")),
             )
         except UnsuitableError as error:
             logger.info("%s is served one request at a time: %s", name, error)

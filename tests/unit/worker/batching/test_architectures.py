@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from loaderd.server.worker.engine.batching.build import EngineSettings
+from loaderd.server.worker.engine.batching.native.kernels import Kernels, kernels_of_this_cpu
 from loaderd.server.worker.engine.batching.suitability import UnsuitableError, examine
-from tests.unit.worker.engine_client import VOCABULARY, Client, build, reference
+from tests.unit.worker.engine_client import VOCABULARY, Client, build, no_kernels, reference
 
 WINDOW = 8
 _GLU = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -72,9 +73,13 @@ def own(models: tuple[Any, Any]) -> list[list[int]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def client(models: tuple[Any, Any]) -> Iterator[Client]:
-    client = Client(models[1], "batching")
+@pytest.fixture(scope="module", params=[kernels_of_this_cpu, no_kernels])
+def client(
+    models: tuple[Any, Any], request: pytest.FixtureRequest, kernels: Kernels
+) -> Iterator[Client]:
+    """With kernels compiled for this CPU, and with torch's alone."""
+    client = Client(copy.deepcopy(models[1]), "batching", find_kernels=request.param)
+    assert ("no kernels" in client.reason) == (request.param is no_kernels)
     yield client
     client.engine.close()
 

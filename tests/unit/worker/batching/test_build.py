@@ -9,7 +9,7 @@ from loaderd.server.worker.engine.batching.build import EngineSettings, _memory,
 from loaderd.server.worker.engine.batching.kernels import PLAIN
 from loaderd.server.worker.engine.batching.kv_cache import BLOCK
 from loaderd.server.worker.engine.batching.suitability import UnsuitableError
-from loaderd.server.worker.engine.batching.trials import Outcome
+from loaderd.server.worker.engine.batching.trials import Outcome, Way
 
 SETTINGS = EngineSettings()
 
@@ -38,7 +38,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def tried(first: int, second: int) -> Outcome:
     by_device = {"cuda:0": first, "cuda:1": second}
     sizes = {device: size for device, size in by_device.items() if size}
-    return Outcome(sizes, {}, is_flat=True, linears=PLAIN)
+    return Outcome(sizes, {}, has_kernels=False, way=Way.FLAT, linears=PLAIN)
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,24 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from loaderd.server.worker.engine.batching import forward
-from loaderd.server.worker.engine.batching.build import batching_engine
 from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import FlatForward, ModuleForward, can_flatten
 from loaderd.server.worker.engine.batching.kernels import PLAIN, Form, LinearPolicy
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
 from loaderd.server.worker.engine.batching.linear import speed_up
+from loaderd.server.worker.engine.batching.native import forward as native
+from loaderd.server.worker.engine.batching.native.forward import NativeForward
+from loaderd.server.worker.engine.batching.native.kernels import Kernels, kernels_of_this_cpu
 from loaderd.server.worker.engine.batching.runner import Runner
 from loaderd.server.worker.engine.batching.suitability import examine
-from loaderd.server.worker.engine.completion import Tokenizer
-from tests.unit.worker.engine_client import CONTEXT, Numbers, build
+from tests.unit.worker.engine_client import Client, build, no_kernels, reference
 
 _GLU = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 _ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0}
@@ -49,9 +51,10 @@ OTHERS: dict[str, dict[str, Any]] = {
 PROMPTS = [[(7 * n + 3 * place) % 97 for place in range(20)] for n in range(3)]
 
 
-def logits_of(run: Any) -> torch.Tensor:
+def logits_of(run: Any, kernels: Kernels | None = None) -> torch.Tensor:
     """Of prompts side by side, in pieces and token by token."""
-    runner = Runner(run, KvCache(len(PROMPTS), 20, blocks=0), torch.device("cpu"))
+    cache = KvCache(len(PROMPTS), 20, blocks=0)
+    runner = Runner(run, cache, torch.device("cpu"), kernels=kernels)
     parts = []
     for begin, end in itertools.pairwise([0, 9, 15, *range(16, 21)]):
         feeds = [
@@ -72,6 +75,7 @@ def test_flat_is_the_same_as_module_by_module(
     dtype: torch.dtype,
     tolerance: float,
     form: Form,
+    kernels: Kernels,
 ) -> None:
     architecture, sizes = FLAT[name]
     model = build(architecture, **sizes).to(dtype)
@@ -85,9 +89,12 @@ def test_flat_is_the_same_as_module_by_module(
     linears = speed_up(model, LinearPolicy(form, form), 2**40)
     linears.make_copies()
     assert can_flatten(model)
+    assert native.can_run(model)
     flat = FlatForward(model, findings.windows, linears.policy.activations)
-    assert (logits_of(flat) - expected).abs().max() < tolerance * expected.std() * 4
-    assert findings.agree(model, flat)
+    compiled = NativeForward(model, findings.windows, kernels)
+    for run, own in ((flat, None), (compiled, None), (compiled, kernels)):
+        assert (logits_of(run, own) - expected).abs().max() < tolerance * expected.std() * 4
+        assert findings.agree(model, run)
 
 
 @pytest.mark.parametrize("architecture", OTHERS)
@@ -98,29 +105,39 @@ def test_other_layers_are_not_flattened(architecture: str) -> None:
     assert not can_flatten(model)
 
 
-def reason(model: Any) -> str:
-    tokenizer = Tokenizer(Numbers(), frozenset())
-    engine, why, _ = batching_engine(
-        model,
-        tokenizer,
-        "org/name",
-        lambda _outputs: None,
-        lambda: None,
-        context_length=CONTEXT,
-    )
-    engine.close()
-    return why
+def reason(model: Any, find_kernels: Callable[[], Kernels] = kernels_of_this_cpu) -> str:
+    client = Client(model, "batching", find_kernels=find_kernels)
+    client.engine.close()
+    return client.reason
 
 
-def test_an_engine_tells_how_it_runs_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_tells_how_it_runs_the_model(kernels: Kernels) -> None:
     model = build("llama", **_GLU)
-    assert "as one sequence of operators" in reason(copy.deepcopy(model))
+    assert "one sequence of operators, most of them compiled for" in reason(copy.deepcopy(model))
+    without = reason(model, no_kernels)
+    assert "one sequence of operators; no kernels were compiled: there is no C comp" in without
     assert "module by module" in reason(build("gpt2"))
 
 
-def test_a_flat_model_that_computes_something_else_is_not_used(
-    monkeypatch: pytest.MonkeyPatch,
+def test_what_computes_something_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, kernels: Kernels
 ) -> None:
+    def wrong(cls: Any, norm: Any) -> Any:
+        return cls(norm.weight.detach() * 1.1, norm.variance_epsilon)
+
+    monkeypatch.setattr(native._Norm, "of", classmethod(wrong))
+    assert reason(build("llama", **_GLU)).endswith("as one sequence of operators")
     norm = forward._norm
     monkeypatch.setattr(forward, "_norm", lambda *args: lambda x: norm(*args)(x) * 1.1)
     assert "module by module" in reason(build("llama", **_GLU))
+
+
+def test_kernels_with_which_attention_is_another_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, kernels: Kernels
+) -> None:
+    attend = Kernels.attend
+    monkeypatch.setattr(Kernels, "attend", lambda *args, **rest: attend(*args, **rest) * 1.5)
+    expected = reference(build("gpt2"), do_sample=False, max_new_tokens=9, eos_token_id=None)
+    client = Client(build("gpt2"), "batching")
+    assert client.token_ids(max_new_tokens=9, do_sample=False, ignore_eos=True) == expected
+    client.engine.close()

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from loaderd.server.worker.engine.batching import build as build_module
-from loaderd.server.worker.engine.batching import kernels, linear
+from loaderd.server.worker.engine.batching import kernels, linear, preparation
 from loaderd.server.worker.engine.batching.kernels import FEW, Form, LinearPolicy, best_policy
 from loaderd.server.worker.engine.batching.linear import HybridLinear, fastest, speed_up
 from tests.unit.worker.engine_client import PROMPT, Client, build, reference
@@ -85,7 +84,7 @@ def test_logits_stay_the_same(
 def test_an_engine_generates_with_them(
     policy: LinearPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "fastest", lambda _model: policy)
+    monkeypatch.setattr(preparation, "fastest", lambda _model: policy)
     model = build("llama", **_GLU).to(torch.bfloat16)
     # A model of 16 bits has ties that rounding decides; these weights have few.
     expected = reference(

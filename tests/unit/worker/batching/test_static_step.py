@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loaderd.server.worker.engine.batching import build as building
-from loaderd.server.worker.engine.batching import static_step
+from loaderd.server.worker.engine.batching import preparation, static_step
 from loaderd.server.worker.engine.batching.attention_kernels import seen_mask
 from loaderd.server.worker.engine.batching.build import EngineSettings
 from loaderd.server.worker.engine.batching.feed import Feed
@@ -225,6 +225,11 @@ def test_a_cache_without_spare_places_is_refused(llama: ModuleForward) -> None:
         StaticSteps(llama, KvCache(2, 8, blocks=0), CPU, Repeating())
 
 
+def take_for_places(monkeypatch: pytest.MonkeyPatch, places: set[torch.device]) -> None:
+    for module in (building, preparation):
+        monkeypatch.setattr(module, "places_of", lambda _model: set(places))
+
+
 class OnCuda:
     """An engine that takes the CPU for a CUDA device."""
 
@@ -236,8 +241,9 @@ class OnCuda:
             self.made.append(graphs())
             return self.made[-1]
 
-        monkeypatch.setattr(building, "CudaGraphs", make)
-        monkeypatch.setattr(building, "_devices", lambda _model: {torch.device("cuda", 0)})
+        take_for_places(monkeypatch, {torch.device("cuda", 0)})
+        for module in (building, preparation):
+            monkeypatch.setattr(module, "CudaGraphs", make)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss", "gpt2", "mixtral"])
@@ -280,8 +286,7 @@ def test_an_engine_does_not_replay_what_computes_something_else(
 
 
 def test_a_model_on_several_devices_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    several = {torch.device("cuda", 0), torch.device("cuda", 1)}
-    monkeypatch.setattr(building, "_devices", lambda _model: several)
+    take_for_places(monkeypatch, {torch.device("cuda", 0), torch.device("cuda", 1)})
     client = Client(build("llama"), "batching")
     assert "its layers are on several devices" in client.reason
     client.engine.close()

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from loaderd.server.worker.engine.batching import suitability, trials
+from loaderd.server.worker.engine.batching.caches import cache_folder
 from loaderd.server.worker.engine.batching.kernels import Form, LinearPolicy
 from loaderd.server.worker.engine.batching.trials import (
     Outcome,
     Trials,
-    default_folder,
+    Way,
     identity_of,
 )
 from tests.unit.worker.engine_client import Client, build, reference
@@ -24,7 +25,8 @@ from tests.unit.worker.engine_client import Client, build, reference
 OUTCOME = Outcome(
     {"cuda:0": 64, "cpu": 8},
     {0: None, 1: 8},
-    is_flat=True,
+    has_kernels=True,
+    way=Way.NATIVE,
     linears=LinearPolicy(Form.PACKED, Form.REORDERED),
 )
 DAMAGES: list[dict[str, Any]] = [
@@ -140,7 +142,7 @@ def test_the_oldest_notes_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_they_are_below_the_users_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert default_folder() == Path("/caches/loaderd/trials")
+    assert cache_folder("trials") == Path("/caches/loaderd/trials")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", "/home/ada")
-    assert default_folder() == Path("/home/ada/.cache/loaderd/trials")
+    assert cache_folder("trials") == Path("/home/ada/.cache/loaderd/trials")

@@ -8,36 +8,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from transformers import PreTrainedModel
 
 from loaderd.server.box.cpu import CPU
 from loaderd.server.worker import devices
-from loaderd.server.worker.engine.batching.attention import NAME
 from loaderd.server.worker.engine.batching.cuda_graphs import CudaGraphs
 from loaderd.server.worker.engine.batching.engine import BatchingEngine
 from loaderd.server.worker.engine.batching.feed import Feed
-from loaderd.server.worker.engine.batching.forward import (
-    FlatForward,
-    Forward,
-    ModuleForward,
-    can_flatten,
-)
-from loaderd.server.worker.engine.batching.kernels import LinearPolicy
 from loaderd.server.worker.engine.batching.kv_cache import BLOCK, KvCache
-from loaderd.server.worker.engine.batching.linear import Linears, fastest, speed_up
 from loaderd.server.worker.engine.batching.memory import Memory
+from loaderd.server.worker.engine.batching.native.kernels import Kernels, kernels_of_this_cpu
 from loaderd.server.worker.engine.batching.prefix_cache import PrefixCache
+from loaderd.server.worker.engine.batching.preparation import places_of, prepare
 from loaderd.server.worker.engine.batching.runner import Runner
 from loaderd.server.worker.engine.batching.sampler import BatchSampler
 from loaderd.server.worker.engine.batching.scheduler import Capacity
 from loaderd.server.worker.engine.batching.static_step import Graphs, StaticSteps
 from loaderd.server.worker.engine.batching.suitability import (
-    Findings,
     UnsuitableError,
-    examine,
 )
-from loaderd.server.worker.engine.batching.trials import UNREMEMBERED, Outcome, Trials, identity_of
+from loaderd.server.worker.engine.batching.trials import UNREMEMBERED, Outcome, Trials
 from loaderd.server.worker.engine.completion import Tokenizer
 from loaderd.server.worker.engine.protocol import Emit
 from loaderd.server.worker.layers import input_device, offloaded_bytes
@@ -108,6 +98,7 @@ def batching_engine(
     context_length: int,
     settings: EngineSettings = EngineSettings(),
     trials: Trials = UNREMEMBERED,
+    find_kernels: Callable[[], Kernels] = kernels_of_this_cpu,
 ) -> Built:
     """Makes the engine, if the model computes the same in it.
 
@@ -120,6 +111,7 @@ def batching_engine(
         context_length: Most tokens of a sequence; 0 for no limit.
         settings: Bounds.
         trials: What was found out before.
+        find_kernels: Asked for them if the model is on the CPU.
 
     Raises:
         UnsuitableError: The model is not for this engine.
@@ -128,15 +120,18 @@ def batching_engine(
         raise UnsuitableError("it has offloaded layers, which come to their device for each step")
     own_attention = model.config._attn_implementation
     try:
-        outcome, linears, no_graphs = _prepare(model, trials, settings)
-        graphs, decoding = _graphs(model, no_graphs if settings.graphs else "switched off")
-        forward, how = _forward(model, outcome, linears.policy)
+        prepared = prepare(model, trials, settings.room(CPU), find_kernels)
+        linears, forward = prepared.linears, prepared.forward
+        no_graphs = prepared.no_graphs if settings.graphs else "switched off"
+        graphs, decoding = _graphs(model, no_graphs)
         spare = graphs is not None
         later = linears.missing_bytes
-        cache, capacity = _memory(outcome, context_length, settings, spare=spare, later=later)
+        cache, capacity = _memory(
+            prepared.outcome, context_length, settings, spare=spare, later=later
+        )
         device = input_device(model)
         static = StaticSteps(forward, cache, device, graphs) if graphs else None
-        runner = Runner(forward, cache, device, static)
+        runner = Runner(forward, cache, device, static, prepared.kernels)
         _fill(runner)
     except UnsuitableError:
         model.set_attn_implementation(own_attention)
@@ -151,7 +146,7 @@ def batching_engine(
         emit=emit,
         on_death=on_death,
     )
-    reasons = [f"it computes the same in batches, {how}", decoding, str(linears.policy)]
+    reasons = [f"it computes the same in batches, {prepared.how}", decoding, str(linears.policy)]
     linears.make_copies_beside()
     return Built(engine, "; ".join(filter(None, reasons)), later)
 
@@ -179,70 +174,14 @@ def _memory(
     return cache, capacity
 
 
-def _prepare(
-    model: PreTrainedModel, trials: Trials, settings: EngineSettings
-) -> tuple[Outcome, Linears, str | None]:
-    """Gives the model our attention and our linear layers, and tries it if that was never done.
-
-    Returns:
-        What trying brought, how linear layers are computed, and why decode steps cannot be
-        recorded; None where they can, or where nothing records.
-    """
-    identity = identity_of(model)
-    for_copies = settings.room(CPU)
-    known = trials.find(identity)
-    if known is not None:
-        model.set_attn_implementation(NAME)
-        return known, speed_up(model, known.linears, for_copies), None
-    findings = examine(model)
-    best = fastest(model)
-    linears = speed_up(model, best, for_copies)
-    linears.make_copies()  # they take part in the trial
-    is_flat = can_flatten(model) and findings.agree(
-        model, FlatForward(model, findings.windows, linears.policy.activations)
-    )
-    sizes = {str(device): size for device, size in findings.bytes_per_token.items()}
-    outcome = Outcome(sizes, findings.windows, is_flat, best)
-    no_graphs = _no_graphs(model, findings, _forward(model, outcome, linears.policy)[0])
-    if no_graphs is None:  # else another load may have the memory that this one lacked
-        trials.keep(identity, outcome)
-    return outcome, linears, no_graphs
-
-
-def _forward(model: PreTrainedModel, outcome: Outcome, policy: LinearPolicy) -> tuple[Forward, str]:
-    if outcome.is_flat and can_flatten(model):
-        forward = FlatForward(model, outcome.windows, policy.activations)
-        return forward, "as one sequence of operators"
-    return ModuleForward(model), "module by module"
-
-
-def _no_graphs(model: PreTrainedModel, findings: Findings, forward: Forward) -> str | None:
-    """Why decode steps cannot be recorded; None where they can, or where nothing records."""
-    places = _devices(model)
-    if all(place.type != "cuda" for place in places):
-        return None
-    if len(places) > 1:
-        return "its layers are on several devices"
-    try:
-        # Not those of the engine: the memory of these goes with them.
-        findings.check_static(model, forward, CudaGraphs(places.pop()))
-    except UnsuitableError as error:
-        return str(error)
-    return None
-
-
 def _graphs(model: PreTrainedModel, no_graphs: str | None) -> tuple[Graphs | None, str]:
     """What records decode steps, if anything does, and what to tell of it."""
-    places = _devices(model)
+    places = places_of(model)
     if all(place.type != "cuda" for place in places):
         return None, ""
     if no_graphs is not None:
         return None, f"decode steps not replayed as CUDA graphs: {no_graphs}"
     return CudaGraphs(places.pop()), "decode steps replayed as CUDA graphs"
-
-
-def _devices(model: PreTrainedModel) -> set[torch.device]:
-    return {parameter.device for parameter in model.parameters()}
 
 
 def _fill(runner: Runner) -> None:

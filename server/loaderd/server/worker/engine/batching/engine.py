@@ -175,8 +175,8 @@ class BatchingEngine:
             _Work(row.job, row, Feed(row.slot, row.length, row.token_ids[-1:], wants=1))
             for row in rows
         ]
-        decoding = len({row.job for row in rows})
-        budget = self._pace.budget(decoding, len(self._running) - decoding)
+        prompts = len(self._running) - len({row.job for row in rows})
+        budget = self._pace.budget(len(rows), prompts)
         for piece in self._reception.pieces(budget):
             job = self._running[piece.key]
             with self._failing(job, "starting"):
@@ -319,7 +319,7 @@ class BatchingEngine:
             len(job.request.prompt),
             job.cached,
             job.generated_tokens,
-            extra={"request_id": job.request.request_id},
+            extra=job.request.log_fields,
         )
 
     def _stop(self, job: Job, reason: FinishReason.ValueType) -> None:
@@ -357,9 +357,7 @@ class BatchingEngine:
         request_id = job.request.request_id
         failure: LoaderdError
         if devices.is_out_of_memory(error):
-            logger.warning(
-                "request %s: out of memory", request_id, extra={"request_id": request_id}
-            )
+            logger.warning("request %s: out of memory", request_id, extra=job.request.log_fields)
             failure = DeviceMemoryError(self._model_name)
         else:
             failure = incident(error, f"{doing} for request {request_id}")

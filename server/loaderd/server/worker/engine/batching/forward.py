@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from loaderd.server.worker.engine.batching.attention import Attention, attending
 from loaderd.server.worker.engine.batching.attention_kernels import Rule
-from loaderd.server.worker.engine.batching.linear import Siblings
+from loaderd.server.worker.engine.batching.linear import Siblings, product_of
 
 _LAYERS = frozenset(
     {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
@@ -112,7 +112,7 @@ class FlatForward:
             for index, layer in enumerate(decoder.layers)
         ]
         self._norm = _norm(decoder.norm, self._dtype)
-        self._head = model.lm_head.forward
+        self._head = product_of(model.lm_head)
 
     def __call__(
         self,
@@ -188,7 +188,7 @@ class _Layer:
         attended = step.attend(
             self.index, turned[:, :heads], turned[:, heads:], projected[:, both:], self.rule
         )
-        hidden += self.output(attended.flatten(1).to(hidden.dtype))
+        hidden += self.output(attended.flatten(1))
         gate, up = self.gate_and_up(self.second_norm(hidden)).chunk(2, -1)
         hidden += self.down(self.activation(gate) * up)
         return hidden
@@ -211,11 +211,11 @@ def _layer(index: int, layer: Any, window: int | None, dtype: torch.dtype) -> _L
         first_norm=_norm(layer.input_layernorm, dtype),
         queries_keys_values=fused.whole,
         head_norm=_head_norm(attention, heads, key_heads),
-        output=attention.o_proj.forward,
+        output=product_of(attention.o_proj),
         second_norm=_norm(layer.post_attention_layernorm, dtype),
         gate_and_up=gated.whole,
         activation=mlp.act_fn.forward,
-        down=mlp.down_proj.forward,
+        down=product_of(mlp.down_proj),
     )
 
 

@@ -54,6 +54,10 @@ class Form(StrEnum):
         """
         return {Form.REORDERED: itemsize, Form.PACKED: 2, Form.WIDENED: 4}.get(self, 0)
 
+    def type_of(self, weights: torch.dtype) -> torch.dtype:
+        """What weights of some type are multiplied in."""
+        return torch.float32 if self in (Form.PACKED, Form.WIDENED) else weights
+
 
 _TEXTS = {
     Form.NATIVE: "as matrix-vector products",
@@ -106,7 +110,7 @@ PLAIN = LinearPolicy()
 """As torch does it."""
 
 Product = Callable[[torch.Tensor], torch.Tensor]
-"""From [..., inputs] to [..., outputs], of the same type."""
+"""From [..., inputs] of any type to [..., outputs] of the one that it is computed in."""
 
 
 class UnfitWeightError(RuntimeError):
@@ -141,7 +145,7 @@ def product(weight: torch.Tensor, bias: torch.Tensor | None, form: Form) -> Prod
 
 
 def _converted(dtype: torch.dtype, multiply: Product) -> Product:
-    return lambda inputs: multiply(inputs.to(dtype)).to(inputs.dtype)
+    return lambda inputs: multiply(inputs.to(dtype))
 
 
 def _native(

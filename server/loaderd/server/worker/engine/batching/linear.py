@@ -21,6 +21,7 @@ from loaderd.server.worker.engine.batching.kernels import (
     PLAIN,
     Form,
     LinearPolicy,
+    Product,
     UnfitWeightError,
     best_policy,
     product,
@@ -154,11 +155,16 @@ class Hybrid:
         own = product(weight, bias, Form.OWN)
         self._few = product(weight, bias, Form.NATIVE) if policy.few is Form.NATIVE else own
         self._many = product(weight, bias, Form.NATIVE) if policy.many is Form.NATIVE else own
+        self._few_type = self._many_type = weight.dtype
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """From [..., inputs] to [..., outputs], of the same type."""
+        """See `Product`."""
         multiply = self._few if inputs.shape[:-1].numel() <= FEW else self._many
         return multiply(inputs)
+
+    def type_of(self, rows: int) -> torch.dtype:
+        """What so many rows are multiplied in: inputs of this type are not converted."""
+        return self._few_type if rows <= FEW else self._many_type
 
     @property
     def missing_bytes(self) -> int:
@@ -178,7 +184,9 @@ class Hybrid:
         except UnfitWeightError as error:
             logger.info("a layer of %s stays as it is: %s", tuple(weight.shape), error)
         else:
-            self._few, self._many = made[self._policy.few], made[self._policy.many]
+            few, many = self._policy.few, self._policy.many
+            self._few, self._many = made[few], made[many]
+            self._few_type, self._many_type = few.type_of(weight.dtype), many.type_of(weight.dtype)
 
 
 class HybridLinear(nn.Module):  # type: ignore[misc]
@@ -199,7 +207,18 @@ class HybridLinear(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.weight = _parameter(weight)
         self.bias = None if bias is None else _parameter(bias)
-        self.forward = self.hybrid = Hybrid(weight, bias, policy)
+        self.hybrid = Hybrid(weight, bias, policy)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """From [..., inputs] to [..., outputs], of the same type."""
+        return self.hybrid(inputs).to(inputs.dtype)
+
+
+def product_of(layer: nn.Module) -> Product:
+    """What a linear layer computes, without a conversion to the type of what goes in."""
+    if isinstance(layer, HybridLinear):
+        return layer.hybrid
+    return lambda inputs: layer(inputs.to(layer.weight.dtype))
 
 
 class Siblings:
@@ -242,7 +261,8 @@ class Siblings:
         """The outputs of one of the layers."""
         if inputs is not self._inputs:
             self._inputs = inputs
-            self._outputs = list(self.whole(inputs).split(self._sizes, -1))
+            outputs = self.whole(inputs).to(inputs.dtype)
+            self._outputs = list(outputs.split(self._sizes, -1))
         output = self._outputs[index]
         if index == len(self._sizes) - 1:
             # The last one: what was computed is not needed any more.

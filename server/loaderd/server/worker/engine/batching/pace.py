@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 _SMOOTHING = 0.2
-_PATIENCE = 1.7
-"""A step with prompts may take this much longer, in steps without, while others decode."""
+_STRETCH = 1.9
+"""A step with prompts may take so many times what one takes when all of them decode."""
 _LEAST, _FIRST, _MOST = 16, 64, 512
 _MOST_FREE = 2048
 """As much where tokens cost little beside the step itself, as on a GPU."""
@@ -25,27 +27,29 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self._decode_seconds: float | None = None
+        self._decode = _DecodeTimes()
         self._added = _Line()
 
     def budget(self, decoding: int, prompts: int) -> int:
         """Tokens of prompts for the next step.
 
-        Where more wait for their first token than decode, as after many came at once, the few
-        wait for the many.
+        After many came at once few decode, and soon all will: a step may take as long as it will
+        take then, and some more. Where more wait for their first token than decode, the few wait
+        for the many.
 
         Args:
-            decoding: Requests that decode in it.
+            decoding: Completions that decode in it.
             prompts: Requests whose prompts are not computed yet.
         """
-        step, token = self._costs()
-        most = max(_MOST, min(int(step / token), _MOST_FREE))
+        first, token = self._costs(decoding)
+        decode = self._decode.seconds(max(decoding, 1))
+        most = max(_MOST, min(int((decode + first) / token), _MOST_FREE))
         if not decoding:
             return most
-        if not self._decode_seconds or not self._added.count:
+        if not decode or not self._added.count:
             return _FIRST
-        patience = _PATIENCE * max(prompts / decoding, 1)
-        tokens = patience * step / token
+        seconds = _STRETCH * (self._decode.seconds(decoding + prompts) + first) - decode
+        tokens = seconds * max(prompts / decoding, 1) / token
         if self._added.is_varied:
             tokens = min(tokens, _GROWTH * max(self._added.x, _FIRST))
         return max(_LEAST, min(int(tokens), most))
@@ -58,24 +62,56 @@ class Pace:
             prompt_tokens: Tokens of prompts in it.
             seconds: What it took.
         """
-        if not prompt_tokens:
-            self._decode_seconds = _smoothed(self._decode_seconds, seconds)
-            return
-        if decoding:
-            seconds = max(seconds - (self._decode_seconds or 0.0), 0.0)
-        self._added.note(prompt_tokens, seconds)
+        if prompt_tokens:
+            decode = self._decode.seconds(decoding)
+            self._added.note(prompt_tokens, max(seconds - decode, 0.0))
+        else:
+            self._decode.note(decoding, seconds)
 
-    def _costs(self) -> tuple[float, float]:
-        """Seconds of a step with prompts without their tokens, and of each of these."""
-        decode, added = self._decode_seconds or 0.0, self._added
+    def _costs(self, decoding: int) -> tuple[float, float]:
+        """Seconds that prompts add to a step before their tokens, and of each of these."""
+        added = self._added
         mean = added.y / max(added.x, 1) + _FREE
         if added.is_varied:
             token = min(max(added.slope, _FREE), mean)
             first = added.y - token * added.x
             # Less is within what a step may take longer, and may be an error of measurement.
-            if first > _PATIENCE * decode:
-                return decode + first, token
-        return decode, mean
+            if first > _STRETCH * self._decode.seconds(decoding):
+                return first, token
+        return 0.0, mean
+
+
+class _DecodeTimes:
+    """What steps without prompts take, by how many decode in them.
+
+    They are kept for each power of two by itself: while many prompts are computed there are none
+    of these steps, and the last ones before may have been those of few.
+    """
+
+    def __init__(self) -> None:
+        self._points: dict[int, tuple[float, float]] = {}
+
+    def note(self, decoding: int, seconds: float) -> None:
+        """Takes up a step."""
+        size = decoding.bit_length()
+        x, y = self._points.get(size, (decoding, seconds))
+        self._points[size] = (
+            x + _SMOOTHING * (decoding - x),
+            y + _SMOOTHING * (seconds - y),
+        )
+
+    def seconds(self, decoding: int) -> float:
+        """On the straight line between what was measured next to it; 0 for no idea."""
+        if not decoding or not self._points:
+            return 0.0
+        points = [self._points[size] for size in sorted(self._points)]
+        if len(points) == 1 or decoding < points[0][0]:
+            return points[0][1]
+        for (x0, y0), (x1, y1) in pairwise(points):
+            slope = (y1 - y0) / (x1 - x0)
+            if x0 <= decoding <= x1:
+                return y0 + slope * (decoding - x0)
+        return y1 + max(slope, 0.0) * (decoding - x1)
 
 
 class _Line:
@@ -110,7 +146,3 @@ class _Line:
         self.y += weight * dy
         self._variance = (1 - weight) * (self._variance + weight * dx * dx)
         self._covariance = (1 - weight) * (self._covariance + weight * dx * dy)
-
-
-def _smoothed(old: float | None, new: float) -> float:
-    return new if old is None else old + _SMOOTHING * (new - old)

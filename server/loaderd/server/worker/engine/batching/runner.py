@@ -11,6 +11,8 @@ from loaderd.server.worker.engine.batching.attention import Chunk, StepAttention
 from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import Forward
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
+from loaderd.server.worker.engine.batching.native.attention import NativeAttention
+from loaderd.server.worker.engine.batching.native.kernels import Kernels
 from loaderd.server.worker.engine.batching.static_step import StaticSteps
 from loaderd.server.worker.engine.batching.transfer import sent
 
@@ -26,8 +28,10 @@ class Runner:
         cache: For keys and values.
         device: Of the token ids.
         static: Takes the steps that it can; None for none.
+        kernels: For attention on a CPU; None for torch's.
 
     Attributes:
+        cache: As given.
         windows: By layer, how far it looks back; None for all the way.
     """
 
@@ -37,9 +41,11 @@ class Runner:
         cache: KvCache,
         device: torch.device,
         static: StaticSteps | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         self._forward = forward
-        self._cache = cache
+        self._kernels = kernels
+        self.cache = cache
         self._device = device
         self._static = static
         self.windows: dict[int, int | None] = {}
@@ -81,7 +87,11 @@ class Runner:
             ]
         )
         inputs = sent(table, self._device)
-        step = StepAttention(self._cache, chunks)
+        step: StepAttention | NativeAttention
+        if self._kernels is not None:
+            step = NativeAttention(self.cache, chunks, self._kernels)
+        else:
+            step = StepAttention(self.cache, chunks)
         wanted = _wanted(feeds, order)
         # Models cannot compute logits of nothing.
         some = wanted or [0]

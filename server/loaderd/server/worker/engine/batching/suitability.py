@@ -15,6 +15,7 @@ from loaderd.server.worker.engine.batching.attention import NAME
 from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import Forward, ModuleForward
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
+from loaderd.server.worker.engine.batching.native.kernels import Kernels
 from loaderd.server.worker.engine.batching.runner import Runner
 from loaderd.server.worker.engine.batching.static_step import Graphs, StaticSteps
 from loaderd.server.worker.layers import input_device
@@ -44,11 +45,12 @@ class Findings:
     bytes_per_token: Mapping[torch.device, int]
     windows: Mapping[int, int | None]
     _expected: list[torch.Tensor]
+    _kernels: Kernels | None
 
     def agree(self, model: PreTrainedModel, forward: Forward) -> bool:
         """Whether another way to run the model computes the same."""
         try:
-            _try(model, Runner(forward, _cache(model), input_device(model)), self._expected)
+            _try(model, _runner(model, forward, self._kernels), self._expected)
         except UnsuitableError:
             return False
         return True
@@ -66,8 +68,12 @@ class Findings:
             raise UnsuitableError(static.failure)
 
 
-def examine(model: PreTrainedModel) -> Findings:
+def examine(model: PreTrainedModel, kernels: Kernels | None = None) -> Findings:
     """Gives the model our attention function and checks that it computes the same.
+
+    Args:
+        model: Changed in place.
+        kernels: For attention; None for torch's.
 
     Raises:
         UnsuitableError: It does not; the model has its own attention again.
@@ -78,11 +84,10 @@ def examine(model: PreTrainedModel) -> Findings:
     expected = [_own_logits(model, prompt) for prompt in _prompts(model)]
     try:
         model.set_attn_implementation(NAME)
-        cache = _cache(model)
-        runner = Runner(ModuleForward(model), cache, input_device(model))
+        runner = _runner(model, ModuleForward(model), kernels)
         _try(model, runner, expected)
         _check_windows(runner.windows, config)
-        return Findings(cache.bytes_per_token, runner.windows, expected)
+        return Findings(runner.cache.bytes_per_token, runner.windows, expected, kernels)
     except UnsuitableError:
         model.set_attn_implementation(own)
         raise
@@ -129,6 +134,10 @@ def _own_logits(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
 def _cache(model: PreTrainedModel, *, spare: bool = False) -> KvCache:
     prompts = _prompts(model)
     return KvCache(len(prompts), max(map(len, prompts)), blocks=0, spare=spare)
+
+
+def _runner(model: PreTrainedModel, forward: Forward, kernels: Kernels | None) -> Runner:
+    return Runner(forward, _cache(model), input_device(model), kernels=kernels)
 
 
 def _try(model: PreTrainedModel, runner: Runner, expected: list[torch.Tensor]) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,14 @@ _MOST = 256
 """Outcomes that are kept; the oldest ones go."""
 
 
+class Way(StrEnum):
+    """How a model is run: see native/forward.py and forward.py."""
+
+    NATIVE = "native"
+    FLAT = "flat"
+    MODULES = "modules"
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What trying a model brought.
@@ -41,13 +49,15 @@ class Outcome:
     Attributes:
         bytes_per_token: Of keys and values, over all layers of a device, by its name.
         windows: By layer, how far it looks back; None for all the way.
-        is_flat: Whether it computes the same as one sequence of operators.
+        has_kernels: Whether its attention computes the same with kernels of ours.
+        way: How it is run.
         linears: The fastest way to compute its linear layers, were there memory for all.
     """
 
     bytes_per_token: Mapping[str, int]
     windows: Mapping[int, int | None]
-    is_flat: bool
+    has_kernels: bool
+    way: Way
     linears: LinearPolicy
 
 
@@ -93,17 +103,13 @@ UNREMEMBERED = Trials(None)
 """Every model is tried."""
 
 
-def default_folder() -> Path | None:
-    """Below the user's folder for caches; None where there is none."""
-    try:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    except RuntimeError:
-        return None
-    return Path(caches, "loaderd", "trials")
+def identity_of(model: PreTrainedModel, *, has_kernels: bool = False) -> str:
+    """A digest of all that an outcome depends on: the model's configuration and the code.
 
-
-def identity_of(model: PreTrainedModel) -> str:
-    """A digest of all that an outcome depends on: the model's configuration and the code."""
+    Args:
+        model: It.
+        has_kernels: Whether kernels of ours are to be had.
+    """
     devices_used = {str(parameter.device) for parameter in model.parameters()}
     facts: dict[str, Any] = {
         "class": type(model).__name__,
@@ -116,6 +122,7 @@ def identity_of(model: PreTrainedModel) -> str:
         "transformers": transformers.__version__,
         "quantization": _quantization(model),
         "cpu": [torch.backends.cpu.get_cpu_capability(), cores(), *sorted(cpu_flags())],
+        "kernels": has_kernels,
         "engine": _code(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
@@ -140,13 +147,15 @@ def _read(noted: Any) -> Outcome:
             int(layer): None if tokens is None else int(tokens)
             for layer, tokens in noted["windows"].items()
         },
-        is_flat=bool(noted["is_flat"]),
+        has_kernels=bool(noted["has_kernels"]),
+        way=Way(noted["way"]),
         linears=LinearPolicy(**{rows: Form(form) for rows, form in noted["linears"].items()}),
     )
 
 
 def _code() -> str:
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    folder = Path(__file__).parent
+    for file in sorted([*folder.rglob("*.py"), *folder.rglob("*.c")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()
