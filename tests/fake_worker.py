@@ -36,6 +36,7 @@ class FakeWorker:
         self.loads: list[worker_pb2.Load] = []
         self.cancelled: list[int] = []
         self.clients: list[str] = []
+        self.traces: list[worker_pb2.TraceContext] = []
         self._launcher = launcher
         self._identity = worker_pb2.Hello(worker_id=worker_id, token=token)
         self._link = link
@@ -111,6 +112,7 @@ class FakeWorker:
         elif command.HasField("generate"):
             key = command.generate.key
             self.clients.append(command.generate.client)
+            self.traces.append(command.generate.trace)
             task = asyncio.create_task(self._generate(key, command.generate.request))
             self._requests[key] = task
         elif command.HasField("cancel"):

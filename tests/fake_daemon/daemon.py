@@ -109,7 +109,7 @@ class FakeDaemon:
 
     def seen(self, method: str, request: Message, context: grpc.ServicerContext) -> Seen:
         """Records a call."""
-        call = Seen(method, request, context.time_remaining())
+        call = Seen(method, request, context)
         with self._arrival:
             self.calls.append(call)
             self._arrival.notify_all()

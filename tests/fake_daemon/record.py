@@ -21,14 +21,17 @@ class Seen:
         method: Name of the RPC.
         request: A copy of the request.
         time_remaining: Seconds to its deadline when it arrived; None: it has none.
+        metadata: What it carried beside the request.
         cancelled: Set when the client left before the answer was complete.
     """
 
-    def __init__(self, method: str, request: Message, time_remaining: float | None) -> None:
+    def __init__(self, method: str, request: Message, context: grpc.ServicerContext) -> None:
         self.method = method
         self.request: Any = type(request)()
         self.request.CopyFrom(request)
-        self.time_remaining = time_remaining
+        self.time_remaining = context.time_remaining()
+        metadata: Any = context.invocation_metadata()
+        self.metadata: tuple[tuple[str, str], ...] = tuple(metadata)
         self.cancelled = threading.Event()
         self._answered = False
 

@@ -22,6 +22,7 @@ _BASE = {
     "loaderd.server.errors",
     "loaderd.server.single_flight",
     "loaderd.server.store.names",
+    "loaderd.server.tracing",
     "loaderd.v1",
 }
 _LOWER = {"loaderd.server.store", "loaderd.server.supervisor", "loaderd.server.config"}
@@ -36,9 +37,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loaderd.server": set(),
     "loaderd.server.errors": {"loaderd.v1"},
     "loaderd.server.box": {"loaderd.server.errors", "loaderd.v1"},
-    "loaderd.server.logs": set(),
+    "loaderd.server.logs": {"loaderd.server.tracing"},
+    "loaderd.server.tracing": {"loaderd.server.errors", "loaderd.v1"},
     "loaderd.server.parent": set(),
-    "loaderd.server.single_flight": set(),
+    "loaderd.server.single_flight": {"loaderd.server.tracing"},
     "loaderd.server.addresses": set(),
     "loaderd.server.access": {"loaderd.server.errors"},
     "loaderd.server.setting_types": {
@@ -138,6 +140,7 @@ HEAVY = {"torch", "transformers", "accelerate"}
 GRPC = {"grpc", "grpc_health", "grpc_reflection", "grpc_status"}
 # Where they may be imported: below these.
 HEAVY_PARTS = ("loaderd.server.worker",)
+OPENTELEMETRY_PARTS = ("loaderd.server.tracing.sdk", "loaderd.client.tracing")
 GRPC_PARTS = (
     "loaderd.v1",
     "loaderd.worker.v1",
@@ -152,7 +155,7 @@ NOT_PURE = GRPC | HEAVY | {"asyncio"}
 
 # Besides the standard library.
 THIRD_PARTY = {
-    "loaderd.client": {"google", "grpc", "grpc_health", "grpc_status"},
+    "loaderd.client": {"google", "grpc", "grpc_health", "grpc_status", "opentelemetry"},
     "loaderd.cli": {"rich", "typer"},
 }
 
@@ -246,7 +249,8 @@ def source() -> Source:
 
 
 @pytest.mark.parametrize(
-    "part", sorted({*MAY_IMPORT, *HEAVY_PARTS, *GRPC_PARTS, *PURE, *THIRD_PARTY})
+    "part",
+    sorted({*MAY_IMPORT, *HEAVY_PARTS, *OPENTELEMETRY_PARTS, *GRPC_PARTS, *PURE, *THIRD_PARTY}),
 )
 def test_every_part_that_a_rule_names_is_there(source: Source, part: str) -> None:
     assert source.below(part)
@@ -267,6 +271,10 @@ def test_imports_go_in_the_right_direction(source: Source) -> None:
 
 def test_heavy_packages_stay_in_the_worker(source: Source) -> None:
     assert source.importers(HEAVY, outside=HEAVY_PARTS) == []
+
+
+def test_opentelemetry_stays_behind_two_doors(source: Source) -> None:
+    assert source.importers({"opentelemetry"}, outside=OPENTELEMETRY_PARTS) == []
 
 
 def test_grpc_stays_at_the_edges(source: Source) -> None:
@@ -298,6 +306,9 @@ def test_the_client_side_needs_little(source: Source, part: str) -> None:
         ("loaderd.server.daemon", {"torch", "transformers", "accelerate", "loaderd.server.worker"}),
         # An extra: only --http brings it.
         ("loaderd.server.daemon", {"starlette", "uvicorn", "prometheus_client"}),
+        # Another one, which only --tracing brings, and only into the daemon.
+        ("loaderd.server.daemon", {"opentelemetry"}),
+        ("loaderd.client", {"opentelemetry"}),
         ("loaderd.server.http.service", {"torch", "transformers", "accelerate"}),
         ("loaderd.client", {"torch", "transformers", "typer", "rich", "loaderd.server"}),
         ("loaderd.cli.main", {"torch", "transformers", "loaderd.server"}),

@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from loaderd.client.connection import Connection
 from loaderd.client.errors import InvalidArgumentError
 from loaderd.client.status import CallContext
+from loaderd.client.tracing import trace_headers
 
 DEFAULT_TIMEOUT = 60.0
 """Seconds that a call which neither streams nor generates may take."""
@@ -50,15 +51,18 @@ def check_timeout(timeout: float | None) -> float | None:
 def call_context(connection: Connection, request: Message, timeout: float | None) -> CallContext:
     """What is known of this call: what it carries, and what its errors may tell.
 
+    It carries the trace that its caller is in, if any.
+
     A request has an id from its caller, or gets one here, so that also an error that no daemon
     explained, such as a deadline's, can be found in the daemon's log.
     """
     own_id = getattr(request, "request_id", "")
     request_id = own_id or secrets.token_hex(8)
+    named = () if own_id else ((_REQUEST_ID_HEADER, request_id),)
     return CallContext(
         connection.address,
         timeout,
         request_id,
         tls=connection.credentials is not None,
-        metadata=() if own_id else ((_REQUEST_ID_HEADER, request_id),),
+        metadata=(*named, *trace_headers()),
     )

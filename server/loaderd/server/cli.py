@@ -33,6 +33,7 @@ _SERVER_PACKAGES = (
     "transformers",
 )
 
+_TRACING_PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc")
 _HTTP_PACKAGES = ("prometheus_client", "starlette", "uvicorn")
 
 # By setting, what each of its values is.
@@ -76,10 +77,10 @@ def main() -> None:
         if arguments[:1] == ["config"]:
             from loaderd.server.config_command import run
 
-            sys.exit(run(arguments[1:], _add_settings, _http_problem))
+            sys.exit(run(arguments[1:], _add_settings, _lacking))
         flags = vars(_parser().parse_args(arguments))
         config = load_config(flags)
-        if problem := _http_problem(config):
+        if problem := _lacking(config):
             _fail(EXIT_USAGE, problem)
         sys.exit(_run(config, lambda: load_config(flags)))
     except ConfigError as error:
@@ -155,20 +156,30 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, metavar=metavar, help=text)
 
 
-def _http_problem(config: ServerConfig) -> str:
-    """What is missing for the settings of HTTP, or nothing."""
-    return "" if config.http is None else _missing(_HTTP_PACKAGES, "--http", "http")
+def _lacking(config: ServerConfig) -> str:
+    """Which packages settings need that are not installed, or nothing."""
+    problem = "" if config.http is None else _missing(_HTTP_PACKAGES, "--http", "http")
+    if config.tracing and not problem:
+        problem = _missing(_TRACING_PACKAGES, "--tracing", "tracing")
+    return problem
 
 
 def _missing(packages: Sequence[str], whose: str, extra: str) -> str:
     """That packages are not there, or nothing."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    missing = [name for name in packages if not _is_installed(name)]
     if not missing:
         return ""
     return (
         f"{whose} needs packages that are not installed ({', '.join(missing)}): "
         f"pip install 'loaderd[{extra}]'"
     )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # not even what it is a part of
+        return False
 
 
 def _fail(code: int, message: str) -> None:

@@ -22,6 +22,7 @@ from loaderd.server.setting_sources import PREFIX, Origin, Sources
 from loaderd.server.setting_types import (
     Addresses,
     AuditFile,
+    CollectorEndpoint,
     Endpoint,
     FilePath,
     FolderPath,
@@ -60,6 +61,13 @@ def _default_local_roots() -> tuple[Path, ...]:
 
 def _hub_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def default_collector() -> str:
+    """Where traces go unless a setting says it, as OpenTelemetry's SDK has it."""
+    variables = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    given = (os.environ.get(name) for name in variables)
+    return next(filter(None, given), "http://localhost:4317")
 
 
 class DeclaredModel(BaseModel):
@@ -256,6 +264,22 @@ class ServerConfig(BaseSettings):
     """File to which a JSON line is added for each action of administrators, and each load that a
     client asks for; -: standard output. Default: none."""
 
+    tracing: bool = False
+    """Send traces to an OpenTelemetry collector. Needs the extra `tracing`. In the file, the table
+    [tracing] with endpoint, ratio and service_name does, unless it has enabled = false."""
+
+    tracing_endpoint: CollectorEndpoint | None = None
+    """Where the collector takes OTLP over gRPC, such as http://127.0.0.1:4317. Default:
+    OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or OTEL_EXPORTER_OTLP_ENDPOINT, else
+    http://localhost:4317."""
+
+    tracing_ratio: float | None = Field(default=None, ge=0, le=1)
+    """Of the traces that begin here, how many are kept, from 0 to 1; those that callers have begun
+    are kept as they say. Default: OTEL_TRACES_SAMPLER, else all."""
+
+    tracing_service_name: str | None = Field(default=None, min_length=1, max_length=256)
+    """What traces call this daemon. Default: OTEL_SERVICE_NAME, else loaderd."""
+
     @model_validator(mode="after")
     def _refuse_what_has_no_effect(self) -> ServerConfig:
         given = self.model_fields_set
@@ -268,6 +292,11 @@ class ServerConfig(BaseSettings):
         sockets = sorted(given & {"socket_mode", "socket_group", "socket_role"})
         if sockets and not any(isinstance(each, UnixAddress) for each in self.addresses):
             raise ValueError(f"{sockets[0]} is about unix sockets, and there is none; add --socket")
+        about_tracing = sorted(name for name in given if name.startswith("tracing_"))
+        if about_tracing and "tracing" not in given:
+            raise ValueError(
+                f"{about_tracing[0]} is about traces, and there are none; add --tracing"
+            )
         return self
 
     @model_validator(mode="after")

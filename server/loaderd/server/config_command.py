@@ -9,7 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loaderd.server import from_config
-from loaderd.server.config import DEFAULT_PORT, ConfigError, ServerConfig, config_from
+from loaderd.server.config import (
+    DEFAULT_PORT,
+    ConfigError,
+    ServerConfig,
+    config_from,
+    default_collector,
+)
 from loaderd.server.setting_sources import Origin, Sources
 from loaderd.server.store.cache import default_cache_dir
 from loaderd.server.supervisor.offload_folders import default_offload_dir
@@ -69,6 +75,7 @@ def _rows(config: ServerConfig, sources: Sources) -> list[Row]:
     values["socket_mode"] = f"{config.socket_mode:04o}"
     values["cache_dir"] = str(config.cache_dir or default_cache_dir())
     values["offload_dir"] = str(config.offload_dir or default_offload_dir())
+    values["tracing_endpoint"] = config.tracing_endpoint or default_collector()
     if config.port is None and config.socket is None and not config.listen:
         values["port"] = DEFAULT_PORT
     rows = [(name, value, sources.origin(name)) for name, value in values.items()]

@@ -30,6 +30,7 @@ from loaderd.server.supervisor.runtime_folder import RuntimeFolder
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
 from loaderd.server.systemd import Systemd
+from loaderd.server.tracing.spans import Tracer
 
 if TYPE_CHECKING:
     from loaderd.server.http.service import HttpService
@@ -65,12 +66,13 @@ class Daemon:
 
         Raises:
             AddressError: An address cannot be listened on.
-            ConfigError: The hub token, the files of TLS or that of clients cannot be used; or
-                models that are to be there are not allowed.
+            ConfigError: The hub token, the files of TLS or that of clients, or variables for
+                tracing cannot be used; or models that are to be there are not allowed.
         """
         config = self._config
         models = from_config.models_to_load(config)
         with ExitStack() as stack:
+            tracer = stack.enter_context(from_config.tracer(config))
             runtime = stack.enter_context(RuntimeFolder())
             disk = stack.enter_context(OffloadFolders(config.offload_dir or default_offload_dir()))
             supervisor = Supervisor(
@@ -86,14 +88,20 @@ class Daemon:
             store = ModelStore(from_config.store_settings(config))
             registry = ModelRegistry(config.max_requests, from_config.keep_alive_s(config))
             planner = Planner(store, supervisor, IdleModels(registry), disk)
-            on_demand, user_loads = OnDemand(config.load_on_demand), OnDemand(config.user_loads)
-            loads = Loads(registry, store, supervisor, planner, on_demand, user_loads=user_loads)
-            restarts = Restarts(loads)
+            loads = Loads(
+                registry,
+                store,
+                supervisor,
+                planner,
+                OnDemand(config.load_on_demand),
+                user_loads=OnDemand(config.user_loads),
+            )
+            restarts = Restarts(loads, tracer=tracer)
             registry.on_death = restarts.begin
-            manifest = Manifest(models, registry, loads)
+            manifest = Manifest(models, registry, loads, tracer=tracer)
             audit = stack.enter_context(from_config.audit_log(config))
             access = from_config.access(config, audit)
-            http = self._http(registry, planner, store, supervisor)
+            http = self._http(registry, planner, store, supervisor, tracer)
             server = RpcServer(
                 registry,
                 loads,
@@ -103,6 +111,7 @@ class Daemon:
                 access=access,
                 observer=None if http is None else http.metrics,
                 audit=audit,
+                tracer=tracer,
             )
             addresses = stack.enter_context(
                 listening(
@@ -157,7 +166,12 @@ class Daemon:
                 await supervisor.close()
 
     def _http(
-        self, registry: ModelRegistry, planner: Planner, store: ModelStore, supervisor: Supervisor
+        self,
+        registry: ModelRegistry,
+        planner: Planner,
+        store: ModelStore,
+        supervisor: Supervisor,
+        tracer: Tracer | None,
     ) -> HttpService | None:
         address = self._config.http
         if address is None:
@@ -174,7 +188,7 @@ class Daemon:
                 f"cannot listen on {address} for HTTP: {error.strerror}; choose another --http "
                 "(port 0: a free one)"
             ) from error
-        return HttpService(listener, registry, planner, store, supervisor)
+        return HttpService(listener, registry, planner, store, supervisor, tracer=tracer)
 
     def _catch_signals(self, supervisor: Supervisor, reloader: Reloader) -> None:
         loop = asyncio.get_running_loop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from loaderd.server.access.clients import ClientsFile, ClientsFileError
@@ -22,6 +22,7 @@ from loaderd.server.store.hub_access import RetryPolicy
 from loaderd.server.store.names import parse_name
 from loaderd.server.store.policy import ModelPolicy
 from loaderd.server.store.settings import StoreSettings
+from loaderd.server.tracing.spans import Tracer
 
 
 def store_settings(config: ServerConfig) -> StoreSettings:
@@ -65,6 +66,29 @@ def audit_log(config: ServerConfig) -> Iterator[AuditLog | None]:
         raise ConfigError(f"audit_log: {config.audit_log}: {error.strerror}") from error
     with closing(audit):
         yield audit
+
+
+@contextmanager
+def tracer(config: ServerConfig) -> Iterator[Tracer | None]:
+    """What gets traces; None: nobody asked. What waits on leaving is sent, within a bound.
+
+    Raises:
+        ConfigError: A variable of OpenTelemetry's cannot be used.
+        ImportError: The extra `tracing` is not installed.
+    """
+    if not config.tracing:
+        yield None
+        return
+    from loaderd.server.tracing.sdk import SdkTracer
+
+    try:
+        found = SdkTracer.to_collector(
+            config.tracing_endpoint, config.tracing_ratio, config.tracing_service_name
+        )
+    except ValueError as error:
+        raise ConfigError(f"tracing: a variable OTEL_* cannot be used: {error}") from error
+    with closing(found):
+        yield found
 
 
 def access(config: ServerConfig, audit: AuditLog | None = None) -> Access:
@@ -124,11 +148,16 @@ def problems(config: ServerConfig) -> list[str]:
         if (files := tls(config)) is not None:
             files.credentials()
 
+    def begin_tracing() -> None:
+        with suppress(ImportError), tracer(config):  # what is not installed is told elsewhere
+            pass
+
     checks: tuple[Callable[[], object], ...] = (
         config.hub_token,
         lambda: access(config),
         lambda: models_to_load(config),
         read_tls,
+        begin_tracing,
     )
     found: list[str] = []
     for check in checks:

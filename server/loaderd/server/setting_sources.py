@@ -11,11 +11,14 @@ from typing import Any, Literal
 
 PREFIX = "LOADERD_"
 
-# Variables of the hub library that stand in for a setting.
-_HUB_VARIABLES = {
+# Variables of libraries that stand in for a setting.
+_STANDARD_VARIABLES = {
     "cache_dir": ("HF_HUB_CACHE", "HF_HOME"),
     "hub_endpoint": ("HF_ENDPOINT",),
     "offline": ("HF_HUB_OFFLINE",),
+    "tracing_endpoint": ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),
+    "tracing_ratio": ("OTEL_TRACES_SAMPLER",),
+    "tracing_service_name": ("OTEL_SERVICE_NAME",),
 }
 
 
@@ -57,7 +60,7 @@ class Sources:
         if self.file is None:
             return
         try:
-            self.table = tomllib.loads(self.file.read_text())
+            self.table = _by_option(tomllib.loads(self.file.read_text()))
         except FileNotFoundError:
             self.problem = f"config: there is no file {file}"
         except OSError as error:
@@ -66,6 +69,8 @@ class Sources:
             self.problem = f"config: {file} is not text in UTF-8"
         except tomllib.TOMLDecodeError as error:
             self.problem = f"config: {file} is not TOML: {error}"
+        except ValueError as error:
+            self.problem = f"config: {file}: {error}"
 
     def origin(self, setting: str) -> Origin:
         """What sets a setting: the first of flag, variable, file and default that has it."""
@@ -76,7 +81,22 @@ class Sources:
                 return Origin("variable", variable)
         if setting in self.table:
             return Origin("file", str(self.file))
-        for variable in _HUB_VARIABLES.get(setting, ()):
+        for variable in _STANDARD_VARIABLES.get(setting, ()):
             if os.environ.get(variable):
                 return Origin("variable", variable)
         return Origin("default")
+
+
+def _by_option(table: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file by the names of their options, also those of its table [tracing].
+
+    Raises:
+        ValueError: It has one twice.
+    """
+    inner = table.get("tracing")
+    if not isinstance(inner, dict):
+        return table
+    settings = {f"tracing_{name}": value for name, value in inner.items() if name != "enabled"}
+    if twice := sorted(settings.keys() & table.keys()):
+        raise ValueError(f"{twice[0]} stands in it twice, once in [tracing]")
+    return {**table, "tracing": inner.get("enabled", True), **settings}

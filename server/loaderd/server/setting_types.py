@@ -110,6 +110,20 @@ def _hub_endpoint(url: str) -> str:
     return url.rstrip("/")
 
 
+def _collector_endpoint(url: str) -> str:
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    is_whole = parts.scheme in {"http", "https"} and parts.hostname and port
+    if not is_whole or parts.path.strip("/") or parts.query or parts.fragment:
+        raise ValueError("must be http:// or https://, a host and a port, and nothing else")
+    if parts.username or parts.password:
+        raise ValueError("must have no user or password; OTEL_EXPORTER_OTLP_HEADERS has secrets")
+    return url.rstrip("/")
+
+
 def _model_name(text: str) -> str:
     """A name that clients could use; a local folder's path made absolute."""
     text = str(_absolute(Path(text))) if text.startswith((".", "~")) else text
@@ -130,6 +144,7 @@ ModelName = Annotated[str, AfterValidator(_model_name)]
 Mode = Annotated[int, BeforeValidator(_mode), Field(ge=0, le=0o777)]
 Group = Annotated[str, AfterValidator(_group)]
 Endpoint = Annotated[str, AfterValidator(_hub_endpoint)]
+CollectorEndpoint = Annotated[str, AfterValidator(_collector_endpoint)]
 HostPort = Annotated[TcpAddress, BeforeValidator(_host_port)]
 FilePath = Annotated[Path, AfterValidator(_absolute)]
 AuditFile = Annotated[Path, AfterValidator(_file_or_output)]

@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
+from loaderd.server.tracing.spans import begin, ending, error_of, within
+
 K = TypeVar("K", bound=Hashable)
 P = TypeVar("P")
 R = TypeVar("R")
@@ -23,15 +25,18 @@ class Flight(Generic[P, R]):
         waiters: How many wait for it.
         latest: What it published last; None before the first time.
         task: The work.
+        span: What tells of it, as a part of what began it; None: nothing does.
     """
 
-    def __init__(self, work: Callable[[Publish[P]], Awaitable[R]]) -> None:
+    def __init__(self, work: Callable[[Publish[P]], Awaitable[R]], name: str = "") -> None:
         self.waiters = 0
         self.latest: P | None = None
         self._version = 0
         self._changed = asyncio.Event()
         self._abort_error: Exception | None = None
-        self.task = asyncio.ensure_future(work(self._publish))
+        self.span = begin(name) if name else None
+        with within(self.span):
+            self.task = asyncio.ensure_future(work(self._publish))
         self.task.add_done_callback(self._ended)
 
     async def progress(self) -> AsyncIterator[P]:
@@ -76,8 +81,10 @@ class Flight(Generic[P, R]):
         self._wake()
 
     def _ended(self, task: asyncio.Future[R]) -> None:
-        if not task.cancelled():
-            task.exception()  # seen: asyncio warns of errors that nobody waited for
+        # Seen: asyncio warns of errors that nobody waited for.
+        raised = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if self.span is not None:
+            self.span.end(error="" if raised is None else error_of(raised))
         self._wake()
 
     def _wake(self) -> None:
@@ -90,9 +97,14 @@ class SingleFlight(Generic[K, P, R]):
 
     Who joins a key that has a flight under way shares it. A waiter that leaves does not stop the
     others; when the last one leaves, the work is cancelled.
+
+    Args:
+        name: Of the spans that tell of flights; those who join one have a span of their own, which
+            is linked with it. Empty: there are none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "") -> None:
+        self._name = name
         self._flights: dict[K, Flight[P, R]] = {}
 
     @property
@@ -121,13 +133,16 @@ class SingleFlight(Generic[K, P, R]):
 
         On leaving, waits for a cancelled flight to end, so that what it held is free again.
         """
-        flight = self._flights.get(key)
+        flight, waiting = self._flights.get(key), None
         if flight is None:
-            flight = self._flights[key] = Flight(work)
+            flight = self._flights[key] = Flight(work, self._name)
             flight.task.add_done_callback(lambda _: self._land(key, flight))
+        elif self._name:
+            waiting = begin(f"wait for {self._name}", link=flight.span)
         flight.waiters += 1
         try:
-            yield flight
+            with ending(waiting):
+                yield flight
         finally:
             flight.waiters -= 1
             if flight.waiters == 0 and not flight.task.done():

@@ -27,12 +27,14 @@ from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.restarts import Restarts
 from loaderd.server.rpc.access import Access
+from loaderd.server.rpc.local import LocalCalls
 from loaderd.server.rpc.server import RpcServer
 from loaderd.server.store.policy import ModelPolicy
 from loaderd.server.store.store import ModelStore, StoreSettings
 from loaderd.server.supervisor.offload_folders import OffloadFolders
 from loaderd.server.supervisor.supervisor import Supervisor
 from loaderd.server.supervisor.worker import WorkerLimits
+from loaderd.server.tracing.spans import Tracer
 from loaderd.v1 import (
     generation_pb2,
     generation_pb2_grpc,
@@ -58,6 +60,7 @@ class Box:
     models: Any
     generation: Any
     system: Any
+    local: LocalCalls
     url: str = ""
 
     async def load(
@@ -101,6 +104,7 @@ async def open_box(
     policy: ModelPolicy | None = None,
     http: bool = False,
     audit: AuditLog | None = None,
+    tracer: Tracer | None = None,
 ) -> AsyncIterator[Box]:
     """The insides with a model folder beside them; models come back only with a wait for it.
 
@@ -114,6 +118,7 @@ async def open_box(
         policy: Which models are allowed; None: all.
         http: Whether it also listens for HTTP.
         audit: Told what administrators do.
+        tracer: Gets spans.
     """
     async with AsyncExitStack() as stack:
         launcher = FakeLauncher()
@@ -136,7 +141,7 @@ async def open_box(
         disk = OffloadFolders(tmp_path / "disk")
         planner = Planner(store, supervisor, IdleModels(registry), disk)
         loads = Loads(registry, store, supervisor, planner, on_demand, user_loads=user_loads)
-        restarts = Restarts(loads, restart_wait_s or 0.0)
+        restarts = Restarts(loads, restart_wait_s or 0.0, tracer)
         if restart_wait_s is not None:
             registry.on_death = restarts.begin
         service = None
@@ -145,7 +150,7 @@ async def open_box(
             from loaderd.server.http.service import HttpService
 
             listener = HttpListener(TcpAddress("127.0.0.1", 0))
-            service = HttpService(listener, registry, planner, store, supervisor)
+            service = HttpService(listener, registry, planner, store, supervisor, tracer=tracer)
         access = access or Access(None, Quotas(time.monotonic))
         server = RpcServer(
             registry,
@@ -156,6 +161,7 @@ async def open_box(
             access=access,
             observer=None if service is None else service.metrics,
             audit=audit,
+            tracer=tracer,
         )
         port = server.bind("127.0.0.1:0")
         socket = f"unix:{tmp_path / 'box.sock'}"
@@ -176,6 +182,7 @@ async def open_box(
             model_pb2_grpc.ModelServiceStub(channel),
             generation_pb2_grpc.GenerationServiceStub(channel),
             system_pb2_grpc.SystemServiceStub(channel),
+            server.local,
             "" if service is None else service.url,
         )
         idle.cancel()

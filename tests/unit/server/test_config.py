@@ -15,7 +15,7 @@ from loaderd.server.reload import LIVE
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
-        if name.startswith(("LOADERD_", "HF_", "HUGGING")):
+        if name.startswith(("LOADERD_", "HF_", "HUGGING", "OTEL_")):
             monkeypatch.delenv(name)
 
 
@@ -286,3 +286,51 @@ def test_the_docs_say_which_settings_change_while_the_daemon_runs() -> None:
     named = re.findall("`([a-z_]+)`", section)
     assert sorted(named) == sorted(LIVE)
     assert set(LIVE) <= set(ServerConfig.model_fields)
+
+
+def test_traces_are_asked_for_by_an_option_or_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not load_config({}).tracing
+    assert load_config({"tracing": True}).tracing
+    file = tmp_path / "loaderd.toml"
+    file.write_text('[tracing]\nendpoint = "http://box:4317"\nratio = 0.5\nservice_name = "mine"\n')
+    config = load_config({"config": str(file)})
+    assert config.tracing
+    assert config.tracing_endpoint == "http://box:4317"
+    assert (config.tracing_ratio, config.tracing_service_name) == (0.5, "mine")
+    monkeypatch.setenv("LOADERD_TRACING_RATIO", "0.25")
+    assert load_config({"config": str(file)}).tracing_ratio == 0.25
+    assert not load_config({"config": str(file), "tracing": False}).tracing
+    file.write_text("[tracing]\nenabled = false\nratio = 0.5\n")
+    assert not load_config({"config": str(file)}).tracing
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ("tracing_ratio = 0.5", "tracing_ratio is about traces, and there are none; add --tracing"),
+        ("[tracing]\nratio = 2", "tracing_ratio: .* less than or equal to 1"),
+        ("[tracing]\nendpoit = 1", "tracing_endpoit: .*perhaps tracing_endpoint is meant"),
+        ("[tracing]\nheaders = 'a=b'", "tracing_headers: there is no such setting"),
+        ("[tracing]\nenabled = 'perhaps'", "tracing: "),
+        ("tracing_ratio = 1\n[tracing]\nratio = 0.5", "ratio .* twice"),
+        *(
+            (f"[tracing]\nendpoint = {endpoint!r}", "tracing_endpoint: must ")
+            for endpoint in (
+                "box:4317",
+                "grpc://box:4317",
+                "http://box",
+                "http://box:x",
+                "http://box:4318/v1/traces",
+                "http://me:plugh@box:4317",
+            )
+        ),
+    ],
+)
+def test_bad_settings_of_traces_are_refused(tmp_path: Path, table: str, problem: str) -> None:
+    file = tmp_path / "loaderd.toml"
+    file.write_text(table)
+    with pytest.raises(ConfigError, match=problem) as caught:
+        load_config({"config": str(file)})
+    assert "plugh" not in str(caught.value)

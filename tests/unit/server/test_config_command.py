@@ -32,7 +32,7 @@ Config = Callable[..., Run]
 def config(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Config:
-    for name in [name for name in os.environ if name.startswith(("LOADERD_", "HF_"))]:
+    for name in [name for name in os.environ if name.startswith(("LOADERD_", "HF_", "OTEL_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
@@ -178,3 +178,46 @@ def test_a_command_is_needed(config: Config) -> None:
     done = config()
     assert done.code == 2
     assert "COMMAND" in done.stderr
+
+
+def test_traces_need_an_extra(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config("check", "--tracing").code == 0
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk", None)
+    monkeypatch.delitem(sys.modules, "loaderd.server.tracing.sdk", raising=False)
+    problem = (
+        "loaderd: --tracing needs packages that are not installed (opentelemetry.sdk): "
+        "pip install 'loaderd[tracing]'\n"
+    )
+    assert config("check").code == 0
+    done = config("check", "--tracing")
+    assert (done.code, done.stderr) == (2, problem)
+
+
+def test_where_traces_go_is_shown_with_where_that_is_from(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown() -> dict[str, str]:
+        entry: dict[str, str] = json.loads(config("show", "--json").stdout)["tracing_endpoint"]
+        return entry
+
+    assert shown() == {"value": "http://localhost:4317", "source": "default", "name": ""}
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://box:4317")
+    variable = {"source": "variable", "name": "OTEL_EXPORTER_OTLP_ENDPOINT"}
+    assert shown() == {"value": "http://box:4317", **variable}
+    # Secrets have no setting, so that none is shown.
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=plugh")
+    assert "plugh" not in config("show", "--tracing").stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("OTEL_EXPORTER_OTLP_TIMEOUT", "long"), ("OTEL_EXPORTER_OTLP_COMPRESSION", "zip")],
+)
+def test_variables_for_traces_that_cannot_be_used(
+    config: Config, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert config("check").code == 0
+    done = config("check", "--tracing")
+    assert done.code == 2
+    assert value in done.stderr

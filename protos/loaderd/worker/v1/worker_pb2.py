@@ -29,7 +29,7 @@ from loaderd.v1 import model_pb2 as loaderd_dot_v1_dot_model__pb2
 from loaderd.v1 import system_pb2 as loaderd_dot_v1_dot_system__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eloaderd/worker/v1/worker.proto\x12\x11loaderd.worker.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17loaderd/v1/errors.proto\x1a\x1bloaderd/v1/generation.proto\x1a\x16loaderd/v1/model.proto\x1a\x17loaderd/v1/system.proto\"\xdc\x02\n\rAttachRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.loaderd.worker.v1.HelloH\x00\x12-\n\x07standby\x18\x02 \x01(\x0b\x32\x1a.loaderd.worker.v1.StandbyH\x00\x12\x31\n\theartbeat\x18\x03 \x01(\x0b\x32\x1c.loaderd.worker.v1.HeartbeatH\x00\x12+\n\x06loaded\x18\x04 \x01(\x0b\x32\x19.loaderd.worker.v1.LoadedH\x00\x12\x34\n\x0bload_failed\x18\x05 \x01(\x0b\x32\x1d.loaderd.worker.v1.LoadFailedH\x00\x12\'\n\x04step\x18\x06 \x01(\x0b\x32\x17.loaderd.worker.v1.StepH\x00\x12)\n\x05reply\x18\x07 \x01(\x0b\x32\x18.loaderd.worker.v1.ReplyH\x00\x42\x07\n\x05\x65vent\"\xfc\x01\n\x0e\x41ttachResponse\x12\'\n\x04load\x18\x01 \x01(\x0b\x32\x17.loaderd.worker.v1.LoadH\x00\x12/\n\x08generate\x18\x02 \x01(\x0b\x32\x1b.loaderd.worker.v1.GenerateH\x00\x12+\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x19.loaderd.worker.v1.CancelH\x00\x12\'\n\x04\x63\x61ll\x18\x04 \x01(\x0b\x32\x17.loaderd.worker.v1.CallH\x00\x12/\n\x08shutdown\x18\x05 \x01(\x0b\x32\x1b.loaderd.worker.v1.ShutdownH\x00\x42\t\n\x07\x63ommand\")\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\"\xb0\x01\n\x07Standby\x12#\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x12.loaderd.v1.Device\x12:\n\x08versions\x18\x02 \x03(\x0b\x32(.loaderd.worker.v1.Standby.VersionsEntry\x12\x13\n\x0bmeasured_at\x18\x03 \x01(\x01\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"4\n\tHeartbeat\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x04\x12\x11\n\town_bytes\x18\x02 \x01(\x04\"\xec\x01\n\x04Load\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12(\n\x07options\x18\x03 \x01(\x0b\x32\x17.loaderd.v1.LoadOptions\x12\x14\n\x0c\x61llow_pickle\x18\x04 \x01(\x08\x12<\n\x0bweight_room\x18\x05 \x03(\x0b\x32\'.loaderd.worker.v1.Load.WeightRoomEntry\x12\x16\n\x0eoffload_folder\x18\x06 \x01(\t\x1a\x31\n\x0fWeightRoomEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xcf\x01\n\x06Loaded\x12)\n\x07\x64\x65tails\x18\x01 \x01(\x0b\x32\x18.loaderd.v1.ModelDetails\x12*\n\x07weights\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12<\n\nheld_bytes\x18\x03 \x03(\x0b\x32(.loaderd.worker.v1.Loaded.HeldBytesEntry\x1a\x30\n\x0eHeldBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"5\n\nLoadFailed\x12\'\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x18.loaderd.worker.v1.Error\"\x9b\x01\n\x05\x45rror\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.loaderd.v1.ErrorReason\x12\x38\n\x08metadata\x18\x02 \x03(\x0b\x32&.loaderd.worker.v1.Error.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"[\n\x08Generate\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x32\n\x07request\x18\x02 \x01(\x0b\x32!.loaderd.v1.StreamGenerateRequest\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\"\x15\n\x06\x43\x61ncel\x12\x0b\n\x03key\x18\x01 \x01(\x04\"2\n\x04Step\x12*\n\x07outputs\x18\x01 \x03(\x0b\x32\x19.loaderd.worker.v1.Output\"\xf7\x02\n\x06Output\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x30\n\x07started\x18\x02 \x01(\x0b\x32\x1d.loaderd.v1.GenerationStartedH\x00\x12,\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x1b.loaderd.v1.GenerationDeltaH\x00\x12\x32\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1e.loaderd.v1.GenerationFinishedH\x00\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.loaderd.worker.v1.ErrorH\x00\x12.\n\x06queued\x18\x06 \x01(\x0b\x32\x1c.loaderd.v1.GenerationQueuedH\x00\x12\x35\n\x0fprompt_logprobs\x18\x07 \x01(\x0b\x32\x1a.loaderd.v1.PromptLogprobsH\x00\x12\x31\n\x06report\x18\x08 \x01(\x0b\x32\x1f.loaderd.worker.v1.EngineReportH\x00\x42\x07\n\x05\x65vent\"\xbf\x01\n\x0c\x45ngineReport\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x04 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x05 \x01(\x04\x12\x11\n\tkv_tokens\x18\x06 \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x07 \x01(\x04\"\xc9\x01\n\x04\x43\x61ll\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12/\n\x08tokenize\x18\x02 \x01(\x0b\x32\x1b.loaderd.v1.TokenizeRequestH\x00\x12\x33\n\ndetokenize\x18\x03 \x01(\x0b\x32\x1d.loaderd.v1.DetokenizeRequestH\x00\x12\x43\n\x13\x61pply_chat_template\x18\x04 \x01(\x0b\x32$.loaderd.v1.ApplyChatTemplateRequestH\x00\x42\t\n\x07request\"\xf9\x01\n\x05Reply\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x30\n\x08tokenize\x18\x02 \x01(\x0b\x32\x1c.loaderd.v1.TokenizeResponseH\x00\x12\x34\n\ndetokenize\x18\x03 \x01(\x0b\x32\x1e.loaderd.v1.DetokenizeResponseH\x00\x12\x44\n\x13\x61pply_chat_template\x18\x04 \x01(\x0b\x32%.loaderd.v1.ApplyChatTemplateResponseH\x00\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.loaderd.worker.v1.ErrorH\x00\x42\n\n\x08response\"\n\n\x08Shutdown2f\n\x11WorkerLinkService\x12Q\n\x06\x41ttach\x12 .loaderd.worker.v1.AttachRequest\x1a!.loaderd.worker.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eloaderd/worker/v1/worker.proto\x12\x11loaderd.worker.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17loaderd/v1/errors.proto\x1a\x1bloaderd/v1/generation.proto\x1a\x16loaderd/v1/model.proto\x1a\x17loaderd/v1/system.proto\"\xdc\x02\n\rAttachRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.loaderd.worker.v1.HelloH\x00\x12-\n\x07standby\x18\x02 \x01(\x0b\x32\x1a.loaderd.worker.v1.StandbyH\x00\x12\x31\n\theartbeat\x18\x03 \x01(\x0b\x32\x1c.loaderd.worker.v1.HeartbeatH\x00\x12+\n\x06loaded\x18\x04 \x01(\x0b\x32\x19.loaderd.worker.v1.LoadedH\x00\x12\x34\n\x0bload_failed\x18\x05 \x01(\x0b\x32\x1d.loaderd.worker.v1.LoadFailedH\x00\x12\'\n\x04step\x18\x06 \x01(\x0b\x32\x17.loaderd.worker.v1.StepH\x00\x12)\n\x05reply\x18\x07 \x01(\x0b\x32\x18.loaderd.worker.v1.ReplyH\x00\x42\x07\n\x05\x65vent\"\xfc\x01\n\x0e\x41ttachResponse\x12\'\n\x04load\x18\x01 \x01(\x0b\x32\x17.loaderd.worker.v1.LoadH\x00\x12/\n\x08generate\x18\x02 \x01(\x0b\x32\x1b.loaderd.worker.v1.GenerateH\x00\x12+\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x19.loaderd.worker.v1.CancelH\x00\x12\'\n\x04\x63\x61ll\x18\x04 \x01(\x0b\x32\x17.loaderd.worker.v1.CallH\x00\x12/\n\x08shutdown\x18\x05 \x01(\x0b\x32\x1b.loaderd.worker.v1.ShutdownH\x00\x42\t\n\x07\x63ommand\")\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\"\xb0\x01\n\x07Standby\x12#\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x12.loaderd.v1.Device\x12:\n\x08versions\x18\x02 \x03(\x0b\x32(.loaderd.worker.v1.Standby.VersionsEntry\x12\x13\n\x0bmeasured_at\x18\x03 \x01(\x01\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"4\n\tHeartbeat\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x04\x12\x11\n\town_bytes\x18\x02 \x01(\x04\"\x9c\x02\n\x04Load\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12(\n\x07options\x18\x03 \x01(\x0b\x32\x17.loaderd.v1.LoadOptions\x12\x14\n\x0c\x61llow_pickle\x18\x04 \x01(\x08\x12<\n\x0bweight_room\x18\x05 \x03(\x0b\x32\'.loaderd.worker.v1.Load.WeightRoomEntry\x12\x16\n\x0eoffload_folder\x18\x06 \x01(\t\x12.\n\x05trace\x18\x07 \x01(\x0b\x32\x1f.loaderd.worker.v1.TraceContext\x1a\x31\n\x0fWeightRoomEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"1\n\x0cTraceContext\x12\x10\n\x08trace_id\x18\x01 \x01(\t\x12\x0f\n\x07span_id\x18\x02 \x01(\t\"\xcf\x01\n\x06Loaded\x12)\n\x07\x64\x65tails\x18\x01 \x01(\x0b\x32\x18.loaderd.v1.ModelDetails\x12*\n\x07weights\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12<\n\nheld_bytes\x18\x03 \x03(\x0b\x32(.loaderd.worker.v1.Loaded.HeldBytesEntry\x1a\x30\n\x0eHeldBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"5\n\nLoadFailed\x12\'\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x18.loaderd.worker.v1.Error\"\x9b\x01\n\x05\x45rror\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.loaderd.v1.ErrorReason\x12\x38\n\x08metadata\x18\x02 \x03(\x0b\x32&.loaderd.worker.v1.Error.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8b\x01\n\x08Generate\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x32\n\x07request\x18\x02 \x01(\x0b\x32!.loaderd.v1.StreamGenerateRequest\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12.\n\x05trace\x18\x04 \x01(\x0b\x32\x1f.loaderd.worker.v1.TraceContext\"\x15\n\x06\x43\x61ncel\x12\x0b\n\x03key\x18\x01 \x01(\x04\"2\n\x04Step\x12*\n\x07outputs\x18\x01 \x03(\x0b\x32\x19.loaderd.worker.v1.Output\"\xf7\x02\n\x06Output\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x30\n\x07started\x18\x02 \x01(\x0b\x32\x1d.loaderd.v1.GenerationStartedH\x00\x12,\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x1b.loaderd.v1.GenerationDeltaH\x00\x12\x32\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1e.loaderd.v1.GenerationFinishedH\x00\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.loaderd.worker.v1.ErrorH\x00\x12.\n\x06queued\x18\x06 \x01(\x0b\x32\x1c.loaderd.v1.GenerationQueuedH\x00\x12\x35\n\x0fprompt_logprobs\x18\x07 \x01(\x0b\x32\x1a.loaderd.v1.PromptLogprobsH\x00\x12\x31\n\x06report\x18\x08 \x01(\x0b\x32\x1f.loaderd.worker.v1.EngineReportH\x00\x42\x07\n\x05\x65vent\"\xbf\x01\n\x0c\x45ngineReport\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x04 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x05 \x01(\x04\x12\x11\n\tkv_tokens\x18\x06 \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x07 \x01(\x04\"\xc9\x01\n\x04\x43\x61ll\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12/\n\x08tokenize\x18\x02 \x01(\x0b\x32\x1b.loaderd.v1.TokenizeRequestH\x00\x12\x33\n\ndetokenize\x18\x03 \x01(\x0b\x32\x1d.loaderd.v1.DetokenizeRequestH\x00\x12\x43\n\x13\x61pply_chat_template\x18\x04 \x01(\x0b\x32$.loaderd.v1.ApplyChatTemplateRequestH\x00\x42\t\n\x07request\"\xf9\x01\n\x05Reply\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x30\n\x08tokenize\x18\x02 \x01(\x0b\x32\x1c.loaderd.v1.TokenizeResponseH\x00\x12\x34\n\ndetokenize\x18\x03 \x01(\x0b\x32\x1e.loaderd.v1.DetokenizeResponseH\x00\x12\x44\n\x13\x61pply_chat_template\x18\x04 \x01(\x0b\x32%.loaderd.v1.ApplyChatTemplateResponseH\x00\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.loaderd.worker.v1.ErrorH\x00\x42\n\n\x08response\"\n\n\x08Shutdown2f\n\x11WorkerLinkService\x12Q\n\x06\x41ttach\x12 .loaderd.worker.v1.AttachRequest\x1a!.loaderd.worker.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -57,35 +57,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEARTBEAT']._serialized_start=1016
   _globals['_HEARTBEAT']._serialized_end=1068
   _globals['_LOAD']._serialized_start=1071
-  _globals['_LOAD']._serialized_end=1307
-  _globals['_LOAD_WEIGHTROOMENTRY']._serialized_start=1258
-  _globals['_LOAD_WEIGHTROOMENTRY']._serialized_end=1307
-  _globals['_LOADED']._serialized_start=1310
-  _globals['_LOADED']._serialized_end=1517
-  _globals['_LOADED_HELDBYTESENTRY']._serialized_start=1469
-  _globals['_LOADED_HELDBYTESENTRY']._serialized_end=1517
-  _globals['_LOADFAILED']._serialized_start=1519
-  _globals['_LOADFAILED']._serialized_end=1572
-  _globals['_ERROR']._serialized_start=1575
-  _globals['_ERROR']._serialized_end=1730
-  _globals['_ERROR_METADATAENTRY']._serialized_start=1683
-  _globals['_ERROR_METADATAENTRY']._serialized_end=1730
-  _globals['_GENERATE']._serialized_start=1732
-  _globals['_GENERATE']._serialized_end=1823
-  _globals['_CANCEL']._serialized_start=1825
-  _globals['_CANCEL']._serialized_end=1846
-  _globals['_STEP']._serialized_start=1848
-  _globals['_STEP']._serialized_end=1898
-  _globals['_OUTPUT']._serialized_start=1901
-  _globals['_OUTPUT']._serialized_end=2276
-  _globals['_ENGINEREPORT']._serialized_start=2279
-  _globals['_ENGINEREPORT']._serialized_end=2470
-  _globals['_CALL']._serialized_start=2473
-  _globals['_CALL']._serialized_end=2674
-  _globals['_REPLY']._serialized_start=2677
-  _globals['_REPLY']._serialized_end=2926
-  _globals['_SHUTDOWN']._serialized_start=2928
-  _globals['_SHUTDOWN']._serialized_end=2938
-  _globals['_WORKERLINKSERVICE']._serialized_start=2940
-  _globals['_WORKERLINKSERVICE']._serialized_end=3042
+  _globals['_LOAD']._serialized_end=1355
+  _globals['_LOAD_WEIGHTROOMENTRY']._serialized_start=1306
+  _globals['_LOAD_WEIGHTROOMENTRY']._serialized_end=1355
+  _globals['_TRACECONTEXT']._serialized_start=1357
+  _globals['_TRACECONTEXT']._serialized_end=1406
+  _globals['_LOADED']._serialized_start=1409
+  _globals['_LOADED']._serialized_end=1616
+  _globals['_LOADED_HELDBYTESENTRY']._serialized_start=1568
+  _globals['_LOADED_HELDBYTESENTRY']._serialized_end=1616
+  _globals['_LOADFAILED']._serialized_start=1618
+  _globals['_LOADFAILED']._serialized_end=1671
+  _globals['_ERROR']._serialized_start=1674
+  _globals['_ERROR']._serialized_end=1829
+  _globals['_ERROR_METADATAENTRY']._serialized_start=1782
+  _globals['_ERROR_METADATAENTRY']._serialized_end=1829
+  _globals['_GENERATE']._serialized_start=1832
+  _globals['_GENERATE']._serialized_end=1971
+  _globals['_CANCEL']._serialized_start=1973
+  _globals['_CANCEL']._serialized_end=1994
+  _globals['_STEP']._serialized_start=1996
+  _globals['_STEP']._serialized_end=2046
+  _globals['_OUTPUT']._serialized_start=2049
+  _globals['_OUTPUT']._serialized_end=2424
+  _globals['_ENGINEREPORT']._serialized_start=2427
+  _globals['_ENGINEREPORT']._serialized_end=2618
+  _globals['_CALL']._serialized_start=2621
+  _globals['_CALL']._serialized_end=2822
+  _globals['_REPLY']._serialized_start=2825
+  _globals['_REPLY']._serialized_end=3074
+  _globals['_SHUTDOWN']._serialized_start=3076
+  _globals['_SHUTDOWN']._serialized_end=3086
+  _globals['_WORKERLINKSERVICE']._serialized_start=3088
+  _globals['_WORKERLINKSERVICE']._serialized_end=3190
 # @@protoc_insertion_point(module_scope)

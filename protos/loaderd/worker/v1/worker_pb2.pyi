@@ -275,6 +275,7 @@ class Load(_message.Message):
     ALLOW_PICKLE_FIELD_NUMBER: _builtins.int
     WEIGHT_ROOM_FIELD_NUMBER: _builtins.int
     OFFLOAD_FOLDER_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """The folder of the snapshot, complete and on this box."""
     model: _builtins.str
@@ -295,6 +296,10 @@ class Load(_message.Message):
         What it does not name holds none.
         """
 
+    @_builtins.property
+    def trace(self) -> Global___TraceContext:
+        """What the load is a part of; unset: of no trace."""
+
     def __init__(
         self,
         *,
@@ -304,14 +309,41 @@ class Load(_message.Message):
         allow_pickle: _builtins.bool = ...,
         weight_room: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         offload_folder: _builtins.str = ...,
+        trace: Global___TraceContext | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_pickle", b"allow_pickle", "model", b"model", "offload_folder", b"offload_folder", "options", b"options", "path", b"path", "weight_room", b"weight_room"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_pickle", b"allow_pickle", "model", b"model", "offload_folder", b"offload_folder", "options", b"options", "path", b"path", "trace", b"trace", "weight_room", b"weight_room"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class TraceContext(_message.Message):
+    """The span of the daemon's that a command is a part of, for the worker's log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRACE_ID_FIELD_NUMBER: _builtins.int
+    SPAN_ID_FIELD_NUMBER: _builtins.int
+    trace_id: _builtins.str
+    """32 hex digits; empty: there is none."""
+    span_id: _builtins.str
+    """16 hex digits; empty as well."""
+    def __init__(
+        self,
+        *,
+        trace_id: _builtins.str = ...,
+        span_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["span_id", b"span_id", "trace_id", b"trace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceContext: _TypeAlias = TraceContext  # noqa: Y015
 
 @_typing.final
 class Loaded(_message.Message):
@@ -450,6 +482,7 @@ class Generate(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
     CLIENT_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     key: _builtins.int
     """The daemon's key of the request, unique in the worker's life."""
     client: _builtins.str
@@ -458,16 +491,21 @@ class Generate(_message.Message):
     def request(self) -> _generation_pb2.StreamGenerateRequest:
         """What the client asked; request_id is set."""
 
+    @_builtins.property
+    def trace(self) -> Global___TraceContext:
+        """What the request is a part of; unset: of no trace."""
+
     def __init__(
         self,
         *,
         key: _builtins.int = ...,
         request: _generation_pb2.StreamGenerateRequest | None = ...,
         client: _builtins.str = ...,
+        trace: Global___TraceContext | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "key", b"key", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "key", b"key", "request", b"request", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

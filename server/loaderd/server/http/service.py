@@ -12,6 +12,7 @@ from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.local import LocalCalls
 from loaderd.server.store.store import ModelStore
 from loaderd.server.supervisor.supervisor import Supervisor
+from loaderd.server.tracing.spans import Tracer
 
 
 class HttpService:
@@ -23,6 +24,7 @@ class HttpService:
         planner: Knows the devices.
         store: Has the cache.
         supervisor: Has the workers.
+        tracer: Gets the spans of requests; None: nobody asked.
 
     Attributes:
         metrics: To be told of all calls.
@@ -35,9 +37,12 @@ class HttpService:
         planner: Planner,
         store: ModelStore,
         supervisor: Supervisor,
+        *,
+        tracer: Tracer | None = None,
     ) -> None:
         self._listener = listener
         self._registry = registry
+        self._tracer = tracer
         self.metrics = Metrics(registry, planner, store, supervisor)
         self._following: asyncio.Task[None] | None = None
 
@@ -54,7 +59,12 @@ class HttpService:
         """
         self._following = asyncio.create_task(self.metrics.follow())
         app = build_app(
-            calls, self.metrics, lambda: self._registry.draining, self._listener.is_own_host
+            calls,
+            self.metrics,
+            lambda: self._registry.draining,
+            self._listener.is_own_host,
+            self._listener.has_room,
+            tracer=self._tracer,
         )
         self._listener.start(app)
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Literal, TextIO
 
 from loaderd.server.logs.call import bound
+from loaderd.server.tracing.spans import current
 
 FIELDS = (
     "request_id",
@@ -19,9 +20,11 @@ FIELDS = (
     "code",
     "reason",
     "duration",
+    "trace_id",
+    "span_id",
 )
 """What a line may have beside its message, in their order: `extra` of the call that logs it, or
-bound to its task."""
+bound to its task; the last two are those of its span."""
 
 _CHATTY_LIBRARIES = ("asyncio", "grpc", "httpx2", "filelock", "uvicorn")
 _LONGEST_FIELD = 256  # a model's name, for one, is what a client sent
@@ -73,7 +76,8 @@ def log_to(stream: TextIO, line_format: Literal["text", "json"], level: str) -> 
 
 def fields_of(record: logging.LogRecord) -> dict[str, object]:
     """The fields of a line that are known."""
-    given = {**bound(), **vars(record)}
+    span = current()
+    given = {**(span.ids if span is not None else {}), **bound(), **vars(record)}
     found = ((name, given.get(name)) for name in FIELDS)
     return {name: _shortened(value) for name, value in found if value not in (None, "")}
 

@@ -33,6 +33,8 @@ from loaderd.server.store.store import DownloadProgress, ModelStore
 from loaderd.server.store.verifications import Proving
 from loaderd.server.store.verify import VerifyProgress
 from loaderd.server.supervisor.supervisor import Supervisor
+from loaderd.server.tracing import names
+from loaderd.server.tracing.spans import annotate, stage
 
 logger = logging.getLogger(__name__)
 
@@ -106,10 +108,13 @@ class Loads:
         self.on_demand = on_demand
         self.user_loads = user_loads
         self._flights: SingleFlight[tuple[str, LoadOptions], LoadProgress, ModelRecord] = (
-            SingleFlight()
+            SingleFlight("load")
+        )
+        self._fetches: SingleFlight[tuple[str, LoadOptions], LoadProgress, ModelRecord] = (
+            SingleFlight("fetch")
         )
         self._scalings: SingleFlight[tuple[str, int | None], LoadProgress, ModelRecord] = (
-            SingleFlight()
+            SingleFlight("scale")
         )
 
     async def load(
@@ -265,16 +270,19 @@ class Loads:
 
     async def _updates(self, wish: _Wish) -> AsyncGenerator[LoadProgress | ModelRecord, None]:
         while True:
-            files = await self._store.resolve(wish.name)
+            with stage("resolve"):
+                files = await self._store.resolve(wish.name)
             if isinstance(files, NotCached):
                 # The commit is not known yet: one load of this name and revision, until it is.
-                key = f"{files.name.repo_id}@{files.name.revision}?"
+                key = f"{files.name.repo_id}@{files.name.revision}"
                 work = partial(self._fetch, files.name, wish)
+                flights = self._fetches
             else:
                 key = identity_of(files)
                 work = partial(self._load, wish, files, None)
+                flights = self._flights
             try:
-                async with self._flights.join((key, wish.options), work) as flight:
+                async with flights.join((key, wish.options), work) as flight:
                     async for progress in flight.progress():
                         yield progress
                     yield await flight.result()
@@ -288,6 +296,7 @@ class Loads:
         self, name: HubName, wish: _Wish, publish: Publish[LoadProgress]
     ) -> ModelRecord:
         """Downloads, then joins the load of the commit that came."""
+        annotate({names.MODEL: str(name)})
         record = self._registry.add(name, wish.options, wish.caller)
         record.load_task = asyncio.current_task()
         with self._settled(record):
@@ -330,6 +339,7 @@ class Loads:
         if held is not None and held.state is ModelState.UNLOADING:
             await held.gone.wait()
         elif held is not None and held.state is ModelState.READY:
+            annotate(held.span_attributes)
             return held
         if record is None:
             record = self._registry.failed(identity, options)
@@ -341,6 +351,7 @@ class Loads:
         with self._settled(record):
             self._registry.check_replicas(record, wish.replicas or 1, wish.caller)
             record.found(files)
+            annotate(record.span_attributes)
             record.earlier_failure = record.failure
             self._registry.to(record, ModelState.LOADING)
             if isinstance(files, CachedSnapshot):

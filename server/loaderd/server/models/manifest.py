@@ -21,6 +21,8 @@ from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.replicas import check_replicas
 from loaderd.server.models.where import AUTO, Where
+from loaderd.server.tracing import names
+from loaderd.server.tracing.spans import Tracer, annotate, running
 from loaderd.v1 import model_pb2
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class Manifest:
         registry: Has the models.
         loads: Loads them.
         first_wait_s: Seconds before a model is tried again; doubled each time, up to some minutes.
+        tracer: Gets a trace of each load; None: nobody asked.
     """
 
     def __init__(
@@ -65,7 +68,9 @@ class Manifest:
         registry: ModelRegistry,
         loads: Loads,
         first_wait_s: float = _FIRST_WAIT_S,
+        tracer: Tracer | None = None,
     ) -> None:
+        self._tracer = tracer
         self._declared = declared
         self._waiting = list(declared)
         self._changed = asyncio.Event()
@@ -106,8 +111,10 @@ class Manifest:
     async def _load(self, model: Declared) -> bool:
         """Whether it need not be tried again."""
         try:
-            loading = self._loads.load(model.name, model.options, replicas=model.replicas)
-            record = await outcome(loading)
+            with running(self._tracer.begin("preload") if self._tracer is not None else None):
+                annotate({names.MODEL: model.name})
+                loading = self._loads.load(model.name, model.options, replicas=model.replicas)
+                record = await outcome(loading)
             self._registry.keep(record, model.keep_alive_s)
         except DrainingError:
             return True  # nobody wants it any more

@@ -27,6 +27,8 @@ from loaderd.server.store.names import HubName, LocalName
 from loaderd.server.store.pins import Pin
 from loaderd.server.store.resolve import CachedSnapshot, LocalFolder
 from loaderd.server.supervisor.supervisor import LoadedWorker
+from loaderd.server.tracing import names
+from loaderd.server.tracing.spans import stage
 from loaderd.v1 import model_pb2
 
 _ID = re.compile(r"m:[0-9a-f]{12}")
@@ -209,6 +211,12 @@ class ModelRecord:
         return self.name
 
     @property
+    def span_attributes(self) -> dict[str, str]:
+        """What spans say of it."""
+        known = {names.MODEL: str(self.name), names.MODEL_ID: self.id, names.REVISION: self.commit}
+        return {name: value for name, value in known.items() if value}
+
+    @property
     def rests_until(self) -> float:
         """Monotonic time before which no request loads it again, since its load has just failed.
 
@@ -248,7 +256,8 @@ class ModelRecord:
         """Notes how long a step of its load takes, by the name that it has in `LoadTimings`."""
         begun = time.monotonic()
         try:
-            yield
+            with stage(step):
+                yield
         finally:
             self._steps[step] = time.monotonic() - begun
 

@@ -11,6 +11,7 @@ from contextvars import Context
 from loaderd.server.errors import LoaderdError
 from loaderd.server.models.loads import Loads
 from loaderd.server.models.record import ModelRecord
+from loaderd.server.tracing.spans import Tracer, annotate, running
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +28,13 @@ class Restarts:
     Args:
         loads: Loads them.
         first_wait_s: Seconds before the second restart; doubled for each more.
+        tracer: Gets a trace of each restart; None: nobody asked.
     """
 
-    def __init__(self, loads: Loads, first_wait_s: float = _FIRST_WAIT_S) -> None:
+    def __init__(
+        self, loads: Loads, first_wait_s: float = _FIRST_WAIT_S, tracer: Tracer | None = None
+    ) -> None:
+        self._tracer = tracer
         self._loads = loads
         self._first_wait_s = first_wait_s
         self._deaths: defaultdict[str, deque[float]] = defaultdict(deque)
@@ -71,7 +76,10 @@ class Restarts:
             )
             self._loading.add(record.id)
             try:
-                if await self._loads.again(record) is not record:
+                with running(self._tracer.begin("restart") if self._tracer is not None else None):
+                    annotate(record.span_attributes)
+                    loaded = await self._loads.again(record)
+                if loaded is not record:
                     return  # other names of the same files came to be loaded
             except LoaderdError as error:
                 logger.warning("%s %s: did not come back: %s", record.id, record.name, error)

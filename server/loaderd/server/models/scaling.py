@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from loaderd.server.errors import DeviceMemoryError, ModelNotLoadedError, WorkerDiedError
 from loaderd.server.models.lifecycle import ChangeReason, ModelState
@@ -16,6 +16,7 @@ from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.replicas import Replica
 from loaderd.server.store.store import ModelStore
 from loaderd.server.supervisor.supervisor import LoadedWorker, Supervisor
+from loaderd.server.tracing.spans import stage
 from loaderd.worker.v1 import worker_pb2
 
 
@@ -149,7 +150,7 @@ class Scaling:
 
         is_new = record.state is ModelState.LOADING
         async with AsyncExitStack() as stack:
-            with record.timing("placement") if is_new else nullcontext():
+            with record.timing("placement") if is_new else stage("placement"):
                 claims = await stack.enter_async_context(self._planner.claim(record, count, least))
             try:
                 outcomes = await asyncio.gather(*map(start, claims), return_exceptions=True)

@@ -17,6 +17,8 @@ from loaderd.server.logs.audit import AuditLog
 from loaderd.server.logs.call import bind, current_request_id, request_id_problem
 from loaderd.server.rpc.access import caller_if_known
 from loaderd.server.rpc.status import status_of
+from loaderd.server.tracing import names
+from loaderd.server.tracing.spans import Span, enter
 from loaderd.v1.generation_pb2 import GenerateRequest, StreamGenerateRequest
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,15 @@ REQUEST_ID_HEADER = "x-request-id"
 
 _LOAD = "/loaderd.v1.ModelService/LoadModel"
 _LONGEST_REQUEST = 1 << 16
+_FAILURES = {
+    "UNKNOWN",
+    "DEADLINE_EXCEEDED",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+}
+"""Codes that are a server's failure, rather than its answer, by OpenTelemetry's conventions."""
 
 
 class Call:
@@ -38,13 +49,19 @@ class Call:
         request: The message, or the stream of them.
         context: The call.
         audit: Gets a line when the call is of an administrator's kind; None: nobody asked.
+        span: Tells of it; None: nobody asked. It ends when the logs are told of the call's end.
 
     Attributes:
         request_id: What names it: what the caller gave, else one of the daemon's.
     """
 
     def __init__(
-        self, method: str, request: object, context: Context, audit: AuditLog | None
+        self,
+        method: str,
+        request: object,
+        context: Context,
+        audit: AuditLog | None,
+        span: Span | None = None,
     ) -> None:
         self._method = method
         self._request = request
@@ -52,6 +69,9 @@ class Call:
         self._peer = str(context.peer())
         self._metadata: Any = context.invocation_metadata() or ()
         self._audit = audit if is_audited(method) else None
+        self._span = span
+        if span is not None:
+            enter(span)
         self._started = time.monotonic()
         self.request_id = current_request_id()
         bind(request_id=self.request_id, method=method.removeprefix("/").replace("/", "."))
@@ -80,7 +100,9 @@ class Call:
         }
         if reason:
             outcome["reason"] = reason
-        model = getattr(self._request, "model", None)
+        model = _model_of(self._request)
+        if self._span is not None:
+            self._tell_span(self._span, code, reason, model)
         # Who only looks may ask every second, and changes nothing.
         quiet = code == "OK" and may_call(Role.MONITOR, self._method)
         logger.log(
@@ -88,7 +110,7 @@ class Call:
             "%s %s",
             self._method,
             reason or code,
-            extra={**outcome, "model": model if isinstance(model, str) else None},
+            extra={**outcome, "model": model},
         )
         if self._audit is not None:
             known = caller is not None and caller.role is not Role.ANONYMOUS
@@ -102,6 +124,17 @@ class Call:
                     **outcome,
                 }
             )
+
+    def _tell_span(self, span: Span, code: str, reason: str, model: str) -> None:
+        asks_for_text = isinstance(self._request, StreamGenerateRequest | GenerateRequest)
+        told = {
+            names.RPC_STATUS: code,
+            names.REQUEST_ID: self.request_id,
+            names.REASON: reason,
+            names.REQUEST_MODEL if asks_for_text else names.MODEL: model,
+        }
+        span.set({name: value for name, value in told.items() if value})
+        span.end(error=(reason or code) if code in _FAILURES else "")
 
     def _given_id(self) -> str | None:
         given = [("request_id", each) for each in _own_id(self._request)]
@@ -130,6 +163,12 @@ def code_of(error: LoaderdError) -> str:
 def code_name(number: int) -> str:
     """The name of a gRPC code."""
     return str(code_pb2.Code.Name(code_pb2.Code.ValueType(number)))
+
+
+def _model_of(request: object) -> str:
+    """The model that a request names; empty if it names none."""
+    model = getattr(request, "model", "")
+    return model if isinstance(model, str) else ""
 
 
 def _own_id(request: object) -> list[str]:

@@ -18,6 +18,8 @@ from loaderd.server.rpc.access import current_caller
 from loaderd.server.rpc.convert import keep_alive as keep_alive_of
 from loaderd.server.rpc.observer import Observer
 from loaderd.server.supervisor.output_stream import OutputStream
+from loaderd.server.tracing import names
+from loaderd.server.tracing.generation import watching
 from loaderd.v1 import generation_pb2, generation_pb2_grpc
 from loaderd.worker.v1 import worker_pb2
 
@@ -135,14 +137,18 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             model_id, worker = use.enter_context(
                 self._registry.use(request.model, keep_alive, lease_id, asker)
             )
-            with worker.link.generate(request, on_end=use.close, client=client) as stream:
+            record = self._registry.find(model_id)
+            with (
+                watching({**record.span_attributes, names.WORKER: worker.pid}) as watch,
+                worker.link.generate(request, use.close, client, watch) as stream,
+            ):
                 metered = _Metered(stream, self._quotas, caller)
                 try:
                     if self._observer is None:
                         yield model_id, metered
                         return
-                    name = str(self._registry.find(model_id).name)
-                    async with aclosing(self._observer.generating(name, metered)) as messages:
+                    told = self._observer.generating(str(record.name), metered)
+                    async with aclosing(told) as messages:
                         yield model_id, messages
                 finally:
                     metered.charge()

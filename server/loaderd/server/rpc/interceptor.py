@@ -21,6 +21,8 @@ from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.call import REQUEST_ID_HEADER, Call, code_name
 from loaderd.server.rpc.clients import Clients
 from loaderd.server.rpc.status import status_of
+from loaderd.server.tracing import names
+from loaderd.server.tracing.spans import Span, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +46,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         access: Admits calls.
         clients: Counts who calls.
         audit: Told what administrators do; None: nobody asked.
+        tracer: Gets a span of each call of loaderd's own services; None: nobody asked.
     """
 
-    def __init__(self, access: Access, clients: Clients, audit: AuditLog | None = None) -> None:
+    def __init__(
+        self,
+        access: Access,
+        clients: Clients,
+        audit: AuditLog | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self._tracer = tracer
         self._access = access
         self._clients = clients
         self._audit = audit
@@ -104,7 +114,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self, method: str, request: object, context: Context, *, streams: bool
     ) -> AsyncIterator[None]:
         """Admits a call, ends it in a status, and tells the logs before its caller hears of it."""
-        call = Call(method, request, context, self._audit)
+        call = Call(method, request, context, self._audit, self._span(method, context))
         try:
             with self._clients.calling(context.peer()):
                 call.identify()
@@ -128,6 +138,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await _abort_as_defect(call, context)
         else:
             call.tell("OK")
+
+    def _span(self, method: str, context: Context) -> Span | None:
+        if self._tracer is None or not method.startswith("/loaderd."):
+            return None  # probes and reflection say nothing of what the daemon does
+        name = method.removeprefix("/")
+        span = self._tracer.serve(name, context.invocation_metadata() or ())
+        span.set({names.RPC_SYSTEM: "grpc", names.RPC_METHOD: name})
+        return span
 
 
 async def _abort(call: Call, error: LoaderdError, context: Context) -> None:

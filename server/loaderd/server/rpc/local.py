@@ -20,6 +20,7 @@ from loaderd.server.rpc import bounds
 from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.call import Call, code_of
 from loaderd.server.rpc.clients import Clients
+from loaderd.server.tracing.spans import begin
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class LocalCalls:
     ) -> Iterator[None]:
         context: Any = call  # what is asked of a context, it has
         path = f"/{method}"
-        told = Call(path, request, context, self._audit)
+        told = Call(path, request, context, self._audit, begin(method))
         try:
             with self._clients.calling(call.peer()):
                 told.identify()

@@ -24,6 +24,7 @@ from loaderd.server.rpc.reflection import add_reflection
 from loaderd.server.rpc.system_service import SystemService
 from loaderd.server.store.store import ModelStore
 from loaderd.server.supervisor.supervisor import Supervisor
+from loaderd.server.tracing.spans import Tracer
 from loaderd.v1 import (
     cache_pb2,
     cache_pb2_grpc,
@@ -69,12 +70,12 @@ class RpcServer:
         access: Access,
         observer: Observer | None = None,
         audit: AuditLog | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         clients = Clients()
         counters = [] if observer is None else [CallCounter(observer)]
-        self._server = grpc.aio.server(
-            options=_OPTIONS, interceptors=[*counters, CallInterceptor(access, clients, audit)]
-        )
+        interceptor = CallInterceptor(access, clients, audit, tracer)
+        self._server = grpc.aio.server(options=_OPTIONS, interceptors=[*counters, interceptor])
         models = ModelService(registry, loads, planner)
         model_pb2_grpc.add_ModelServiceServicer_to_server(models, self._server)
         cache = CacheService(registry, store)

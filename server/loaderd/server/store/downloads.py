@@ -37,6 +37,7 @@ from loaderd.server.store.hub_messages import (
 )
 from loaderd.server.store.names import HubName
 from loaderd.server.store.plan import DownloadPlan, DownloadProgress
+from loaderd.server.tracing.spans import current, stage
 
 MAX_CHILDREN = 8
 """How many requests of a kind run at once; the others wait for their turn."""
@@ -45,7 +46,7 @@ _START_TIMEOUT = 60.0
 _LONGEST_LINE = 64 << 20
 _COMMAND = (sys.executable, "-P", "-m", "loaderd.server.store.hub_child")
 # Settings and secrets that are not for the child: it gets its own settings, and the token by stdin.
-_NOT_INHERITED = ("HF_", "HUGGING", "LOADERD_", "TRANSFORMERS_")
+_NOT_INHERITED = ("HF_", "HUGGING", "LOADERD_", "OTEL_", "TRANSFORMERS_")
 
 _log = logging.getLogger(__name__)
 
@@ -109,9 +110,12 @@ class Downloads:
         """
         request = self._request("download", name, allow_pickle, distrusted)
         async with self._child(request) as child:
-            await admit(await self._plan(child, name))
+            with stage("plan"):
+                plan = await self._plan(child, name)
+            await admit(plan)
             _stdin(child).write(GO)
-            answer = await self._answer(child, name, self._stall_timeout, publish)
+            with stage("transfer"):
+                answer = await self._answer(child, name, self._stall_timeout, publish)
             if not isinstance(answer, Done):
                 raise TypeError(f"the child answered a download with {answer!r}")
             return answer
@@ -184,7 +188,12 @@ class Downloads:
         async with self._turns[request.operation]:
             if self._closed:
                 raise DrainingError
-            log = ChildLog(model=request.repo_id, request_id=bound().get("request_id"))
+            span = current()
+            log = ChildLog(
+                model=request.repo_id,
+                request_id=bound().get("request_id"),
+                **(span.ids if span is not None else {}),
+            )
             try:
                 child = await asyncio.create_subprocess_exec(
                     *_COMMAND,

@@ -46,6 +46,8 @@ from loaderd.server.store.resolve import (
 from loaderd.server.store.scan import SnapshotInfo, describe
 from loaderd.server.store.settings import StoreSettings
 from loaderd.server.store.verifications import Proving, Verifications, VerifyUpdate
+from loaderd.server.tracing import names
+from loaderd.server.tracing.spans import annotate, stage
 
 __all__ = [
     "CachedSnapshot",
@@ -81,7 +83,9 @@ class ModelStore:
         self.settings = settings
         self._downloads = Downloads(settings.cache_dir, _access(settings), settings.stall_timeout)
         self._keeper = Keeper(settings.cache_dir, settings.max_bytes, settings.allow_pickle)
-        self._flights: SingleFlight[HubName, DownloadState, CachedSnapshot] = SingleFlight()
+        self._flights: SingleFlight[HubName, DownloadState, CachedSnapshot] = SingleFlight(
+            "download"
+        )
         self._plans: SingleFlight[HubName, None, DownloadPlan] = SingleFlight()
         self._verifications = Verifications(self._fetch, offline=settings.offline)
 
@@ -309,11 +313,13 @@ class ModelStore:
             if isinstance(update, DownloadProgress):
                 publish(DownloadState(None, update))
 
+        annotate({names.MODEL: str(name)})
         name = await asyncio.to_thread(self._exact, name)
         if name.commit or self.settings.offline:
             found = await self.resolve(name)
             if isinstance(found, CachedSnapshot) and name.commit:
-                await self.prove(found, proving)
+                with stage("verify"):
+                    await self.prove(found, proving)
                 return found
             if self.settings.offline:
                 return await self._last_good(name, found)
@@ -325,7 +331,8 @@ class ModelStore:
         if not isinstance(found, CachedSnapshot):
             raise _problem(found) or SnapshotIncompleteError(str(name), "snapshot")
         files = replace(found, revision=name.revision)
-        await self.prove(files, proving)  # others may have brought a part of it
+        with stage("verify"):
+            await self.prove(files, proving)  # others may have brought a part of it
         await asyncio.to_thread(note_use, self.settings.cache_dir, files)
         return files
 
@@ -339,6 +346,13 @@ class ModelStore:
             async def admit(found: DownloadPlan) -> None:
                 nonlocal plan
                 plan = found
+                annotate(
+                    {
+                        names.REVISION: found.commit,
+                        names.BYTES: found.missing_bytes,
+                        names.FILES: len(found.files),
+                    }
+                )
                 self.settings.policy.check_size(str(name), found.total_bytes)
                 await self._keeper.make_room(arrival, found)
                 publish(DownloadState(found))

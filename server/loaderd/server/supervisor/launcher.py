@@ -12,7 +12,14 @@ from loaderd.server.logs.children import ChildLog
 _OPENMP_WAITING = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
 _SPIN_COUNT = "10000"
 _KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
-_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HF_TOKEN_PATH")
+_SECRETS = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HUGGINGFACE_HUB_TOKEN",
+    "HF_TOKEN_PATH",
+    "OTEL_EXPORTER_OTLP_HEADERS",
+    "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
+)
 
 
 class WorkerProcess(Protocol):
@@ -101,7 +108,7 @@ class LocalLauncher:
 
 
 def worker_environment() -> dict[str, str]:
-    """The daemon's environment without the hub token; workers never ask the hub.
+    """The daemon's environment without its secrets: workers ask neither the hub nor the collector.
 
     GNU OpenMP's threads, which torch computes with, spin for long where they wait for each other.
     On a box that does other work too they take the core that the last one needs, which made

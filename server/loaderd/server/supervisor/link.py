@@ -13,7 +13,8 @@ from google.protobuf.message import DecodeError
 
 from loaderd.server.errors import InvalidArgumentError, LoaderdError
 from loaderd.server.supervisor.engine_meter import EngineMeter
-from loaderd.server.supervisor.output_stream import OutputStream
+from loaderd.server.supervisor.output_stream import OutputStream, Watch
+from loaderd.server.tracing.spans import current
 from loaderd.v1 import generation_pb2
 from loaderd.worker.v1 import worker_pb2
 
@@ -62,6 +63,8 @@ class WorkerLink:
 
     def load(self, load: worker_pb2.Load) -> asyncio.Future[worker_pb2.Loaded]:
         """Sends the load; the future ends with it."""
+        if (trace := _trace_context()) is not None:
+            load.trace.CopyFrom(trace)
         self._commands.put_nowait(worker_pb2.AttachResponse(load=load))
         return self.loaded
 
@@ -80,6 +83,7 @@ class WorkerLink:
         request: generation_pb2.StreamGenerateRequest,
         on_end: Callable[[], None],
         client: str = "",
+        watch: Watch | None = None,
     ) -> Iterator[OutputStream]:
         """Starts a request; leaving before its end cancels it.
 
@@ -87,6 +91,7 @@ class WorkerLink:
             request: What to generate.
             on_end: Called when the worker has ended it, or it was cut off.
             client: Who asks; empty if unknown.
+            watch: Told of each message as it comes; None: nobody asked.
 
         Raises:
             LoaderdError: The worker has ended, or the request is nested too deep.
@@ -94,9 +99,11 @@ class WorkerLink:
         if self._failure is not None:
             raise self._failure
         key = next(self._keys)
-        generate = worker_pb2.Generate(key=key, request=request, client=client)
+        generate = worker_pb2.Generate(
+            key=key, request=request, client=client, trace=_trace_context()
+        )
         command = _readable(generate=generate)
-        stream = self._streams[key] = OutputStream(self._max_stream_bytes, on_end)
+        stream = self._streams[key] = OutputStream(self._max_stream_bytes, on_end, watch)
         self._commands.put_nowait(command)
         try:
             yield stream
@@ -219,3 +226,9 @@ def _readable(**kind: worker_pb2.Generate | worker_pb2.Call) -> worker_pb2.Attac
         return worker_pb2.AttachResponse.FromString(command.SerializeToString())
     except DecodeError as error:
         raise InvalidArgumentError("request", "is nested too deep") from error
+
+
+def _trace_context() -> worker_pb2.TraceContext | None:
+    """The trace that a command is a part of; None: it is of none."""
+    span = current()
+    return None if span is None else worker_pb2.TraceContext(**span.ids)

@@ -9,6 +9,9 @@ from collections.abc import AsyncIterator, Callable
 from loaderd.server.errors import LoaderdError, SlowConsumerError
 from loaderd.v1.generation_pb2 import StreamGenerateResponse, TokenLogprob
 
+Watch = Callable[[StreamGenerateResponse], None]
+"""Told of a message when it comes from the worker, whenever its reader takes it."""
+
 
 class OutputStream:
     """A queue of stream messages that joins what its reader has not taken yet.
@@ -22,6 +25,7 @@ class OutputStream:
             many as the largest step had.
         on_end: Called when the last message, or the failure, has come from the worker. The reader
             may take what waits long after that, or never.
+        watch: Told of each message; None: nobody asked.
 
     Attributes:
         started: Whether its turn has come.
@@ -30,9 +34,12 @@ class OutputStream:
             which is a little less than there are: some tokens give no text.
     """
 
-    def __init__(self, max_bytes: int, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, max_bytes: int, on_end: Callable[[], None], watch: Watch | None = None
+    ) -> None:
         self._max_bytes = max_bytes
         self._on_end = on_end
+        self._watch = watch
         self._waiting: deque[StreamGenerateResponse] = deque()
         self._waiting_bytes = 0
         self._largest_step = 0
@@ -48,6 +55,8 @@ class OutputStream:
             return
         step = 0
         for message in messages:
+            if self._watch is not None:
+                self._watch(message)
             self.started |= not message.HasField("queued")
             step += _content_bytes(message)
             self._count(message)

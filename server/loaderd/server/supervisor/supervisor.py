@@ -14,6 +14,8 @@ from loaderd.server.supervisor.launcher import WorkerLauncher
 from loaderd.server.supervisor.link_server import LinkServer
 from loaderd.server.supervisor.standby import StandbyPool
 from loaderd.server.supervisor.worker import Worker, WorkerLimits
+from loaderd.server.tracing import names
+from loaderd.server.tracing.spans import current, stage
 from loaderd.v1 import system_pb2
 from loaderd.worker.v1 import worker_pb2
 
@@ -87,15 +89,23 @@ class Supervisor:
             LoaderdError: The load failed; WorkerDiedError when the worker ended, or did not
                 answer within the load time-out.
         """
+        with stage("replica"):
+            return await self._load(load, on_begin)
+
+    async def _load(
+        self, load: worker_pb2.Load, on_begin: Callable[[Worker], None]
+    ) -> LoadedWorker:
         started = time.monotonic()
         worker: Worker | None = None
         try:
             async with asyncio.timeout(self._limits.load_timeout):
-                worker = await self._pool.take()
+                with stage("worker"):
+                    worker = await self._pool.take()
                 worker.model = load.model
                 begun = time.monotonic()
                 on_begin(worker)
                 loaded = await asyncio.shield(worker.link.load(load))
+                _tell(worker, loaded, begun)
                 return LoadedWorker(worker, loaded, begun - started, time.monotonic() - begun)
         except BaseException as error:
             if worker is not None:
@@ -158,3 +168,13 @@ class Supervisor:
         await worker.wait()
         self._workers.discard(worker)
         self._pool.replenish()
+
+
+def _tell(worker: Worker, loaded: worker_pb2.Loaded, begun: float) -> None:
+    """Tells the steps that a worker says it took, from when it was asked to load."""
+    if (span := current()) is None:
+        return
+    span.set({names.WORKER: worker.pid})
+    read = begun + loaded.weights.ToNanoseconds() / 1e9
+    span.child("weights", at=begun).end(at=read)
+    span.child("engine", at=read).end()

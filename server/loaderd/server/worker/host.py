@@ -22,6 +22,7 @@ from transformers.models.qwen2 import modeling_qwen2  # noqa: F401 - as above
 from loaderd.server.box.cpu import CPU, cores
 from loaderd.server.box.dtype import choose_dtype, cpu_flags
 from loaderd.server.errors import LoaderdError, ModelNotLoadedError
+from loaderd.server.logs.call import bind
 from loaderd.server.worker import devices
 from loaderd.server.worker.engine.batching.build import EngineSettings, batching_engine
 from loaderd.server.worker.engine.batching.caches import cache_folder
@@ -87,6 +88,8 @@ class ModelHost:
         in_passing_thread(partial(self._try_to_load, command), "load")
 
     def _try_to_load(self, command: worker_pb2.Load) -> None:
+        # The thread's lines in the log, and nobody else's: it ends with the load.
+        bind(trace_id=command.trace.trace_id, span_id=command.trace.span_id)
         try:
             self._link.send(loaded=self._load(command))
         except LoaderdError as error:
@@ -115,6 +118,7 @@ class ModelHost:
                     facts=hosted.facts,
                     client=command.client,
                     bad_words=hosted.tokenization.bad_words(request),
+                    trace=command.trace,
                 )
             )
         except LoaderdError as error:

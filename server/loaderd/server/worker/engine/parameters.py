@@ -17,6 +17,7 @@ from loaderd.server.worker.engine.protocol import (
     Stopping,
 )
 from loaderd.v1.generation_pb2 import StreamGenerateRequest
+from loaderd.worker.v1.worker_pb2 import TraceContext
 
 _IDENTITY = frozenset({"model", "request_id"})
 """Fields that concern no engine."""
@@ -91,6 +92,7 @@ def typed_request(
     facts: ModelFacts,
     client: str = "",
     bad_words: Sequence[Sequence[int]] = (),
+    trace: TraceContext | None = None,
 ) -> GenerationRequest:
     """Checks what values mean and resolves every default. How long they are the daemon has checked.
 
@@ -102,6 +104,7 @@ def typed_request(
         facts: Of the model.
         client: Whose it is; empty if unknown.
         bad_words: Its bad words as token ids, see `Tokenization.bad_words`.
+        trace: What it is a part of; None: of no trace.
 
     Raises:
         InvalidArgumentError: A value is out of bounds or contradicts another.
@@ -130,6 +133,8 @@ def typed_request(
         # Tokens of a cached prefix get no logits.
         bypass_prefix_cache=request.bypass_prefix_cache or "prompt_logprobs" in given,
         arrived=arrived,
+        trace_id="" if trace is None else trace.trace_id,
+        span_id="" if trace is None else trace.span_id,
     )
 
 

@@ -112,6 +112,8 @@ class GenerationRequest:
         cache_salt: Prompts share cached prefixes only with prompts of the same salt.
         bypass_prefix_cache: Whether the whole prompt is computed, whatever is cached of it.
         arrived: Monotonic time of its arrival, in seconds.
+        trace_id: Of the trace that it is a part of, for the log; empty: of none.
+        span_id: Of its span in that trace; the same.
     """
 
     key: int
@@ -132,6 +134,17 @@ class GenerationRequest:
     cache_salt: str
     bypass_prefix_cache: bool
     arrived: float
+    trace_id: str = ""
+    span_id: str = ""
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """Whose lines of the log are that tell of it."""
+        return {
+            "request_id": self.request_id,
+            "trace_id": self.trace_id,
+            "span_id": self.span_id,
+        }
 
     @property
     def sequences(self) -> int:

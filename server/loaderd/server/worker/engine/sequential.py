@@ -202,7 +202,7 @@ class SequentialEngine:
             job.request.request_id,
             len(job.request.prompt),
             job.generated_tokens,
-            extra={"request_id": job.request.request_id},
+            extra=job.request.log_fields,
         )
 
     def _failure(self, turn: Admitted) -> LoaderdError | None:
@@ -219,7 +219,7 @@ class SequentialEngine:
             request_id = job.request.request_id
             if devices.is_out_of_memory(error):
                 logger.warning(
-                    "request %s: out of memory", request_id, extra={"request_id": request_id}
+                    "request %s: out of memory", request_id, extra=job.request.log_fields
                 )
                 return DeviceMemoryError(self._model_name)
             if devices.is_broken(error):
