@@ -16,6 +16,7 @@ from tests.daemon import SpawnedDaemon
 
 _DOCUMENTED = {
     "MODEL_NOT_LOADED",
+    "MODEL_UNLOADED",
     "MODEL_IN_USE",
     "WORKER_DIED",
     "QUEUE_FULL",

@@ -155,7 +155,7 @@ async def test_a_busy_model_stays_unless_forced(model: AsyncModel, backend: Back
     assert caught.value.active_requests == 1
 
     await model.unload(force=True)
-    with pytest.raises(errors.ModelNotLoadedError):
+    with pytest.raises(errors.ModelUnloadedError):
         async for _ in stream:
             pass
 

@@ -86,6 +86,7 @@ REASONS = {
     "MODEL_TOO_LARGE": Reason(
         code_pb2.PERMISSION_DENIED, {"model": "a/b", "size_bytes": "9000", "max_bytes": "7"}
     ),
+    "MODEL_UNLOADED": Reason(code_pb2.ABORTED, {"model": "a/b"}),
 }
 
 

@@ -231,7 +231,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 if not self._daemon.pause(context, self._daemon.token_s):
                     return
                 if model.state != model_pb2.MODEL_STATE_READY:
-                    raise FailureError("MODEL_NOT_LOADED", model=model.name)
+                    raise FailureError("MODEL_UNLOADED", model=model.name)
                 for writer in active:
                     if (delta := writer.step()) is not None and held is not None:
                         held.append(delta)

@@ -268,7 +268,7 @@ class Models:
             options=request.options,
             keep_alive=Duration(seconds=300),
             stale=not local and not self._daemon.cache.hub_answers,
-            wanted_replicas=1,
+            wanted_replicas=request.replicas or 1,
         )
         model.created_at.GetCurrentTime()
         self._models[model.id] = model
@@ -300,6 +300,7 @@ class Models:
             memory_bytes=52_000_000,
         )
         model.details.CopyFrom(details)
+        self._add_replicas(model)
         model.ready_at.GetCurrentTime()
         model.timings.resolve.FromMilliseconds(5)
         model.timings.weights.FromMilliseconds(15)
@@ -313,15 +314,19 @@ class Models:
         with self._lock:
             if request.HasField("replicas"):
                 model.wanted_replicas = request.replicas
-            while len(model.replicas) < model.wanted_replicas:
-                replica = model.replicas.add(
-                    number=len(model.replicas) + 1,
-                    worker_pid=4242 + len(model.replicas),
-                    devices=["cpu"],
-                    memory_bytes=HELD_BYTES,
-                )
-                replica.ready_at.GetCurrentTime()
+            self._add_replicas(model)
             del model.replicas[model.wanted_replicas :]
+
+    @staticmethod
+    def _add_replicas(model: model_pb2.Model) -> None:
+        while len(model.replicas) < model.wanted_replicas:
+            replica = model.replicas.add(
+                number=len(model.replicas) + 1,
+                worker_pid=4242 + len(model.replicas),
+                devices=["cpu"],
+                memory_bytes=HELD_BYTES,
+            )
+            replica.ready_at.GetCurrentTime()
 
     def _remove(self, model: model_pb2.Model) -> None:
         if self._models.pop(model.id, None) is not None:
@@ -380,6 +385,9 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                 yield progress
                 if not self._daemon.pause(context, self._daemon.step_s):
                     return
+            if request.replicas > len(model.replicas):
+                growing = _step(model_pb2.MODEL_STATE_LOADING)
+                yield model_pb2.LoadModelResponse(progress=growing)
             self._models.scale(model, request)
             self._models.keep(model, request)
             response = model_pb2.LoadModelResponse()

@@ -121,7 +121,7 @@ def test_a_busy_model_is_unloaded_by_force_only(client: Client, model: Model) ->
             model.unload()
         assert caught.value.metadata["active_requests"] == "1"
         model.unload(force=True)
-        with pytest.raises(errors.ModelNotLoadedError):
+        with pytest.raises(errors.ModelUnloadedError, match="by force"):
             list(stream)
     assert client.models() == []
 

@@ -24,6 +24,7 @@ _OF_LOADS = {
     "DEVICE_MEMORY",
     "MODEL_NOT_FOUND",
     "MODEL_NOT_LOADED",
+    "MODEL_UNLOADED",
     "QUEUE_FULL",
     "UNSUPPORTED_OPTION",
 }
@@ -197,7 +198,8 @@ class Clients:
                 model_id = message.started.model_id or model_id
                 text += message.delta.text
         except LoaderdError as error:
-            if error.reason == "MODEL_NOT_LOADED" and model_id not in self._watcher.forced | {""}:
+            is_gone = error.reason in {"MODEL_NOT_LOADED", "MODEL_UNLOADED"}
+            if is_gone and model_id not in self._watcher.forced | {""}:
                 self.problems.append(f"generate: {model_id} was unloaded while it was used")
             raise
         if len(text.split()) != int(request.text):

@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from loaderd.cli.units import parse_keep_alive
+from loaderd.cli.units import parse_keep_alive, parse_replicas
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ Offload = Annotated[
 Replicas = Annotated[
     int | None,
     typer.Option(
-        min=1,
+        parser=parser(parse_replicas),
         metavar="N",
         help="How many processes serve it, under one name. Default: as many as there are; 1 if it "
         "is not loaded.",

@@ -67,7 +67,7 @@ class Speaker:
                     sys.stdout.write(delta.text)
                     sys.stdout.flush()
             except BaseException:
-                if spoken and sys.stdout.isatty():
+                if any(spoken):
                     _end_line(spoken)  # what is told of the failure stands by itself
                 raise
         _end_line(spoken)

@@ -92,6 +92,17 @@ def parse_span(text: str) -> timedelta:
         raise ValueError(f"{text!r} is too long") from None
 
 
+def parse_replicas(text: str) -> int:
+    """A number of replicas, of which the daemon says how many there may be.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r} is no number of replicas; write one from 1 on, such as 2")
+    return int(text)
+
+
 def parse_keep_alive(text: str) -> timedelta:
     """A time span, "0", or "always", which is a negative one.
 

@@ -166,7 +166,7 @@ class ModelInUseError(LoaderdError):
 
 
 class ModelNotLoadedError(LoaderdError):
-    """The model is not loaded, or was unloaded while the request ran."""
+    """The model is not loaded, or is being unloaded."""
 
     code = StatusCode.FAILED_PRECONDITION
     reason = "MODEL_NOT_LOADED"
@@ -220,6 +220,7 @@ class DeviceMemoryError(LoaderdError):
     needed_bytes = _NumberField()
     free_bytes = _NumberField()
     holders = _TextField()
+    bounded = _TextField()
 
 
 class QueueFullError(LoaderdError):
@@ -380,6 +381,17 @@ class ModelTooLargeError(LoaderdError):
     model = _TextField()
     size_bytes = _NumberField()
     max_bytes = _NumberField()
+
+
+class ModelUnloadedError(LoaderdError):
+    """Somebody unloaded the model by force while the call used it, or waited for its load.
+
+    The same call again may load it again, which only makes sense if it is not to stay unloaded.
+    """
+
+    code = StatusCode.ABORTED
+    reason = "MODEL_UNLOADED"
+    model = _TextField()
 
 
 class DaemonUnreachableError(LoaderdError):

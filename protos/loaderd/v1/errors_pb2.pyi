@@ -64,8 +64,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: model, active_requests. Details: PreconditionFailure.
     """
     ERROR_REASON_MODEL_NOT_LOADED: _ErrorReason.ValueType  # 11
-    """FAILED_PRECONDITION. The model is not loaded, or was unloaded while the
-    request ran. Metadata: model. Details: PreconditionFailure.
+    """FAILED_PRECONDITION. The model is not loaded, or is being unloaded.
+    Metadata: model. Details: PreconditionFailure.
     """
     ERROR_REASON_MODEL_UNSUPPORTED: _ErrorReason.ValueType  # 12
     """FAILED_PRECONDITION. The model's files are whole but cannot be served:
@@ -87,8 +87,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_DEVICE_MEMORY: _ErrorReason.ValueType  # 16
     """RESOURCE_EXHAUSTED. The device's memory cannot hold the model or request.
-    Metadata: model, and where they are known needed_bytes, free_bytes and
-    holders (the models that have the rest, such as "org/a (2.1 GB)").
+    Metadata: model, and where they are known needed_bytes, free_bytes, holders (the
+    models that have the rest, such as "org/a (2.1 GB)") and bounded (the devices of
+    which LoadOptions.max_memory allows less than could be had, such as "cpu").
     Details: QuotaFailure.
     """
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 17
@@ -166,6 +167,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """PERMISSION_DENIED. The model is larger than the operator allows.
     Metadata: model, size_bytes, max_bytes. Details: ResourceInfo.
     """
+    ERROR_REASON_MODEL_UNLOADED: _ErrorReason.ValueType  # 36
+    """ABORTED. Somebody unloaded the model by force while the call used it, or
+    waited for its load; what a stream has sent by then stands. The same call again
+    may load it again, which only makes sense if it is not to stay unloaded.
+    Metadata: model.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed.
@@ -220,8 +227,8 @@ ERROR_REASON_MODEL_IN_USE: ErrorReason.ValueType  # 10
 Metadata: model, active_requests. Details: PreconditionFailure.
 """
 ERROR_REASON_MODEL_NOT_LOADED: ErrorReason.ValueType  # 11
-"""FAILED_PRECONDITION. The model is not loaded, or was unloaded while the
-request ran. Metadata: model. Details: PreconditionFailure.
+"""FAILED_PRECONDITION. The model is not loaded, or is being unloaded.
+Metadata: model. Details: PreconditionFailure.
 """
 ERROR_REASON_MODEL_UNSUPPORTED: ErrorReason.ValueType  # 12
 """FAILED_PRECONDITION. The model's files are whole but cannot be served:
@@ -243,8 +250,9 @@ Metadata: needed_bytes, free_bytes. Details: QuotaFailure.
 """
 ERROR_REASON_DEVICE_MEMORY: ErrorReason.ValueType  # 16
 """RESOURCE_EXHAUSTED. The device's memory cannot hold the model or request.
-Metadata: model, and where they are known needed_bytes, free_bytes and
-holders (the models that have the rest, such as "org/a (2.1 GB)").
+Metadata: model, and where they are known needed_bytes, free_bytes, holders (the
+models that have the rest, such as "org/a (2.1 GB)") and bounded (the devices of
+which LoadOptions.max_memory allows less than could be had, such as "cpu").
 Details: QuotaFailure.
 """
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 17
@@ -321,5 +329,11 @@ Details: ResourceInfo.
 ERROR_REASON_MODEL_TOO_LARGE: ErrorReason.ValueType  # 35
 """PERMISSION_DENIED. The model is larger than the operator allows.
 Metadata: model, size_bytes, max_bytes. Details: ResourceInfo.
+"""
+ERROR_REASON_MODEL_UNLOADED: ErrorReason.ValueType  # 36
+"""ABORTED. Somebody unloaded the model by force while the call used it, or
+waited for its load; what a stream has sent by then stands. The same call again
+may load it again, which only makes sense if it is not to stay unloaded.
+Metadata: model.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -214,7 +214,9 @@ class _ChangeReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeRe
     CHANGE_REASON_FAILURE: _ChangeReason.ValueType  # 5
     """It failed; see Model.failure."""
     CHANGE_REASON_FORGOTTEN: _ChangeReason.ValueType  # 6
-    """It had failed, and is forgotten: it is loaded again, or there are too many."""
+    """It had failed, and is forgotten: it is loaded again, there are too many, or it
+    never was there: its name is no model's, or its load was refused.
+    """
     CHANGE_REASON_SHUTDOWN: _ChangeReason.ValueType  # 7
     """The daemon shuts down."""
     CHANGE_REASON_REPLICAS: _ChangeReason.ValueType  # 8
@@ -238,7 +240,9 @@ CHANGE_REASON_EVICTED: ChangeReason.ValueType  # 4
 CHANGE_REASON_FAILURE: ChangeReason.ValueType  # 5
 """It failed; see Model.failure."""
 CHANGE_REASON_FORGOTTEN: ChangeReason.ValueType  # 6
-"""It had failed, and is forgotten: it is loaded again, or there are too many."""
+"""It had failed, and is forgotten: it is loaded again, there are too many, or it
+never was there: its name is no model's, or its load was refused.
+"""
 CHANGE_REASON_SHUTDOWN: ChangeReason.ValueType  # 7
 """The daemon shuts down."""
 CHANGE_REASON_REPLICAS: ChangeReason.ValueType  # 8
@@ -538,8 +542,8 @@ class UnloadModelRequest(_message.Message):
     """
     force: _builtins.bool
     """Default false: refuse with MODEL_IN_USE while requests run or leases hold it.
-    True: running requests end with MODEL_NOT_LOADED, leases end, a load under way
-    is stopped.
+    True: running requests end with MODEL_UNLOADED, leases end, and a load under way
+    is stopped, which whoever waits for it is told in the same way.
     """
     @_builtins.property
     def grace(self) -> _duration_pb2.Duration:
@@ -874,8 +878,8 @@ class Model(_message.Message):
 
     @_builtins.property
     def timings(self) -> Global___LoadTimings:
-        """How long the steps of its load took, of its slowest replica; steps not done are
-        unset.
+        """How long the steps of its load took; steps not done are unset. Replicas that
+        come later do not change it.
         """
 
     @_builtins.property
@@ -1360,7 +1364,10 @@ Global___ModelDetails: _TypeAlias = ModelDetails  # noqa: Y015
 
 @_typing.final
 class LoadTimings(_message.Message):
-    """How long the steps of a load took."""
+    """How long the steps of a load took. They follow each other, so they add up to no
+    more than `total`. Replicas load beside each other: of worker, weights and engine
+    it has those of the replica that was ready last.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1382,7 +1389,9 @@ class LoadTimings(_message.Message):
 
     @_builtins.property
     def worker(self) -> _duration_pb2.Duration:
-        """Waiting for a worker process; near zero with a warm standby."""
+        """Waiting for a worker process, and for its turn where replicas share an
+        accelerator; near zero with a warm standby.
+        """
 
     @_builtins.property
     def weights(self) -> _duration_pb2.Duration:
@@ -1487,7 +1496,7 @@ class PlanModelResponse(_message.Message):
     would be on the disk.
     """
     free_bytes: _builtins.int
-    """What could be had of the devices that it may be on, in bytes."""
+    """What could be had of the devices that it may be on, within max_memory, in bytes."""
     dtype: Global___Dtype.ValueType
     """The dtype that it would have; never unspecified."""
     dtype_reason: _builtins.str

@@ -93,6 +93,10 @@ class ModelServiceServicer(object):
         already loaded with the same options answers at once. Concurrent calls for
         one model share one load: cancelling one call leaves the others' running,
         cancelling the last one stops the load.
+
+        A load that is refused leaves nothing: its name or an option (INVALID_NAME,
+        INVALID_ARGUMENT, UNSUPPORTED_OPTION), or memory that its plan does not find
+        (DEVICE_MEMORY). One that fails on its way leaves a model that is FAILED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

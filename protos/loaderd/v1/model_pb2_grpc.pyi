@@ -40,6 +40,10 @@ class ModelServiceStub:
     already loaded with the same options answers at once. Concurrent calls for
     one model share one load: cancelling one call leaves the others' running,
     cancelling the last one stops the load.
+
+    A load that is refused leaves nothing: its name or an option (INVALID_NAME,
+    INVALID_ARGUMENT, UNSUPPORTED_OPTION), or memory that its plan does not find
+    (DEVICE_MEMORY). One that fails on its way leaves a model that is FAILED.
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
     """Ends the model's process and gives its memory back.
@@ -82,6 +86,10 @@ class ModelServiceAsyncStub(ModelServiceStub):
     already loaded with the same options answers at once. Concurrent calls for
     one model share one load: cancelling one call leaves the others' running,
     cancelling the last one stops the load.
+
+    A load that is refused leaves nothing: its name or an option (INVALID_NAME,
+    INVALID_ARGUMENT, UNSUPPORTED_OPTION), or memory that its plan does not find
+    (DEVICE_MEMORY). One that fails on its way leaves a model that is FAILED.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
     """Ends the model's process and gives its memory back.
@@ -127,6 +135,10 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         already loaded with the same options answers at once. Concurrent calls for
         one model share one load: cancelling one call leaves the others' running,
         cancelling the last one stops the load.
+
+        A load that is refused leaves nothing: its name or an option (INVALID_NAME,
+        INVALID_ARGUMENT, UNSUPPORTED_OPTION), or memory that its plan does not find
+        (DEVICE_MEMORY). One that fails on its way leaves a model that is FAILED.
         """
 
     @_abc_1.abstractmethod

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -434,9 +435,7 @@ def config_from(sources: Sources) -> ServerConfig:
     try:
         config = Settings(**sources.flags)
     except ValidationError as error:
-        problems += (
-            _describe(sources, item["loc"], item["type"], item["msg"]) for item in error.errors()
-        )
+        problems += (_describe(sources, item) for item in error.errors())
         raise ConfigError(*problems) from error
     except SettingsError as error:
         raise ConfigError(*problems, f"{error}: as a variable it must be JSON") from error
@@ -458,11 +457,14 @@ def _unknown(setting: str) -> str:
     return f"there is no such setting; {hint}loaderd --help lists them"
 
 
-def _describe(sources: Sources, location: tuple[int | str, ...], kind: str, message: str) -> str:
-    message = message.removeprefix("Value error, ")
+def _describe(sources: Sources, item: ErrorDetails) -> str:
+    location, message = item["loc"], item["msg"].removeprefix("Value error, ")
     if not location:
         return message
     setting = str(location[0])
-    if kind == "extra_forbidden":
-        message = _unknown(setting) if len(location) == 1 else "there is no such setting"
+    match item["type"]:
+        case "extra_forbidden":
+            message = _unknown(setting) if len(location) == 1 else "there is no such setting"
+        case "byte_size" | "byte_size_unit":
+            message = f"{item['input']!r} is no size; write one as 20GB or 512MiB"
     return f"{'.'.join(map(str, location))}: {message} (set by {sources.origin(setting)})"

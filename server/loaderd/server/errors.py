@@ -22,14 +22,16 @@ class LoaderdError(Exception):
 
     Attributes:
         reason: Name of the `ErrorReason` without its prefix.
-        text: The sentence for people; the error's fields fill its braces.
+        text: The sentence for people; the error's fields fill its braces, bytes as a size.
     """
 
     reason: ClassVar[str]
     text: ClassVar[str]
 
     def __str__(self) -> str:
-        return self.text.format(**{f.name: _shortened(getattr(self, f.name)) for f in fields(self)})
+        return self.text.format(
+            **{f.name: _shown(f.name, getattr(self, f.name)) for f in fields(self)}
+        )
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -61,11 +63,14 @@ class ModelNotFoundError(LoaderdError):
     """The hub has no such repository, or there is no such folder."""
 
     reason = "MODEL_NOT_FOUND"
-    text = (
-        "model {model!r} was not found; check the spelling, and for a private repository "
-        "the daemon's hub token"
-    )
+    text = "model {model!r} was not found; {advice}"
     model: str
+
+    def __str__(self) -> str:
+        advice = "check the spelling, and for a private repository the daemon's hub token"
+        if self.model.startswith("/"):
+            advice = "the daemon's box has no such folder, and no such GGUF file"
+        return self.text.format(model=_shortened(self.model), advice=advice)
 
 
 @dataclass(eq=False)
@@ -165,7 +170,7 @@ class ModelInUseError(LoaderdError):
 
 @dataclass(eq=False)
 class ModelNotLoadedError(LoaderdError):
-    """The model is not loaded, or was unloaded while the request ran."""
+    """The model is not loaded, or is being unloaded."""
 
     reason = "MODEL_NOT_LOADED"
     text = "model {model!r} is not loaded; load it first"
@@ -209,7 +214,7 @@ class DiskFullError(LoaderdError):
     """The cache's disk cannot hold the download."""
 
     reason = "DISK_FULL"
-    text = "the cache's disk needs {needed_bytes} bytes for this, {free_bytes} are free"
+    text = "the cache's disk needs {needed_bytes} for this, {free_bytes} are free"
     needed_bytes: int
     free_bytes: int
 
@@ -223,27 +228,29 @@ class DeviceMemoryError(LoaderdError):
         needed_bytes: What it would take; None where a device only said that it is full.
         free_bytes: What could be had.
         holders: Who has the rest, such as "org/a (2.1 GB), org/b (0.3 GB)".
+        bounded: The devices of which the caller's max_memory allows less than could be had.
     """
 
     reason = "DEVICE_MEMORY"
-    text = (
-        "not enough device memory for {model!r}{numbers}; unload another model or choose another "
-        "device"
-    )
+    text = "not enough device memory for {model!r}{numbers}; {first} or choose another device"
     model: str
     needed_bytes: int | None = None
     free_bytes: int | None = None
     holders: str | None = None
+    bounded: str | None = None
 
     def __str__(self) -> str:
-        told = [
-            f"{self.needed_bytes} bytes are needed" if self.needed_bytes is not None else "",
-            f"{self.free_bytes} are free" if self.free_bytes is not None else "",
-            f"held by {_shortened(self.holders)}" if self.holders is not None else "",
-        ]
-        numbers = ", ".join(filter(None, told))
-        model = _shortened(self.model)
-        return self.text.format(model=model, numbers=f": {numbers}" if numbers else "")
+        told = []
+        if self.needed_bytes is not None:
+            told.append(f"{size(self.needed_bytes)} are needed")
+        by_whom = "" if self.bounded is None else f" by your max_memory of {self.bounded}"
+        if self.free_bytes is not None:
+            told.append(f"{size(self.free_bytes)} are free{by_whom}")
+        if self.holders is not None:
+            told.append(f"held by {_shortened(self.holders)}")
+        first = "unload another model" if self.bounded is None else "raise max_memory"
+        numbers = f": {', '.join(told)}" if told else ""
+        return self.text.format(model=_shortened(self.model), numbers=numbers, first=first)
 
 
 @dataclass(eq=False)
@@ -337,7 +344,7 @@ class CacheLimitError(LoaderdError):
 
     reason = "CACHE_LIMIT"
     text = (
-        "the download needs {needed_bytes} bytes, the cache may hold {max_bytes}, and "
+        "the download needs {needed_bytes}, the cache may hold {max_bytes}, and "
         "{held_bytes} of it cannot be deleted now; unload models that use it, or raise "
         "--cache-max-bytes"
     )
@@ -435,16 +442,44 @@ class ModelTooLargeError(LoaderdError):
     """The model is larger than the operator allows."""
 
     reason = "MODEL_TOO_LARGE"
-    text = "model {model!r} has {size_bytes} bytes, and the daemon's operator allows {max_bytes}"
+    text = "model {model!r} has {size_bytes}, and the daemon's operator allows {max_bytes}"
     model: str
     size_bytes: int
     max_bytes: int
+
+
+@dataclass(eq=False)
+class ModelUnloadedError(LoaderdError):
+    """Somebody unloaded the model by force while the call used it, or waited for its load."""
+
+    reason = "MODEL_UNLOADED"
+    text = (
+        "model {model!r} was unloaded by force while this call used it; try again only if it is "
+        "to be loaded again"
+    )
+    model: str
 
 
 BY_REASON: dict[str, type[LoaderdError]] = {
     kind.reason: kind for kind in LoaderdError.__subclasses__()
 }
 """The error classes by reason."""
+
+
+def size(count: int) -> str:
+    """Bytes for people, such as "38.0 MB" or "2.13 GB"."""
+    if count < 1000:
+        return f"{count} bytes"
+    for unit, scale, digits in (("kB", 1e3, 1), ("MB", 1e6, 1), ("GB", 1e9, 2)):
+        if count < 999.95 * scale:
+            return f"{count / scale:.{digits}f} {unit}"
+    return f"{count / 1e12:.2f} TB"
+
+
+def _shown(field: str, value: str | int | None) -> str | int | None:
+    if field.endswith("_bytes") and isinstance(value, int):
+        return size(value)
+    return _shortened(value)
 
 
 def _shortened(value: str | int | None) -> str | int | None:

@@ -30,7 +30,10 @@ def _address(value: object) -> object:
 
 
 def _host_port(value: object) -> object:
-    address = _address(value)
+    try:
+        address = _address(value)
+    except ValueError:
+        address = None
     if not isinstance(address, TcpAddress):
         raise ValueError(f"{value!r} is no address: use host:port or [ipv6]:port")
     return address

@@ -217,8 +217,14 @@ def test_ps_lists_models(ctl: Ctl) -> None:
 
 def test_load_and_ps_tell_of_replicas(ctl: Ctl, daemon: FakeDaemon) -> None:
     assert ctl("load", "demo/chat", "--replicas", "3").stdout == (
-        "demo/chat is ready as m-1, bfloat16 on cpu, 3 replicas\n"
+        "demo/chat is ready as m-1, bfloat16 on cpu, 3 replicas, "
+        "loaded in 0.0 s (resolve 5 ms, weights 15 ms)\n"
     )
+    ready = "demo/chat is ready as m-1, bfloat16 on cpu, "
+    fewer = ctl("load", "demo/chat", "--replicas", "2").stdout
+    assert fewer == f"{ready}2 replicas, was loaded already\n"
+    more = ctl("load", "demo/chat", "--replicas", "3").stdout
+    assert more.startswith(f"{ready}3 replicas, more of them loaded in ")
     assert lines(ctl("ps").stdout)[1][5] == "3"
     with daemon.models.in_use("demo/chat") as model:
         del model.replicas[0]
@@ -244,7 +250,7 @@ def test_ps_tells_until_when_a_model_stays(ctl: Ctl, client: Client) -> None:
     assert ctl("ps").stdout.splitlines()[2].rstrip().endswith("1 lease")
     refused = ctl("unload", "demo/base")
     assert refused.exit_code == ExitCode.PRECONDITION
-    assert ctl("unload", "demo/base", "--grace", "5s").exit_code == ExitCode.INVALID
+    assert ctl("unload", "demo/base", "--grace", "5s").exit_code == ExitCode.USAGE
     assert ctl("unload", "demo/base", "--force", "--grace", "5s").exit_code == ExitCode.OK
 
 
@@ -433,6 +439,26 @@ def test_run_refuses_a_system_message_without_chat_template(ctl: Ctl) -> None:
 
     assert result.exit_code == ExitCode.INVALID
     assert "no chat template" in result.stderr
+
+
+def test_a_failure_in_mid_answer_stands_on_a_line_of_its_own(
+    daemon: FakeDaemon, client: Client
+) -> None:
+    model = client.load("demo/base")
+    asked = ("run", "demo/base", "x", "--max-new-tokens", "50000")
+    with subprocess.Popen(
+        [sys.executable, "-m", "loaderd.cli", "-a", daemon.address, *asked],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        begun = process.stdout.read(5)
+        model.unload(force=True)
+        *answer, last = (begun + process.stdout.read()).splitlines()
+
+    assert len(answer) == 1
+    assert last.startswith("loaderctl: model unloaded")
 
 
 def test_watch_begins_with_what_is_there(ctl: Ctl, client: Client) -> None:

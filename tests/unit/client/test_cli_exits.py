@@ -51,6 +51,7 @@ EXPECTED_CODES = {
     "CLIENT_LIMIT": 7,
     "MODEL_NOT_ALLOWED": 8,
     "MODEL_TOO_LARGE": 8,
+    "MODEL_UNLOADED": 1,
 }
 
 
@@ -72,6 +73,9 @@ def test_each_failure_is_a_line_and_an_exit_code(ctl: Ctl, reason: str) -> None:
         (("load", "a/b", "--dtype", "int8"), "'--dtype': 'int8' is not one of 'float16'"),
         (("load", "a/b", "--nonsense"), "--nonsense"),
         (("--timeout", "soon", "ps"), "--timeout"),
+        (("load", "a/b", "--replicas", "0"), "'0' is no number of replicas; write one from 1 on"),
+        (("load", "a/b", "--replicas", "two"), "'two' is no number of replicas"),
+        (("unload", "a/b", "--grace", "5s"), "--grace: goes with --force"),
     ],
 )
 def test_wrong_usage_is_a_line(ctl: Ctl, args: tuple[str, ...], text: str) -> None:

@@ -190,6 +190,8 @@ def test_show_tells_all_of_a_model(ctl: Ctl, client: Client) -> None:
     assert (shown["loaded in"], shown["steps"]) == ("25 ms", "resolve 5 ms, weights 15 ms")
     assert shown["generated tokens"] == "5, 5.0/s"
     assert shown["keys and values"] == "0 of 10,000 tokens"
+    assert shown["memory"] == "60.0 MB planned, 52.0 MB taken by its load"
+    assert shown["replica 1"] == "process 4242 holds 52.0 MB now, 0 running, 0 queued"
     assert document(ctl("show", "demo/chat", "--json"))["timings"]["weights"] == 0.015
     assert ctl("show", "demo/none").exit_code == ExitCode.PRECONDITION
 

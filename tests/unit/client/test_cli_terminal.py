@@ -106,8 +106,8 @@ def test_a_failure_in_mid_answer_ends_the_line(client: Client, spawn: Spawn) -> 
 
     client.unload("demo/base", force=True)
 
-    child.expect("[a-z ]\r\nloaderctl: model not loaded")
-    assert child.ending() == ExitCode.PRECONDITION
+    child.expect("[a-z ]\r\nloaderctl: model unloaded")
+    assert child.ending() == ExitCode.FAILED
 
 
 def test_an_answer_that_the_default_limit_ends_says_so(spawn: Spawn) -> None:

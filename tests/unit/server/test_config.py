@@ -173,6 +173,7 @@ def test_http_needs_clients_with_tokens_where_others_have_certificates() -> None
         ({"http": "0.0.0.0:1", "clients": "/etc/clients.toml"}, "--tls-cert.*--insecure"),
         ({"http": "/run/socket"}, "http.*'/run/socket' is no address"),
         ({"http": "8080"}, "http.*'8080' is no address"),
+        ({"http": "nope"}, r"http: 'nope' is no address: use host:port or \[ipv6\]:port"),
         ({"http": "127.0.0.1:65536"}, "http.*65536"),
         ({"hub_endpoint": "http://example.com"}, "https"),
         ({"hub_endpoint": "ftp://example.com"}, "https"),
@@ -197,6 +198,8 @@ def test_http_needs_clients_with_tokens_where_others_have_certificates() -> None
         ({"allow_model": ["/models"]}, "allow_model.*--allow-local"),
         ({"deny_model": ["a b"]}, "deny_model.*'a b'"),
         ({"max_model_bytes": "0"}, "max_model_bytes"),
+        ({"max_model_bytes": "foo"}, "max_model_bytes: 'foo' is no size; write one as 20GB"),
+        ({"cache_max_bytes": "5 parsecs"}, "cache_max_bytes: '5 parsecs' is no size; write one"),
     ],
 )
 def test_a_bad_setting_is_named(flags: dict[str, object], says: str) -> None:

@@ -74,6 +74,18 @@ def test_what_is_not_known_is_neither_told_nor_sent() -> None:
     assert (copy.needed_bytes, copy.free_bytes, copy.holders) == (None, None, None)
 
 
+def test_people_are_told_sizes_and_programs_bytes() -> None:
+    error = errors.DeviceMemoryError("a/b", 467_555_180, 2_104_000_000, "c/d (0.3 GB)")
+    assert str(error) == (
+        "not enough device memory for 'a/b': 467.6 MB are needed, 2.10 GB are free, held by "
+        "c/d (0.3 GB); unload another model or choose another device"
+    )
+    assert error.metadata["needed_bytes"] == "467555180"
+    assert str(errors.DiskFullError(5_000_000_000, 17)) == (
+        "the cache's disk needs 5.00 GB for this, 17 bytes are free"
+    )
+
+
 @pytest.mark.parametrize("reason", sorted(errors.BY_REASON))
 def test_a_status_holds_the_reason_its_fields_and_the_details_that_fit(reason: str) -> None:
     error = example(errors.BY_REASON[reason])

@@ -69,6 +69,17 @@ def test_nothing_goes_to_the_cpu_beside_accelerators_unasked() -> None:
     assert place(box, needs(30 * GB), Where("cpu")).devices == {"cpu": 33 * GB}
 
 
+def test_a_bound_that_is_in_the_way_is_named_and_one_that_is_not_is_not() -> None:
+    box = book(GPUS[0], BIG_CPU)
+    placement = place(box, needs(30 * GB), Where(max_memory=(("cpu", 1), ("cuda:0", 10 * GB))))
+    with pytest.raises(DeviceMemoryError, match=r"10\.00 GB are free by your max_memory of cuda:0"):
+        placement.check("org/b")
+    wide = place(box, needs(300 * GB), Where(max_memory=(("cuda:0", 500 * GB),)))
+    with pytest.raises(DeviceMemoryError) as caught:
+        wide.check("org/b")
+    assert caught.value.bounded is None
+
+
 def test_copies_are_counted_where_there_is_room_for_them() -> None:
     box = book(BIG_CPU)
     assert place(box, needs(20 * GB, copies=20 * GB), Where("auto")).devices == {"cpu": 43 * GB}

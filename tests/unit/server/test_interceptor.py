@@ -12,6 +12,7 @@ from grpc_status import rpc_status
 from loaderd.server.access.quotas import Quotas
 from loaderd.server.errors import ModelNotFoundError
 from loaderd.server.rpc.access import Access
+from loaderd.server.rpc.admission import Admission
 from loaderd.server.rpc.clients import Clients
 from loaderd.server.rpc.interceptor import CallInterceptor
 from loaderd.v1 import model_pb2, model_pb2_grpc
@@ -47,7 +48,7 @@ class Failing(model_pb2_grpc.ModelServiceServicer):
 @pytest.fixture
 async def channel() -> AsyncIterator[grpc.aio.Channel]:
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(Access(None, Quotas(time.monotonic)), Clients())]
+        interceptors=[CallInterceptor(Admission(Access(None, Quotas(time.monotonic)), Clients()))]
     )
     model_pb2_grpc.add_ModelServiceServicer_to_server(
         Failing(),  # type: ignore[abstract]  # the other methods are not called

@@ -177,7 +177,7 @@ async def test_a_grace_has_an_end(box: Box) -> None:
     await anext(aiter(stream))
     unload = model_pb2.UnloadModelRequest(model=str(box.folder), force=True, grace=seconds(SOON_S))
     await box.models.UnloadModel(unload, timeout=30)
-    assert await reason_of(stream) == "MODEL_NOT_LOADED"
+    assert await reason_of(stream) == "MODEL_UNLOADED"
 
 
 async def test_a_shutdown_does_not_wait_for_a_grace(tmp_path: Path) -> None:

@@ -1,13 +1,29 @@
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loaderd.server.models.lifecycle import TRANSITIONS, Lifecycle, ModelState, TransitionError
+from loaderd.server.models.lifecycle import (
+    TRANSITIONS,
+    ChangeReason,
+    Lifecycle,
+    ModelState,
+    TransitionError,
+)
 
 
 def test_every_state_is_in_the_table() -> None:
     assert set(TRANSITIONS) == set(ModelState)
     assert {end for ends in TRANSITIONS.values() for end in ends} <= set(ModelState)
+
+
+def test_the_docs_explain_every_state_and_every_reason() -> None:
+    docs = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
+    section = docs.partition("## States of a model\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([A-Z_]+) \|", section, re.MULTILINE)
+    assert rows == [member.name for kind in (ModelState, ChangeReason) for member in kind]
 
 
 def test_a_load_passes_through_every_step() -> None:

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from loaderd.server.errors import DrainingError
+from loaderd.server.errors import DrainingError, UnsupportedOptionError
 from loaderd.server.models.idle import IdleModels
 from loaderd.server.models.lifecycle import ModelState
-from loaderd.server.models.loads import LoadProgress, Loads, OnDemand
+from loaderd.server.models.loads import LoadProgress, Loads, OnDemand, outcome
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.record import LoadOptions, ModelRecord
 from loaderd.server.models.registry import ModelRegistry
+from loaderd.server.models.where import Where
 from loaderd.server.single_flight import Publish, SingleFlight
 from loaderd.server.store.names import HubName, LocalName
 from loaderd.server.store.pins import Pin, Pins
@@ -207,3 +208,13 @@ async def test_a_load_that_ends_early_lets_go_of_its_snapshot(box: Box) -> None:
     loading.cancel()
     await box.settle()
     assert box.store.pins.holders("org/name", OLD) == ()
+
+
+async def test_a_device_that_is_not_there_is_refused_before_anything_is_downloaded(
+    box: Box,
+) -> None:
+    options = LoadOptions(where=Where("cuda:7"))
+    with pytest.raises(UnsupportedOptionError, match="no device 'cuda:7'"):
+        await outcome(box.loads.load("org/name", options))
+    assert box.store.flights.flights == {}
+    assert box.registry.views() == []

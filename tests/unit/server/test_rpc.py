@@ -65,7 +65,7 @@ async def test_a_load_is_unloaded_by_force_only_and_its_waiters_are_told(box: Bo
     unload.force = True
     answer = await box.models.UnloadModel(unload, timeout=30)
     assert answer.model.state == model_pb2.MODEL_STATE_UNLOADED
-    assert await load == "MODEL_NOT_LOADED"
+    assert await load == "MODEL_UNLOADED"
     assert await box.list() == []
 
 

@@ -15,7 +15,7 @@ from loaderd.server.models.lifecycle import ModelState
 from loaderd.server.models.loads import OnDemand
 from loaderd.server.models.record import LoadOptions
 from loaderd.server.models.restarts import MOST_DEATHS, Restarts
-from loaderd.v1 import model_pb2
+from loaderd.v1 import model_pb2, system_pb2
 from tests.fake_worker import FakeWorker
 from tests.unit.server import test_planner
 from tests.unit.server.box import MAX_REQUESTS, Box, open_box, reason_of
@@ -82,6 +82,22 @@ async def test_requests_go_to_the_replica_with_the_fewest(box: Box) -> None:
             stream.cancel()
     await until(lambda: holding(box)[0].running_requests == 0)
     assert {(await hang(box))[1] for _ in range(2)} == {holding(box)[0]}
+
+
+async def test_the_steps_of_a_load_with_replicas_add_up_to_no_more_than_it_took(box: Box) -> None:
+    box.launcher.load_gate.clear()
+    while not (await box.system.GetServerInfo(system_pb2.GetServerInfoRequest())).standby_workers:
+        await asyncio.sleep(0.01)
+    box.launcher.standby_gate.clear()
+    loading = asyncio.create_task(box.load(replicas=2))
+    await until(lambda: box.launcher.loads == 1)  # the spare's; the other one's worker starts yet
+    await asyncio.sleep(0.3)
+    box.launcher.standby_gate.set()
+    await until(lambda: box.launcher.loads == 2)
+    box.launcher.load_gate.set()
+    timings = (await loading).timings
+    parts = (timings.placement, timings.worker, timings.weights, timings.engine)
+    assert sum(part.ToMilliseconds() for part in parts) <= timings.total.ToMilliseconds()
 
 
 async def test_each_replica_takes_as_many_requests_as_one_model_would(box: Box) -> None:
@@ -335,7 +351,7 @@ async def test_all_replicas_end_with_their_model(box: Box) -> None:
     workers = holding(box)
     answer = await unload(box, force=True)
     assert answer.freed_bytes == 2 << 20, "each fake holds a MiB"
-    assert [await reason_of(stream) for stream, _ in streams] == 2 * ["MODEL_NOT_LOADED"]
+    assert [await reason_of(stream) for stream, _ in streams] == 2 * ["MODEL_UNLOADED"]
     assert all(worker.exited for worker in workers)
     assert await box.list() == []
 

@@ -21,6 +21,7 @@ from loaderd.server.access.clients import ClientsFile
 from loaderd.server.access.quotas import Quotas
 from loaderd.server.config import ConfigError
 from loaderd.server.rpc.access import Access, current_caller
+from loaderd.server.rpc.admission import Admission
 from loaderd.server.rpc.clients import Clients
 from loaderd.server.rpc.interceptor import CallInterceptor
 from loaderd.server.rpc.tls import ServerTls
@@ -63,7 +64,7 @@ async def serving(
     tls: Tls, client_ca: Path | None = None, clients: Path | None = None, ports: int = 1
 ) -> AsyncIterator[list[str]]:
     file = None if clients is None else ClientsFile(clients)
-    interceptor = CallInterceptor(Access(file, Quotas(time.monotonic)), Clients())
+    interceptor = CallInterceptor(Admission(Access(file, Quotas(time.monotonic)), Clients()))
     server = grpc.aio.server(interceptors=[interceptor])
     model_pb2_grpc.add_ModelServiceServicer_to_server(
         WhoAmI(),  # type: ignore[abstract]  # the other methods are not called

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from loaderd.server.errors import LoaderdError
 from loaderd.server.worker.loader import ModelLoader
-from loaderd.server.worker.tokenizer_files import without_foreign_files
+from loaderd.server.worker.tokenizer_files import added_tokens, without_foreign_files
 from tests.hub.tiny_models import build_tiny_model
 
 SECRET = "hf_secretsecretsecret"
@@ -71,3 +73,72 @@ def test_what_is_no_file_stays(folder: Path) -> None:
     text = "The sky is blue."
     tokenizer = ModelLoader(str(folder)).load_tokenizer()
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def changed(path: Path, **settings: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        {"content": "<own>", "special": True},
+        {"content": "own word", "special": False, "lstrip": True, "single_word": True},
+        None,
+    ],
+)
+def test_added_tokens_that_are_given_make_the_same_tokenizer(
+    folder: Path, token: dict[str, Any] | None
+) -> None:
+    if token is not None:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        token = {
+            "normalized": False,
+            "rstrip": False,
+            "lstrip": False,
+            "single_word": False,
+        } | token
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text())
+        changed(path, added_tokens=[*content["added_tokens"], {"id": len(tokenizer), **token}])
+    given = added_tokens(folder)
+    assert given is not None
+    ours = ModelLoader(str(folder)).load_tokenizer()
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert repr(ours.added_tokens_decoder) == repr(theirs.added_tokens_decoder) == repr(given)
+    assert ours.all_special_ids == theirs.all_special_ids
+    for text in ("one two", "a <own> own word b", "<|im_start|>x<|im_end|>"):
+        assert ours(text).input_ids == theirs(text).input_ids
+        ids = theirs(text).input_ids
+        assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(
+            ids, skip_special_tokens=True
+        )
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json"])
+def test_where_other_files_tell_of_added_tokens_none_are_given(folder: Path, name: str) -> None:
+    (folder / name).write_text("{}")
+    assert added_tokens(folder) is None
+
+
+def test_settings_that_have_the_added_tokens_stay(folder: Path) -> None:
+    changed(folder / "tokenizer_config.json", added_tokens_decoder={})
+    assert added_tokens(folder) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"added_tokens"',
+        '{"added_tokens": [{"id": 1, "content": "x"}, ',
+        '{"truncation": {"added_tokens": []}, "added_tokens": []}',
+        '{"version": "\\"added_tokens\\": []"}',
+        '{"added_tokens": [{"content": "x"}]}',
+        '{"added_tokens": {"id": 1}}',
+    ],
+)
+def test_what_is_not_as_it_should_be_is_left_to_transformers(folder: Path, content: str) -> None:
+    (folder / "tokenizer.json").write_text(content)
+    assert added_tokens(folder) is None

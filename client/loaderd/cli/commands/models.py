@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
@@ -42,7 +43,7 @@ def load(
 ) -> None:
     """Load a model, downloading what the cache lacks."""
     session = session_of(context)
-    worked = False
+    worked, began = False, time.monotonic()
     with session.connect() as client, progress_display(model) as display:
         operation = client.start_load(
             model,
@@ -65,7 +66,8 @@ def load(
     if json:
         output.json_result(info)
     else:
-        output.result(_sentence(info, worked=worked, scaled=replicas is not None))
+        took = timedelta(seconds=time.monotonic() - began) if worked else None
+        output.result(_sentence(info, took, scaled=replicas is not None))
 
 
 def plan(
@@ -124,6 +126,11 @@ def unload(
     json: options.Json = False,
 ) -> None:
     """Unload a model and say how much memory that freed."""
+    if grace is not None and not force:
+        raise typer.BadParameter(
+            "goes with --force; without it a model that is in use is not unloaded",
+            param_hint="--grace",
+        )
     session = session_of(context)
     with session.connect() as client:
         unloaded = client.unload(model, force=force, grace=grace, timeout=session.timeout)
@@ -214,12 +221,12 @@ def _plan_fields(plan: LoadPlan, replicas: int) -> list[tuple[str, str]]:
     ]
 
 
-def _sentence(model: ModelInfo, *, worked: bool, scaled: bool) -> str:
+def _sentence(model: ModelInfo, took: timedelta | None, *, scaled: bool) -> str:
     """What came of a load.
 
     Args:
         model: The model.
-        worked: Whether there was anything to do.
+        took: How long the call took; None: there was nothing to do.
         scaled: Whether a number of replicas was asked for; what there was to do may be only that.
     """
     parts = [f"{model.name} is ready as {model.id}"]
@@ -230,12 +237,21 @@ def _sentence(model: ModelInfo, *, worked: bool, scaled: bool) -> str:
             parts.append(f"{size(details.offloaded_bytes)} of it offloaded")
     if scaled:
         parts.append(count(model.wanted_replicas, "replica"))
-    if not worked:
+    if took is None:
         parts.append("was loaded already")
-    elif not scaled and model.timings.total is not None:
-        took = steps(model.timings)
-        parts.append(f"loaded in {span(model.timings.total)}" + (f" ({took})" if took else ""))
+    elif _has_grown(model):
+        parts.append(f"more of them loaded in {span(took)}")
+    elif model.timings.total is not None:
+        parts_of_it = steps(model.timings)
+        told = f" ({parts_of_it})" if parts_of_it else ""
+        parts.append(f"loaded in {span(model.timings.total)}{told}")
     return ", ".join(parts)
+
+
+def _has_grown(model: ModelInfo) -> bool:
+    """Whether replicas came after the model's load, of which alone its timings tell."""
+    ready_at = model.ready_at
+    return ready_at is not None and any(each.ready_at > ready_at for each in model.replicas)
 
 
 def _row(model: ModelInfo) -> tuple[str, ...]:

@@ -49,8 +49,8 @@ def _fields(model: ModelInfo) -> list[tuple[str, str]]:
 
 def _replica(replica: Replica) -> str:
     return (
-        f"process {replica.worker_pid}, {replica.running_requests} running, "
-        f"{replica.queued_requests} queued, {size(replica.memory_bytes)}"
+        f"process {replica.worker_pid} holds {size(replica.memory_bytes)} now, "
+        f"{replica.running_requests} running, {replica.queued_requests} queued"
         + (", leaving" if replica.leaving else "")
     )
 
@@ -62,11 +62,15 @@ def _details(details: ModelDetails, places: str) -> list[tuple[str, str]]:
         *([("quantization", name(details.quantization))] if details.quantization else []),
         ("devices", places),
         ("weights", f"{size(details.weight_bytes)}, {details.parameter_count:,} numbers"),
-        ("memory", f"{size(details.memory_bytes)}, {size(details.planned_bytes)} planned"),
+        ("memory", _memory(details)),
         ("context", count(details.context_length, "token") if details.context_length else "any"),
         ("engine", f"{details.engine}: {details.engine_reason}"),
         ("process", str(details.worker_pid)),
     ]
+
+
+def _memory(details: ModelDetails) -> str:
+    return f"{size(details.planned_bytes)} planned, {size(details.memory_bytes)} taken by its load"
 
 
 def _statistics(figures: ModelStatistics) -> list[tuple[str, str]]:

@@ -78,7 +78,11 @@ class ModelDetails:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadTimings:
-    """How long the steps of a load took; None for a step that was not done."""
+    """How long the steps of a load took; None for a step that was not done.
+
+    They follow each other. Replicas load beside each other: of worker, weights and engine it has
+    those of the replica that was ready last.
+    """
 
     resolve: timedelta | None
     """Looking for the files."""
@@ -89,7 +93,7 @@ class LoadTimings:
     placement: timedelta | None
     """Planning its memory, and waiting for models that went for it."""
     worker: timedelta | None
-    """Waiting for a worker process; near zero with a warm standby."""
+    """Waiting for a worker process, or for its turn; near zero with a warm standby."""
     weights: timedelta | None
     """Reading weights and tokenizer."""
     engine: timedelta | None

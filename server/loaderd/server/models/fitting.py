@@ -130,21 +130,21 @@ def place(
     where.check(ids)
     rooms = {device: _room(book, where, device) for device in ids}
     if where.module_map:
-        return _answer(book, rooms, _as_mapped(needs, where, rooms), _mapped_devices(where))
+        return _answer(book, where, rooms, _as_mapped(needs, where, rooms), _mapped_devices(where))
     choices = _choices(where, rooms, rather_not)
     for devices in choices:
         fit = _fit(needs, {device: rooms[device] for device in devices}, where.device_map)
         if _is_within(fit, rooms):
-            return _answer(book, rooms, fit, devices)
+            return _answer(book, where, rooms, fit, devices)
     widest = choices[-1]
     if not where.offload:
-        return _answer(book, rooms, fit, widest)
+        return _answer(book, where, rooms, fit, widest)
     rooms_beside = {device: rooms[device] for device in widest}
     main = _main_memory(book, where, rooms_beside)
     fit = _offloading(needs, rooms_beside, main, to_disk=where.may_use_disk) or fit
     if main is None:
-        return _answer(book, rooms, fit, widest)
-    return _answer(book, {**rooms, CPU: main}, fit, [*widest, CPU])
+        return _answer(book, where, rooms, fit, widest)
+    return _answer(book, where, {**rooms, CPU: main}, fit, [*widest, CPU])
 
 
 def _room(book: DeviceBook, where: Where, device: str) -> int:
@@ -273,7 +273,9 @@ def _main_memory(book: DeviceBook, where: Where, beside: Rooms) -> int | None:
     return max(_room(book, where, CPU) - shared, 0)
 
 
-def _answer(book: DeviceBook, rooms: Rooms, fit: _Fit, devices: Sequence[str]) -> Placement:
+def _answer(
+    book: DeviceBook, where: Where, rooms: Rooms, fit: _Fit, devices: Sequence[str]
+) -> Placement:
     fits = _is_within(fit, rooms) and book.has(fit.devices)
     return Placement(
         fits=fits,
@@ -285,6 +287,11 @@ def _answer(book: DeviceBook, rooms: Rooms, fit: _Fit, devices: Sequence[str]) -
         computing=sum(device != CPU for device in fit.devices) or 1,
         weight_room=dict(fit.weight_room) if fits else {},
         offloaded=dict(fit.offloaded) if fits else {},
+        bounded=tuple(
+            device
+            for device in devices
+            if device in where.bounds and where.bounds[device] < book.available(device)
+        ),
     )
 
 

@@ -16,10 +16,13 @@ from loaderd.server.access.caller import OWNER, Caller
 from loaderd.server.access.roles import Role
 from loaderd.server.errors import (
     ClientLimitError,
+    DeviceMemoryError,
     ForbiddenError,
     InternalError,
+    InvalidArgumentError,
     LoaderdError,
     ModelNotLoadedError,
+    UnsupportedOptionError,
 )
 from loaderd.server.models.lifecycle import ChangeReason, ModelState
 from loaderd.server.models.planner import Planner
@@ -104,6 +107,7 @@ class Loads:
     ) -> None:
         self._registry = registry
         self._store = store
+        self._planner = planner
         self._scaling = Scaling(registry, supervisor, planner, store)
         self.on_demand = on_demand
         self.user_loads = user_loads
@@ -146,6 +150,7 @@ class Loads:
         self._registry.check_open()
         name = parse_name(text)
         await self._check_user(caller, name, options)
+        await self._planner.check(text, options)
         async with aclosing(self._scaled(_Wish(name, options, caller, replicas))) as updates:
             async for update in updates:
                 if isinstance(update, ModelRecord):
@@ -396,10 +401,10 @@ class Loads:
     def _fail(self, record: ModelRecord, error: LoaderdError) -> None:
         if not record.state.is_loading:
             return
-        unknown = record.state is ModelState.RESOLVING
+        is_kept = record.state is not ModelState.RESOLVING and not _is_refusal(record, error)
         self._registry.to(record, ModelState.FAILED, error)
-        if unknown:  # watchers were told; a name that is no model need not stay in the list
-            self._registry.to(record, ModelState.UNLOADED)
+        if not is_kept:  # watchers were told; what never was a load need not stay in the list
+            self._registry.forget(record)
 
 
 async def outcome(updates: AsyncGenerator[LoadProgress | ModelRecord, None]) -> ModelRecord:
@@ -413,6 +418,15 @@ async def outcome(updates: AsyncGenerator[LoadProgress | ModelRecord, None]) -> 
             if isinstance(update, ModelRecord):
                 return update
     raise RuntimeError("a load ends with its model or an error")
+
+
+def _is_refusal(record: ModelRecord, error: LoaderdError) -> bool:
+    """Whether a new model was not to be had like that: nothing of it has failed."""
+    if record.earlier_failure is not None:
+        return False  # it was there before, and is to come back
+    if isinstance(error, DeviceMemoryError):
+        return not record.has_begun  # the plan has refused it, not a device that was full
+    return isinstance(error, InvalidArgumentError | UnsupportedOptionError)
 
 
 def _is_gone(known: ModelRecord | None, text: str) -> bool:

@@ -100,7 +100,7 @@ class Placement:
     Attributes:
         fits: Whether it does.
         needed_bytes: What it takes of all its devices.
-        free_bytes: What could be had of the devices that it may be on.
+        free_bytes: What could be had of the devices that it may be on, within the load's bounds.
         devices: Bytes on each device, if it fits: what is to be reserved.
         holders: Who has memory of the devices that it may be on.
         copies: Whether there is room for copies of the weights.
@@ -108,6 +108,7 @@ class Placement:
         weight_room: Of the reserved bytes of each device, those for weights, where layers are
             spread; empty where all are on one device, or a module map says where they are.
         offloaded: The most weights that are in main memory beside accelerators, or on the disk.
+        bounded: Of those devices, the ones of which the load's bounds allow less than could be had.
     """
 
     fits: bool
@@ -119,6 +120,7 @@ class Placement:
     computing: int = 1
     weight_room: Mapping[str, int] = field(default_factory=dict)
     offloaded: Mapping[str, int] = field(default_factory=dict)
+    bounded: tuple[str, ...] = ()
 
     def check(self, model: str) -> None:
         """Refuses what does not fit.
@@ -127,7 +129,19 @@ class Placement:
             DeviceMemoryError: It does not.
         """
         if not self.fits:
-            raise DeviceMemoryError(model, self.needed_bytes, self.free_bytes, told(self.holders))
+            raise self.refusal(model)
+
+    def refusal(
+        self, model: str, needed_bytes: int | None = None, free_bytes: int | None = None
+    ) -> DeviceMemoryError:
+        """That a model does not fit, with what a worker has found out of it, if it has."""
+        return DeviceMemoryError(
+            model,
+            self.needed_bytes if needed_bytes is None else needed_bytes,
+            self.free_bytes if free_bytes is None else free_bytes,
+            told(self.holders),
+            ", ".join(self.bounded) or None,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from loaderd.server.errors import DeviceMemoryError, SnapshotNotFoundError, Work
 from loaderd.server.models.eviction import to_evict
 from loaderd.server.models.fitting import place_all, together
 from loaderd.server.models.needs import Estimate, estimate
-from loaderd.server.models.placement import DeviceBook, MemoryDevice, Needs, Placement, told
+from loaderd.server.models.placement import DeviceBook, MemoryDevice, Needs, Placement
 from loaderd.server.models.record import LoadOptions, ModelRecord
 from loaderd.server.models.where import DISK, SEQUENTIAL
 from loaderd.server.store.names import HubName, LocalName, parse_name
@@ -192,13 +192,7 @@ class Claim:
 
     def told(self, error: DeviceMemoryError) -> DeviceMemoryError:
         """What a worker says of its memory, with what only the plan knows."""
-        placement = self._placement
-        return DeviceMemoryError(
-            error.model,
-            placement.needed_bytes if error.needed_bytes is None else error.needed_bytes,
-            placement.free_bytes if error.free_bytes is None else error.free_bytes,
-            told(placement.holders),
-        )
+        return self._placement.refusal(error.model, error.needed_bytes, error.free_bytes)
 
     def give_up(self) -> None:
         """Gives it back when the worker has ended, which the kernel may hold for long."""
@@ -241,6 +235,16 @@ class Planner:
         self._book = DeviceBook()
         self._shares = itertools.count()
         self._loading: set[Claim] = set()
+
+    async def check(self, text: str, options: LoadOptions) -> None:
+        """Refuses, before anything is done for it, a load to devices that the box does not have.
+
+        Raises:
+            UnsupportedOptionError: It names one.
+            WorkerDiedError: Nobody could look at the devices.
+        """
+        if options.where.names_accelerators:
+            options.where.check([device.id for device in await self._measured_for(text)])
 
     async def plan(self, text: str, options: LoadOptions, replicas: int = 1) -> LoadPlan:
         """What a load of so many replicas would take if it began now.
@@ -346,10 +350,7 @@ class Planner:
         shape = await asyncio.to_thread(
             read_shape, files.path, str(name), allow_pickle=self._store.allows_pickle(name)
         )
-        try:
-            await self._measure()
-        except WorkerDiedError as error:
-            raise WorkerDiedError(model=str(name)) from error
+        await self._measured_for(str(name))
         where = options.where
         accelerated = where.uses_accelerator([device.id for device in self._book.devices])
         dtype = choose_dtype(options.dtype, on_accelerator=accelerated, flags=cpu_flags())
@@ -362,6 +363,13 @@ class Planner:
         )
         placements = place_all(self._book, found.needs, where, count, model_id)
         return LoadPlan(placements, count, found, dtype)
+
+    async def _measured_for(self, model: str) -> list[Device]:
+        """As `_measure`, for the load of a model, which an error names."""
+        try:
+            return await self._measure()
+        except WorkerDiedError as error:
+            raise WorkerDiedError(model=model) from error
 
     async def _measure(self) -> list[Device]:
         """Brings the book up to date: the CPU is looked at now, the others when a worker did."""

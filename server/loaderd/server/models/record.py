@@ -139,6 +139,7 @@ class ModelRecord:
         leaving: Why it is being ended, if it is.
         freed_bytes: What its processes held when they ended.
         earlier_failure: Why it had failed when it began to be loaded again.
+        has_begun: Whether a worker was asked to load it, since its files were last found.
         loaded_for: The client that it was loaded for; empty for one without a name.
     """
 
@@ -172,6 +173,7 @@ class ModelRecord:
         self.leaving: ChangeReason | None = None
         self.freed_bytes = 0
         self.earlier_failure: LoaderdError | None = None
+        self.has_begun = False
         self.loaded_for = ""
 
     @property
@@ -233,6 +235,7 @@ class ModelRecord:
     def found(self, files: LocalFolder | CachedSnapshot) -> None:
         """Notes which files it is, as the first thing of its load."""
         self._steps.clear()
+        self.has_begun = False
         self.files = files
         self.identity = identity_of(files)
         if isinstance(files, CachedSnapshot):
@@ -242,14 +245,12 @@ class ModelRecord:
                 self.source = ModelSource.CACHED
 
     def loaded_by(self, models: Sequence[LoadedWorker]) -> None:
-        """Notes how long its workers took: the slowest one for each step."""
-        weights_s = [model.loaded.weights.ToTimedelta().total_seconds() for model in models]
-        self._steps["worker"] = max(model.wait_s for model in models)
-        self._steps["weights"] = max(weights_s)
-        self._steps["engine"] = max(
-            max(model.load_s - seconds, 0.0)
-            for model, seconds in zip(models, weights_s, strict=True)
-        )
+        """Notes how long its workers took, which began together: the one that was ready last."""
+        last = max(models, key=lambda model: model.wait_s + model.load_s)
+        weights_s = last.loaded.weights.ToTimedelta().total_seconds()
+        self._steps["worker"] = last.wait_s
+        self._steps["weights"] = weights_s
+        self._steps["engine"] = max(last.load_s - weights_s, 0.0)
 
     @contextmanager
     def timing(self, step: str) -> Iterator[None]:

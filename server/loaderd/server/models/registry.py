@@ -19,6 +19,7 @@ from loaderd.server.errors import (
     LoaderdError,
     ModelInUseError,
     ModelNotLoadedError,
+    ModelUnloadedError,
     QueueFullError,
 )
 from loaderd.server.models.events import EventBus
@@ -174,7 +175,7 @@ class ModelRegistry:
         failed = [each for each in self._records.values() if each.state is ModelState.FAILED]
         for stale in failed:
             if stale.is_named(name) and stale.options == options:
-                self._forget(stale)
+                self.forget(stale)
         record = ModelRecord(name, options, KeepAlive(self.keep_alive_s, time.monotonic))
         record.loaded_for = caller.name if caller is not None else ""
         self._records[record.id] = record
@@ -236,6 +237,11 @@ class ModelRegistry:
         self._publish(record, previous)
         if state is ModelState.FAILED:
             self._forget_old_failures()
+
+    def forget(self, record: ModelRecord) -> None:
+        """Removes a model that has failed from the list."""
+        record.leaving = ChangeReason.FORGOTTEN
+        self.to(record, ModelState.UNLOADED)
 
     def resized(self, record: ModelRecord, reason: ChangeReason = ChangeReason.REPLICAS) -> None:
         """Tells all watchers that a READY model has more or fewer replicas now, and why."""
@@ -313,7 +319,8 @@ class ModelRegistry:
         leases = len(self.leases.of(record.id))
         if not force and (record.active_requests or leases or record.state.is_loading):
             raise ModelInUseError(text, record.active_requests, leases)
-        freed = await asyncio.shield(self.end(record, ChangeReason.UNLOAD, grace_s))
+        ending = self.end(record, ChangeReason.UNLOAD, grace_s, by_force=force)
+        freed = await asyncio.shield(ending)
         return self.view(record), freed
 
     async def _cut(
@@ -396,7 +403,12 @@ class ModelRegistry:
             record.keep_alive.held(when)
 
     def end(
-        self, record: ModelRecord, reason: ChangeReason, grace_s: float = 0.0
+        self,
+        record: ModelRecord,
+        reason: ChangeReason,
+        grace_s: float = 0.0,
+        *,
+        by_force: bool = False,
     ) -> asyncio.Task[int]:
         """Begins to end a model; no request is taken any more when this returns.
 
@@ -404,11 +416,13 @@ class ModelRegistry:
             record: The model.
             reason: Why.
             grace_s: How long its requests may go on before.
+            by_force: Whether those who use it, or wait for its load, are to be told so.
 
         Returns:
             A task whose result is the bytes that its processes held.
         """
-        error = ModelNotLoadedError(model=str(record.name))
+        kind = ModelUnloadedError if by_force else ModelNotLoadedError
+        error = kind(model=str(record.name))
         record.leaving = reason
         if record.state is ModelState.READY:
             if record.replicas.growing.locked():
@@ -444,11 +458,7 @@ class ModelRegistry:
         failed = [each for each in self._records.values() if each.state is ModelState.FAILED]
         failed.sort(key=lambda each: each.lifecycle.entered[ModelState.FAILED])
         for record in failed[:-_MAX_FAILED]:
-            self._forget(record)
-
-    def _forget(self, record: ModelRecord) -> None:
-        record.leaving = ChangeReason.FORGOTTEN
-        self.to(record, ModelState.UNLOADED)
+            self.forget(record)
 
     def _count(self, record: ModelRecord, change: int) -> None:
         record.count(change)

@@ -25,7 +25,7 @@ def check_replicas(count: int) -> int:
         InvalidArgumentError: It is out of bounds.
     """
     if not 1 <= count <= MOST_REPLICAS:
-        raise InvalidArgumentError("replicas", f"must be from 1 to {MOST_REPLICAS}")
+        raise InvalidArgumentError("replicas", f"{count} is not from 1 to {MOST_REPLICAS}")
     return count
 
 

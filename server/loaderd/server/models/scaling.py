@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 from loaderd.server.errors import DeviceMemoryError, ModelNotLoadedError, WorkerDiedError
 from loaderd.server.models.lifecycle import ChangeReason, ModelState
@@ -135,9 +136,11 @@ class Scaling:
         turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
         async def start(claim: Claim) -> None:
+            asked = time.monotonic()
             async with AsyncExitStack() as turn:
                 for device in claim.accelerators:
                     await turn.enter_async_context(turns[device])
+                record.has_begun = True
                 try:
                     model = await self._supervisor.load(self._command(record, claim), claim.begun)
                 except BaseException as error:
@@ -146,7 +149,8 @@ class Scaling:
                         raise claim.told(error) from error
                     raise
                 claim.settle(model)
-                loaded.append(model)
+                waited = time.monotonic() - asked - model.load_s  # for its turn as well
+                loaded.append(replace(model, wait_s=waited))
 
         is_new = record.state is ModelState.LOADING
         async with AsyncExitStack() as stack:

@@ -45,7 +45,8 @@ class Where:
 
     def __post_init__(self) -> None:
         if self.device_map not in _STRATEGIES and not _DEVICE.fullmatch(self.device_map):
-            problem = f'must be "auto", "balanced", "sequential", {_DEVICE_NAMES}'
+            known = f'"auto", "balanced", "sequential", {_DEVICE_NAMES}'
+            problem = f"{self.device_map!r} is none of {known}"
             raise InvalidArgumentError("options.device_map", problem)
         for device, _ in self.max_memory:
             if not _DEVICE.fullmatch(device):
@@ -84,6 +85,11 @@ class Where:
         """Most bytes of devices, by their ids."""
         return {_id(device): most for device, most in self.max_memory}
 
+    @property
+    def names_accelerators(self) -> bool:
+        """Whether it names devices other than the CPU, which a box may lack."""
+        return any(device != CPU for _, device in self._named())
+
     def uses_accelerator(self, devices: Collection[str]) -> bool:
         """Whether layers are computed on accelerators, of a box with these devices."""
         named = {*self.modules.values()} if self.module_map else {self.device}
@@ -97,12 +103,16 @@ class Where:
         Raises:
             UnsupportedOptionError: It names one.
         """
+        for field, device in self._named():
+            if _id(device) not in devices:
+                raise UnsupportedOptionError(field, f"this box has no device {device!r}")
+
+    def _named(self) -> list[tuple[str, str]]:
+        """The devices that it names, each with the field that does."""
         named = [("options.device_map", self.device_map)] if self.device else []
         named += [("options.module_map", device) for _, device in self.module_map if device != DISK]
         named += [("options.max_memory", device) for device, _ in self.max_memory]
-        for field, device in named:
-            if _id(device) not in devices:
-                raise UnsupportedOptionError(field, f"this box has no device {device!r}")
+        return named
 
     def _check_module_map(self) -> None:
         field = "options.module_map"

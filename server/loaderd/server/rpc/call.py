@@ -52,6 +52,10 @@ class Call:
         span: Tells of it; None: nobody asked. It ends when the logs are told of the call's end.
 
     Attributes:
+        method: The method's path.
+        request: What was given.
+        context: What was given.
+        peer: Where it comes from.
         request_id: What names it: what the caller gave, else one of the daemon's.
     """
 
@@ -63,10 +67,11 @@ class Call:
         audit: AuditLog | None,
         span: Span | None = None,
     ) -> None:
-        self._method = method
-        self._request = request
+        self.method = method
+        self.request = request
+        self.context = context
         # Asked for now: of a call that has ended, gRPC's core crashes when it is asked.
-        self._peer = str(context.peer())
+        self.peer = str(context.peer())
         self._metadata: Any = context.invocation_metadata() or ()
         self._audit = audit if is_audited(method) else None
         self._span = span
@@ -94,21 +99,21 @@ class Call:
         """
         caller = caller_if_known()
         outcome: dict[str, object] = {
-            "peer": self._peer,
+            "peer": self.peer,
             "code": code,
             "duration": round(time.monotonic() - self._started, 4),
         }
         if reason:
             outcome["reason"] = reason
-        model = _model_of(self._request)
+        model = _model_of(self.request)
         if self._span is not None:
             self._tell_span(self._span, code, reason, model)
         # Who only looks may ask every second, and changes nothing.
-        quiet = code == "OK" and may_call(Role.MONITOR, self._method)
+        quiet = code == "OK" and may_call(Role.MONITOR, self.method)
         logger.log(
             logging.DEBUG if quiet else logging.INFO,
             "%s %s",
-            self._method,
+            self.method,
             reason or code,
             extra={**outcome, "model": model},
         )
@@ -116,17 +121,17 @@ class Call:
             known = caller is not None and caller.role is not Role.ANONYMOUS
             self._audit.write(
                 {
-                    "action": self._method.rpartition("/")[2],
+                    "action": self.method.rpartition("/")[2],
                     "client": caller.name if caller else "",
                     "role": str(caller.role) if caller else "",
-                    "request": _kept(self._request) if known else {},  # strangers fill no disk
+                    "request": _kept(self.request) if known else {},  # strangers fill no disk
                     "request_id": self.request_id,
                     **outcome,
                 }
             )
 
     def _tell_span(self, span: Span, code: str, reason: str, model: str) -> None:
-        asks_for_text = isinstance(self._request, StreamGenerateRequest | GenerateRequest)
+        asks_for_text = isinstance(self.request, StreamGenerateRequest | GenerateRequest)
         told = {
             names.RPC_STATUS: code,
             names.REQUEST_ID: self.request_id,
@@ -137,7 +142,7 @@ class Call:
         span.end(error=(reason or code) if code in _FAILURES else "")
 
     def _given_id(self) -> str | None:
-        given = [("request_id", each) for each in _own_id(self._request)]
+        given = [("request_id", each) for each in _own_id(self.request)]
         for key, value in self._metadata:
             if key == REQUEST_ID_HEADER:
                 given.append((REQUEST_ID_HEADER, value))

@@ -14,12 +14,9 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from loaderd.server.errors import InternalError, InvalidArgumentError, LoaderdError
-from loaderd.server.logs.audit import AuditLog
-from loaderd.server.rpc import bounds
-from loaderd.server.rpc.access import Access
+from loaderd.server.errors import InternalError, LoaderdError
+from loaderd.server.rpc.admission import Admission, Malformed
 from loaderd.server.rpc.call import REQUEST_ID_HEADER, Call, code_name
-from loaderd.server.rpc.clients import Clients
 from loaderd.server.rpc.status import status_of
 from loaderd.server.tracing import names
 from loaderd.server.tracing.spans import Span, Tracer
@@ -31,10 +28,6 @@ Q = TypeVar("Q")
 R = TypeVar("R")
 
 
-class _Malformed:
-    """Stands for a request whose bytes are no message of its type."""
-
-
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Admits every call, and ends it in a status of ours, whatever its handler raises.
 
@@ -43,23 +36,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     the exception's text, become INVALID_ARGUMENT, and so do those that are out of bounds.
 
     Args:
-        access: Admits calls.
-        clients: Counts who calls.
-        audit: Told what administrators do; None: nobody asked.
+        admission: Lets calls in.
         tracer: Gets a span of each call of loaderd's own services; None: nobody asked.
     """
 
-    def __init__(
-        self,
-        access: Access,
-        clients: Clients,
-        audit: AuditLog | None = None,
-        tracer: Tracer | None = None,
-    ) -> None:
+    def __init__(self, admission: Admission, tracer: Tracer | None = None) -> None:
+        self._admission = admission
         self._tracer = tracer
-        self._access = access
-        self._clients = clients
-        self._audit = audit
 
     async def intercept_service(
         self,
@@ -77,11 +60,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         encode = handler.response_serializer
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(
-                self._streaming(handler.stream_stream, method, _checked_all), decode, encode
+                self._streaming(handler.stream_stream, method), decode, encode
             )
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._streaming(handler.unary_stream, method, _checked), decode, encode
+                self._streaming(handler.unary_stream, method), decode, encode
             )
         return grpc.unary_unary_rpc_method_handler(
             self._unary(handler.unary_unary, method), decode, encode
@@ -89,18 +72,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _unary(self, handler: Any, method: str) -> Any:
         async def call(request: Any, context: Context) -> Any:
-            async with self._serving(method, request, context, streams=False):
-                return await handler(_checked(request), context)
+            async with self._serving(method, request, context, streams=False) as admitted:
+                return await handler(admitted, context)
 
         return call
 
-    def _streaming(self, handler: Any, method: str, check: Callable[[Any], Any]) -> Any:
+    def _streaming(self, handler: Any, method: str) -> Any:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self._serving(method, request, context, streams=True):
+            async with self._serving(method, request, context, streams=True) as admitted:
                 if not inspect.isasyncgenfunction(handler):  # writes through the context
-                    await handler(check(request), context)
+                    await handler(admitted, context)
                     return
-                responses = handler(check(request), context)
+                responses = handler(admitted, context)
                 try:
                     async for response in responses:
                         yield response
@@ -112,15 +95,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _serving(
         self, method: str, request: object, context: Context, *, streams: bool
-    ) -> AsyncIterator[None]:
+    ) -> AsyncIterator[Any]:
         """Admits a call, ends it in a status, and tells the logs before its caller hears of it."""
-        call = Call(method, request, context, self._audit, self._span(method, context))
+        call = self._admission.call(method, request, context, self._span(method, context))
         try:
-            with self._clients.calling(context.peer()):
-                call.identify()
+            with self._admission.admit(call, streams=streams) as admitted:
                 context.set_trailing_metadata(((REQUEST_ID_HEADER, call.request_id),))
-                with self._access.admit(method, context, streams=streams):
-                    yield
+                yield admitted
         except grpc.aio.AbortError:
             number: Any = context.code()  # grpc's type stubs hide that it is one
             call.tell(code_name(number))
@@ -170,18 +151,6 @@ def _tolerant(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] |
         try:
             return decode(data)
         except DecodeError:
-            return _Malformed()
+            return Malformed()
 
     return decode_or_mark
-
-
-def _checked(request: Any) -> Any:
-    if isinstance(request, _Malformed):
-        raise InvalidArgumentError("request", "its bytes are not a message of this method's type")
-    bounds.check(request)
-    return request
-
-
-async def _checked_all(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _checked(request)

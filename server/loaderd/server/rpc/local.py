@@ -15,11 +15,8 @@ from typing import Any
 from google.protobuf.message import Message
 
 from loaderd.server.errors import LoaderdError
-from loaderd.server.logs.audit import AuditLog
-from loaderd.server.rpc import bounds
-from loaderd.server.rpc.access import Access
-from loaderd.server.rpc.call import Call, code_of
-from loaderd.server.rpc.clients import Clients
+from loaderd.server.rpc.admission import Admission
+from loaderd.server.rpc.call import code_of
 from loaderd.server.tracing.spans import begin
 
 
@@ -53,22 +50,12 @@ class LocalCalls:
 
     Args:
         servicers: By the full names of their services.
-        access: Admits calls.
-        clients: Counts who calls.
-        audit: Told what administrators do; None: nobody asked.
+        admission: Lets calls in.
     """
 
-    def __init__(
-        self,
-        servicers: Mapping[str, object],
-        access: Access,
-        clients: Clients,
-        audit: AuditLog | None = None,
-    ) -> None:
+    def __init__(self, servicers: Mapping[str, object], admission: Admission) -> None:
         self._servicers = servicers
-        self._access = access
-        self._clients = clients
-        self._audit = audit
+        self._admission = admission
 
     async def unary(self, method: str, request: Message, call: LocalCall) -> Any:
         """Calls a method that answers once.
@@ -81,8 +68,8 @@ class LocalCalls:
         Raises:
             LoaderdError: It failed.
         """
-        with self._admitted(method, request, call, streams=False):
-            return await self._handler(method)(request, call)
+        with self._admitted(method, request, call, streams=False) as admitted:
+            return await self._handler(method)(admitted, call)
 
     async def stream(
         self, method: str, request: Message, call: LocalCall
@@ -97,24 +84,20 @@ class LocalCalls:
         Raises:
             LoaderdError: It failed.
         """
-        with self._admitted(method, request, call, streams=True):
-            async with aclosing(self._handler(method)(request, call)) as responses:
+        with self._admitted(method, request, call, streams=True) as admitted:
+            async with aclosing(self._handler(method)(admitted, call)) as responses:
                 async for response in responses:
                     yield response
 
     @contextmanager
     def _admitted(
         self, method: str, request: Message, call: LocalCall, *, streams: bool
-    ) -> Iterator[None]:
+    ) -> Iterator[Any]:
         context: Any = call  # what is asked of a context, it has
-        path = f"/{method}"
-        told = Call(path, request, context, self._audit, begin(method))
+        told = self._admission.call(f"/{method}", request, context, begin(method))
         try:
-            with self._clients.calling(call.peer()):
-                told.identify()
-                with self._access.admit(path, context, streams=streams):
-                    bounds.check(request)
-                    yield
+            with self._admission.admit(told, streams=streams) as admitted:
+                yield admitted
         except LoaderdError as error:
             told.tell(code_of(error), error.reason)
             raise

@@ -10,6 +10,7 @@ from loaderd.server.models.loads import Loads
 from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.rpc.access import Access
+from loaderd.server.rpc.admission import Admission
 from loaderd.server.rpc.bounds import MESSAGE_BYTES
 from loaderd.server.rpc.cache_service import CacheService
 from loaderd.server.rpc.call_counter import CallCounter
@@ -73,8 +74,9 @@ class RpcServer:
         tracer: Tracer | None = None,
     ) -> None:
         clients = Clients()
+        admission = Admission(access, clients, audit)
         counters = [] if observer is None else [CallCounter(observer)]
-        interceptor = CallInterceptor(access, clients, audit, tracer)
+        interceptor = CallInterceptor(admission, tracer)
         self._server = grpc.aio.server(options=_OPTIONS, interceptors=[*counters, interceptor])
         models = ModelService(registry, loads, planner)
         model_pb2_grpc.add_ModelServiceServicer_to_server(models, self._server)
@@ -93,7 +95,7 @@ class RpcServer:
                 (system_pb2, "SystemService", system),
             )
         }
-        self.local = LocalCalls(servicers, access, clients, audit)
+        self.local = LocalCalls(servicers, admission)
         services = list(servicers)
         self.health = Health(registry, services)
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)

@@ -48,6 +48,7 @@ _CODES = {
     "CLIENT_LIMIT": code_pb2.RESOURCE_EXHAUSTED,
     "MODEL_NOT_ALLOWED": code_pb2.PERMISSION_DENIED,
     "MODEL_TOO_LARGE": code_pb2.PERMISSION_DENIED,
+    "MODEL_UNLOADED": code_pb2.ABORTED,
 }
 """The gRPC code of each reason."""
 

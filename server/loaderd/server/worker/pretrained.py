@@ -42,7 +42,7 @@ from loaderd.server.worker.gguf_tokenizer import gguf_tokenizer
 from loaderd.server.worker.layout import Layout
 from loaderd.server.worker.quantization import FIELD as QUANTIZATION
 from loaderd.server.worker.quantization import Quantizer
-from loaderd.server.worker.tokenizer_files import has_tokenizer, without_foreign_files
+from loaderd.server.worker.tokenizer_files import added_tokens, has_tokenizer, without_foreign_files
 from loaderd.server.worker.weight_files import WeightFiles
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,9 @@ class ModelFolder:
                 tokenizer = gguf_tokenizer(self._weights())
             else:
                 with without_foreign_files(self.path) as folder:
-                    tokenizer = AutoTokenizer.from_pretrained(folder, **_TRUST)
+                    known = added_tokens(folder)
+                    given = {} if known is None else {"added_tokens_decoder": known}
+                    tokenizer = AutoTokenizer.from_pretrained(folder, **given, **_TRUST)
         except Exception as error:  # its files are data, and the ways to misread them are many
             self._unsupported(error, "it has no tokenizer that can be read")
         if tokenizer.pad_token is None:

@@ -27,6 +27,9 @@ from loaderd.v1.model_pb2 import Dtype
 logger = logging.getLogger(__name__)
 
 _CONTEXT = 64
+_LAYERS = 32
+"""transformers compiles a pattern for each tensor's name, and Python keeps the last 512: these are
+those of so many layers, which have the same names in most models."""
 
 
 def warm_up() -> None:
@@ -51,7 +54,7 @@ def _make_model(folder: Path) -> None:
         vocab_size=64,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=1,
+        num_hidden_layers=_LAYERS,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=_CONTEXT,

@@ -30,6 +30,9 @@ from loaderd.server.worker.quantization import is_quantized
 
 logger = logging.getLogger(__name__)
 
+_Weights = tuple[torch.Tensor, torch.Tensor | None]
+"""[outputs, inputs], and [outputs] or None."""
+
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that have one input where a module has them all."""
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -141,21 +144,20 @@ class Hybrid:
     """A product that is computed in one way for few rows and in another for many.
 
     Args:
-        weight: [outputs, inputs].
-        bias: [outputs], or None.
+        parts: The weights and biases of layers whose outputs stand side by side. They become one
+            in the policy's copies; those of a policy that has none are best made one before.
         policy: The ways.
     """
 
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, policy: LinearPolicy
-    ) -> None:
+    def __init__(self, parts: Sequence[_Weights], policy: LinearPolicy) -> None:
         self._policy = policy
-        self._copied_bytes = policy.bytes_of(weight.itemsize) * weight.numel()
-        self._source = (weight, bias) if self._copied_bytes else None
-        own = product(weight, bias, Form.OWN)
-        self._few = product(weight, bias, Form.NATIVE) if policy.few is Form.NATIVE else own
-        self._many = product(weight, bias, Form.NATIVE) if policy.many is Form.NATIVE else own
-        self._few_type = self._many_type = weight.dtype
+        numbers = sum(weight.numel() for weight, _ in parts)
+        self._copied_bytes = policy.bytes_of(parts[0][0].itemsize) * numbers
+        self._source = parts if self._copied_bytes else ()
+        own = _side_by_side(parts, Form.OWN)
+        self._few = _side_by_side(parts, Form.NATIVE) if policy.few is Form.NATIVE else own
+        self._many = _side_by_side(parts, Form.NATIVE) if policy.many is Form.NATIVE else own
+        self._few_type = self._many_type = parts[0][0].dtype
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """See `Product`."""
@@ -173,10 +175,10 @@ class Hybrid:
 
     def make_copies(self) -> None:
         """From now on the policy holds; a weight that a form cannot hold stays as it is."""
-        source, self._source = self._source, None  # else its memory would stay
-        if source is None:
+        source, self._source = self._source, ()  # else its memory would stay
+        if not source:
             return
-        weight, bias = source
+        weight, bias = _joined(source)
         try:
             made = {
                 form: product(weight, bias, form) for form in {self._policy.few, self._policy.many}
@@ -207,7 +209,7 @@ class HybridLinear(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.weight = _parameter(weight)
         self.bias = None if bias is None else _parameter(bias)
-        self.hybrid = Hybrid(weight, bias, policy)
+        self.hybrid = Hybrid([(weight, bias)], policy)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """From [..., inputs] to [..., outputs], of the same type."""
@@ -236,17 +238,17 @@ class Siblings:
     """
 
     def __init__(self, layers: Sequence[nn.Linear], policy: LinearPolicy) -> None:
-        weight = torch.cat([layer.weight for layer in layers])
-        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-        self.whole = Hybrid(weight, bias, policy)
         self._sizes = [layer.out_features for layer in layers]
-        # One of the two is enough: what files are mapped to costs no memory.
-        self._weights = (
-            [layer.weight for layer in layers]
-            if policy.is_all_copies
-            else weight.split(self._sizes)
-        )
-        self._biases = [None] * len(layers) if bias is None else bias.split(self._sizes)
+        self._parts: list[_Weights] = [(layer.weight, layer.bias) for layer in layers]
+        if policy.is_all_copies:
+            # They become one in the copies, for which no load waits.
+            self.whole = Hybrid(self._parts, policy)
+        else:
+            whole = weight, bias = _joined(self._parts)
+            self.whole = Hybrid([whole], policy)
+            biases = [None] * len(layers) if bias is None else bias.split(self._sizes)
+            # One of the two is enough: what files are mapped to costs no memory.
+            self._parts = list(zip(weight.split(self._sizes), biases, strict=True))
         self._inputs: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []
 
@@ -257,7 +259,7 @@ class Siblings:
 
     def parts(self) -> Iterator[nn.Module]:
         """What takes the layers' places."""
-        for index, (weight, bias) in enumerate(zip(self._weights, self._biases, strict=True)):
+        for index, (weight, bias) in enumerate(self._parts):
             yield _Part(self, index, weight, bias)
 
     def output(self, inputs: torch.Tensor, index: int) -> torch.Tensor:
@@ -288,6 +290,22 @@ class _Part(nn.Module):  # type: ignore[misc]
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """This one's outputs."""
         return self.siblings.output(inputs, self._index)
+
+
+def _joined(parts: Sequence[_Weights]) -> _Weights:
+    """The weights and biases of several layers as those of one."""
+    if len(parts) == 1:
+        return parts[0]
+    weights, biases = zip(*parts, strict=True)
+    return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+
+
+def _side_by_side(parts: Sequence[_Weights], form: Form) -> Product:
+    """The product that has the outputs of several side by side."""
+    products = [product(weight, bias, form) for weight, bias in parts]
+    if len(products) == 1:
+        return products[0]
+    return lambda inputs: torch.cat([multiply(inputs) for multiply in products], -1)
 
 
 def _fuse(module: nn.Module, policy: LinearPolicy) -> Iterator[Hybrid]:
