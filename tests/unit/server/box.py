@@ -27,6 +27,7 @@ from loaderd.server.models.planner import Planner
 from loaderd.server.models.registry import ModelRegistry
 from loaderd.server.models.restarts import Restarts
 from loaderd.server.rpc.access import Access
+from loaderd.server.rpc.local import LocalCalls
 from loaderd.server.rpc.server import RpcServer
 from loaderd.server.store.policy import ModelPolicy
 from loaderd.server.store.store import ModelStore, StoreSettings
@@ -59,6 +60,7 @@ class Box:
     models: Any
     generation: Any
     system: Any
+    local: LocalCalls
     url: str = ""
 
     async def load(
@@ -180,6 +182,7 @@ async def open_box(
             model_pb2_grpc.ModelServiceStub(channel),
             generation_pb2_grpc.GenerationServiceStub(channel),
             system_pb2_grpc.SystemServiceStub(channel),
+            server.local,
             "" if service is None else service.url,
         )
         idle.cancel()

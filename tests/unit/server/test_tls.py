@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -110,6 +112,28 @@ async def test_only_tls_gets_in_and_only_who_trusts_the_certificate(tls: Tls) ->
         assert await ask(address, tls.ours) == ("", "admin")
         assert await ask(address, None) == UNREACHABLE
         assert await ask(address, tls.theirs) == UNREACHABLE
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
+async def test_old_versions_of_tls_are_refused(tls: Tls) -> None:
+    async with serving(tls) as (address,):
+        assert await greet(address, ssl.TLSVersion.TLSv1_2) == "TLSv1.2"
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await greet(address, ssl.TLSVersion.TLSv1_1)
+
+
+async def greet(address: str, newest: ssl.TLSVersion) -> str | None:
+    """The version that a client agrees on that knows no newer one than `newest`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_ciphers("ALL:@SECLEVEL=0")  # or this side would refuse it by itself
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, newest
+    host, _, port = address.rpartition(":")
+    _, writer = await asyncio.open_connection(host, int(port), ssl=context)
+    version: str | None = writer.get_extra_info("ssl_object").version()
+    writer.close()
+    return version
 
 
 async def test_a_new_certificate_is_used_at_every_address_without_a_restart(tls: Tls) -> None:

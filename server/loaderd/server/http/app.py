@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from loaderd.server.errors import LoaderdError
 from loaderd.server.http.caller import caller
 from loaderd.server.http.errors import on_failure, on_refusal
-from loaderd.server.http.guard import Counted, Named, OwnHost
+from loaderd.server.http.guard import Counted, Named, OwnHost, WithRoom
 from loaderd.server.http.metrics.metrics import Metrics
 from loaderd.server.http.openai.api import OpenAiApi
 from loaderd.server.http.status_page import status_routes
@@ -32,6 +32,8 @@ def build_app(
     metrics: Metrics,
     is_draining: Callable[[], bool],
     is_own_host: Callable[[str], bool],
+    has_room: Callable[[], bool],
+    *,
     tracer: Tracer | None = None,
 ) -> ASGIApp:
     """The application.
@@ -41,6 +43,7 @@ def build_app(
         metrics: What /metrics tells.
         is_draining: Whether the daemon shuts down.
         is_own_host: Tells the hosts that requests may name.
+        has_room: Whether there is room for the connections that are open.
         tracer: Gets a span of each request to the API; None: nobody asked.
     """
 
@@ -70,11 +73,12 @@ def build_app(
         return _route(path, known)
 
     traced = [] if tracer is None else [Middleware(Traced, tracer=tracer, route_of=route_of)]
-    return Starlette(
+    app = Starlette(
         routes=[*routes, OpenAiApi(calls).routes()],
         middleware=[
             Middleware(Counted, answered=metrics.answered, route_of=route_of),
             Middleware(Named),
+            Middleware(WithRoom, has_room=has_room),
             *traced,
             Middleware(OwnHost, is_own=is_own_host),
         ],
@@ -84,6 +88,8 @@ def build_app(
             Exception: on_failure,
         },
     )
+    app.router.redirect_slashes = False  # a path is as it is documented, or is not there
+    return app
 
 
 _API_PATHS = {"/v1/models", "/v1/chat/completions", "/v1/completions"}

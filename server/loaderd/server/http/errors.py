@@ -48,7 +48,8 @@ _BY_REASON = {
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-_REFUSALS = {
+REFUSALS = {
+    400: "bad_request",
     404: "not_found",
     405: "method_not_allowed",
     408: "body_too_slow",
@@ -89,8 +90,7 @@ def failure(error: LoaderdError) -> Response:
 
 def refusal(error: HTTPException) -> Response:
     """The answer to a request that is wrong as one of HTTP."""
-    code = _REFUSALS.get(error.status_code, "bad_request")
-    body = _body(error.status_code, error.detail, code, None)
+    body = _body(error.status_code, error.detail, REFUSALS[error.status_code], None)
     headers: Mapping[str, str] = error.headers or {}
     return JSONResponse(body, error.status_code, headers)
 

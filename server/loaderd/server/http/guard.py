@@ -98,6 +98,28 @@ class Named:
             await failure(error)(scope, receive, name)
 
 
+class WithRoom:
+    """Refuses requests while too many connections are open.
+
+    Args:
+        app: Answers.
+        has_room: Whether there is room for those that are.
+    """
+
+    def __init__(self, app: ASGIApp, has_room: Callable[[], bool]) -> None:
+        self._app = app
+        self._has_room = has_room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if self._has_room():
+            await self._app(scope, receive, send)
+        else:
+            text = "too many connections are open; try again later"
+            headers = {"Retry-After": "1", "Connection": "close"}
+            await refusal(HTTPException(503, text, headers))(scope, receive, send)
+
+
 class OwnHost:
     """Refuses requests to other hosts than this box.
 

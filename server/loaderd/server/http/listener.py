@@ -8,16 +8,20 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import h11
 import uvicorn
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from loaderd.server.addresses import TcpAddress, is_loopback
+from loaderd.server.http.errors import refusal
 
 _MAX_CONNECTIONS = 1024
 _KEEP_ALIVE_S = 75
 _FIRST_REQUEST_S = 10.0
 _MAX_HEAD_BYTES = 1 << 16
+_NO_REQUEST = f"this is no request of HTTP/1.1, or its head has more than {_MAX_HEAD_BYTES} bytes"
 
 
 class _Protocol(H11Protocol):
@@ -32,6 +36,21 @@ class _Protocol(H11Protocol):
         """Waits no more."""
         self._patience.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - ours says it our way
+        """Answers what is no request, and closes the connection."""
+        if self.cycle is not None:  # a request whose body breaks off so has no other answer
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
+            answer = refusal(HTTPException(400, _NO_REQUEST, {"connection": "close"}))
+            self._write(h11.Response(status_code=400, headers=answer.raw_headers))
+            self._write(h11.Data(data=bytes(answer.body)))
+            self._write(h11.EndOfMessage())
+        self.transport.close()
+
+    def _write(self, event: h11.Event) -> None:
+        self.transport.write(self.conn.send(event) or b"")
 
     def _cut(self) -> None:
         if self.cycle is None:
@@ -75,6 +94,12 @@ class HttpListener:
         """Whether requests may name a host: any, where the listener has names of its own."""
         return self._address.is_exposed or is_loopback(host)
 
+    def has_room(self) -> bool:
+        """Whether there is room for the connections that are open."""
+        return self._server is None or (
+            len(self._server.server_state.connections) <= _MAX_CONNECTIONS
+        )
+
     def start(self, app: ASGIApp) -> None:
         """Serves."""
         config = uvicorn.Config(
@@ -87,7 +112,6 @@ class HttpListener:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=_MAX_CONNECTIONS,
             timeout_keep_alive=_KEEP_ALIVE_S,
             h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
         )

@@ -63,7 +63,8 @@ class HttpService:
             self.metrics,
             lambda: self._registry.draining,
             self._listener.is_own_host,
-            self._tracer,
+            self._listener.has_room,
+            tracer=self._tracer,
         )
         self._listener.start(app)
 

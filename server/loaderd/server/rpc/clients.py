@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 MEMORY_S = 60.0
-
-
-@dataclass
-class _Client:
-    calls: int
-    last: float
 
 
 class Clients:
@@ -25,7 +19,8 @@ class Clients:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._clients: dict[str, _Client] = {}
+        self._calls = Counter[str]()
+        self._left: OrderedDict[str, float] = OrderedDict()  # those whose last call ended first
 
     @contextmanager
     def calling(self, peer: str) -> Iterator[None]:
@@ -34,23 +29,24 @@ class Clients:
         Args:
             peer: As gRPC names the connection; it is the same for all of a unix socket.
         """
-        if peer not in self._clients:
-            self._forget()
-        client = self._clients.setdefault(peer, _Client(0, 0.0))
-        client.calls += 1
+        self._forget()
+        self._left.pop(peer, None)
+        self._calls[peer] += 1
         try:
             yield
         finally:
-            client.calls -= 1
-            client.last = self._clock()
+            self._calls[peer] -= 1
+            if not self._calls[peer]:
+                del self._calls[peer]
+                self._left[peer] = self._clock()
 
     def count(self) -> int:
         """How many there are."""
         self._forget()
-        return len(self._clients)
+        return len(self._calls) + len(self._left)
 
     def _forget(self) -> None:
+        """Takes as long as there are clients to forget, however many are known."""
         since = self._clock() - MEMORY_S
-        self._clients = {
-            peer: each for peer, each in self._clients.items() if each.calls or each.last >= since
-        }
+        while self._left and next(iter(self._left.values())) < since:
+            self._left.popitem(last=False)

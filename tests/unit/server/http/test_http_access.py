@@ -4,61 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import openai as api
 import pytest
-from openai import AsyncOpenAI
 from starlette.responses import PlainTextResponse
 
-from loaderd.server.access.clients import ClientsFile
-from loaderd.server.access.command import create_token
-from loaderd.server.access.quotas import Quotas
 from loaderd.server.access.roles import Role
 from loaderd.server.addresses import TcpAddress
 from loaderd.server.config import ConfigError
 from loaderd.server.http.listener import HttpListener
 from loaderd.server.http.tls import server_context
 from loaderd.server.models.record import LoadOptions
-from loaderd.server.rpc.access import Access
 from loaderd.server.rpc.tls import ServerTls
 from tests.certificates import HERE, Authority
-from tests.unit.server.box import Box, open_box
 from tests.unit.server.http.browser import fetch
-
-
-class Gate:
-    """A daemon that knows clients, and a token for each role."""
-
-    def __init__(self, box: Box, tokens: dict[Role, str]) -> None:
-        self.box = box
-        self.tokens = tokens
-
-    def openai(self, role: Role) -> AsyncOpenAI:
-        url = f"{self.box.url}/v1"
-        return AsyncOpenAI(base_url=url, api_key=self.tokens[role], max_retries=0, timeout=30)
-
-    async def status(self, path: str, role: Role | None) -> int:
-        headers = {} if role is None else {"authorization": f"Bearer {self.tokens[role]}"}
-        return (await fetch(self.box.url, path, None, **headers)).status
+from tests.unit.server.http.gate import Gate, open_gate
+from tests.unit.server.test_tls import greet
 
 
 @pytest.fixture
 async def gate(tmp_path: Path) -> AsyncIterator[Gate]:
-    file = tmp_path / "clients.toml"
-    tokens = {
-        role: create_token(file, f"some-{role}", role, None)
-        for role in (Role.ADMIN, Role.USER, Role.MONITOR)
-    }
-    file.write_text(f"{file.read_text()}\n[limits]\nstreams = 1\n")
-    access = Access(ClientsFile(file), Quotas(time.monotonic))
-    async with open_box(tmp_path, access=access, http=True) as box:
-        async for _ in box.loads.load(str(box.folder), LoadOptions()):
+    """A daemon that knows clients, with a model."""
+    async with open_gate(tmp_path) as opened:
+        async for _ in opened.box.loads.load(str(opened.box.folder), LoadOptions()):
             pass
-        yield Gate(box, tokens)
+        yield opened
 
 
 async def test_a_token_is_the_key_of_the_api(gate: Gate) -> None:
@@ -149,6 +122,21 @@ async def test_a_certificate_is_used_also_when_it_is_replaced(tmp_path: Path) ->
         assert await _ask(listener, ours.certificate) == "second"
         with pytest.raises(ssl.SSLCertVerificationError):
             await _ask(listener, Authority(tmp_path, "theirs").certificate)
+    finally:
+        await listener.stop(0)
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
+async def test_old_versions_of_tls_are_refused_over_http_too(tmp_path: Path) -> None:
+    server = Authority(tmp_path, "ours").sign("first", HERE).install(tmp_path, "server")
+    tls = ServerTls(server.certificate, server.key, None)
+    listener = HttpListener(TcpAddress("127.0.0.1", 0), server_context(tls))
+    listener.start(PlainTextResponse("hello"))
+    address = listener.url.removeprefix("https://")
+    try:
+        assert await greet(address, ssl.TLSVersion.TLSv1_2) == "TLSv1.2"
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await greet(address, ssl.TLSVersion.TLSv1_1)
     finally:
         await listener.stop(0)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from starlette.responses import PlainTextResponse
 from loaderd.server import cli
 from loaderd.server.addresses import TcpAddress
 from loaderd.server.http.listener import HttpListener
+from tests.unit.server.box import Box
 from tests.unit.server.http.browser import connect, fetch
 
 
@@ -68,6 +70,49 @@ async def test_an_exposed_listener_has_names_of_its_own() -> None:
     finally:
         await inside.stop(0)
         await outside.stop(0)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\r\n\r\n",
+        b"GET /\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"x" * 70_000,
+        b"POST / HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+async def test_what_is_no_request_is_told_so_in_the_shape_of_all_errors(
+    sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = HttpListener(TcpAddress("127.0.0.1", 0))
+    listener.start(PlainTextResponse("hello"))
+    try:
+        reader, writer = await connect(listener.url)
+        writer.write(sent)
+        async with asyncio.timeout(10):
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+    finally:
+        await listener.stop(0)
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["code"] == "bad_request"
+    assert caplog.text == ""
+
+
+async def test_more_connections_than_there_is_room_for(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loaderd.server.http.listener._MAX_CONNECTIONS", 1)
+    _, waiting = await connect(box.url)
+    refused = await fetch(box.url, "/healthz")
+    assert (refused.status, refused.error["code"]) == (503, "too_many_requests")
+    assert refused.headers["retry-after"] == "1"
+    assert refused.headers["x-request-id"]
+    waiting.close()
+    await waiting.wait_closed()
+    monkeypatch.undo()
+    metrics = (await fetch(box.url, "/metrics")).text
+    assert 'loaderd_http_requests_total{code="503",route="/healthz"} 1.0' in metrics
 
 
 async def test_a_connection_that_says_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

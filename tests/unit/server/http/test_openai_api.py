@@ -237,6 +237,17 @@ async def test_other_hosts_are_not_this_one(box: Box) -> None:
 async def test_paths_and_methods_that_there_are_not(box: Box) -> None:
     assert (await fetch(box.url, "/v1/embeddings", {})).error["code"] == "not_found"
     assert (await fetch(box.url, "/v1/completions")).error["code"] == "method_not_allowed"
+    for path in ("/v1", "/v1/", "/v1/completions/", "/metrics/", "//"):  # nor is one led there
+        reply = await fetch(box.url, path)
+        assert (reply.status, reply.error["code"]) == (404, "not_found"), path
+
+
+async def test_pages_of_other_sites_are_let_read_nothing(box: Box) -> None:
+    for path in ("/", "/status/models", "/metrics", "/v1/models", "/v1/completions", "/none"):
+        for body in (None, b"{}"):
+            reply = await fetch(box.url, path, body, origin="https://elsewhere.example")
+            allowed = [name for name in reply.headers if name.startswith("access-control-")]
+            assert allowed == [], path
 
 
 async def test_a_daemon_that_drains_is_alive_and_not_ready(box: Box, openai: AsyncOpenAI) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from loaderd.server.worker.engine.batching.native import forward as native
 from loaderd.server.worker.engine.batching.native.forward import NativeForward
 from loaderd.server.worker.engine.batching.native.kernels import Kernels, kernels_of_this_cpu
 from loaderd.server.worker.engine.batching.runner import Runner
-from loaderd.server.worker.engine.batching.suitability import examine
+from loaderd.server.worker.engine.batching.suitability import UnsuitableError, examine
 from tests.unit.worker.engine_client import Client, build, no_kernels, reference
 
 _GLU = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -52,15 +53,18 @@ PROMPTS = [[(7 * n + 3 * place) % 97 for place in range(20)] for n in range(3)]
 
 
 def logits_of(run: Any, kernels: Kernels | None = None) -> torch.Tensor:
-    """Of prompts side by side, in pieces and token by token."""
+    """Of prompts side by side, in pieces and token by token, each one step behind the last."""
     cache = KvCache(len(PROMPTS), 20, blocks=0)
     runner = Runner(run, cache, torch.device("cpu"), kernels=kernels)
     parts = []
-    for begin, end in itertools.pairwise([0, 9, 15, *range(16, 21)]):
-        feeds = [
-            Feed(slot, begin, prompt[begin:end], wants=1 + slot % (end - begin))
-            for slot, prompt in enumerate(PROMPTS)
-        ]
+    pieces = list(itertools.pairwise([0, 9, 15, *range(16, 21)]))
+    for step in range(len(pieces) + len(PROMPTS) - 1):
+        feeds = []
+        for slot, prompt in enumerate(PROMPTS):
+            if 0 <= step - slot < len(pieces):
+                begin, end = pieces[step - slot]
+                wants = 1 + slot % (end - begin)
+                feeds.append(Feed(slot, begin, prompt[begin:end], wants))
         parts.append(runner.run(feeds))
     return torch.cat(parts)
 
@@ -132,6 +136,19 @@ def test_what_computes_something_else_is_not_used(
     assert "module by module" in reason(build("llama", **_GLU))
 
 
+def test_what_does_not_work_is_not_used(kernels: Kernels) -> None:
+    model = build("llama", **_GLU).double()  # the kernels have no such type
+    assert reason(model).endswith("as one sequence of operators")
+
+
+def test_heads_too_wide_for_a_stack_are_left_to_torch() -> None:
+    model = build("llama", **_GLU, head_dim=8192)
+    examine(model)
+    speed_up(model, PLAIN, 2**40)
+    assert can_flatten(model)
+    assert not native.can_run(model)
+
+
 def test_kernels_with_which_attention_is_another_are_not_used(
     monkeypatch: pytest.MonkeyPatch, kernels: Kernels
 ) -> None:
@@ -141,3 +158,21 @@ def test_kernels_with_which_attention_is_another_are_not_used(
     client = Client(build("gpt2"), "batching")
     assert client.token_ids(max_new_tokens=9, do_sample=False, ignore_eos=True) == expected
     client.engine.close()
+
+
+@pytest.mark.parametrize("wrong", [1.01, math.nan])
+def test_kernels_that_are_wrong_only_in_long_rows_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, kernels: Kernels, wrong: float
+) -> None:
+    attend = Kernels.attend
+
+    def attend_badly(*args: Any, **rest: Any) -> torch.Tensor:
+        attended = attend(*args, **rest)
+        attended[args[-1].positions > 500] *= wrong
+        return attended
+
+    monkeypatch.setattr(Kernels, "attend", attend_badly)
+    model = build("llama", **_GLU)
+    with pytest.raises(UnsuitableError, match="compute something else"):
+        examine(model, kernels)
+    assert reason(model).endswith("as one sequence of operators")

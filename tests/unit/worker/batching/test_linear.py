@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from loaderd.server.worker.engine.batching import kernels, linear, preparation
 from loaderd.server.worker.engine.batching.kernels import FEW, Form, LinearPolicy, best_policy
-from loaderd.server.worker.engine.batching.linear import HybridLinear, fastest, speed_up
+from loaderd.server.worker.engine.batching.linear import (
+    HybridLinear,
+    fastest,
+    product_of,
+    speed_up,
+)
 from loaderd.server.worker.engine.batching.mapped import is_mapped
 from loaderd.server.worker.loader import ModelLoader
 from tests.unit.worker.engine_client import PROMPT, Client, build, reference
@@ -206,6 +212,16 @@ def test_what_torch_lacks_is_done_without(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.ops.quantized, "linear_prepack_fp16", missing)
     found = fastest(build("llama", **_GLU).to(torch.bfloat16))
     assert found.bytes_of(2) == 0
+
+
+def test_inputs_of_whole_numbers_are_left_to_their_layer() -> None:
+    class Scaled(nn.Linear):  # type: ignore[misc]
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return inputs @ self.weight.to(inputs.dtype).t() / 100
+
+    layer = Scaled(4, 2, bias=False)
+    layer.weight = nn.Parameter(torch.full((2, 4), 50, dtype=torch.int8), requires_grad=False)
+    assert product_of(layer)(torch.full((1, 4), 0.5)).tolist() == [[1.0, 1.0]]
 
 
 def test_small_models_stay_as_they_are() -> None:

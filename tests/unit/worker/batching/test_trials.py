@@ -88,6 +88,8 @@ def test_another_configuration_is_another_model(tmp_path: Path) -> None:
     assert one == identity_of(build("llama"))
     assert one != identity_of(build("llama", rms_norm_eps=1e-3))
     assert one != identity_of(build("llama").to(torch.bfloat16))
+    compiled = [identity_of(build("llama"), kernels) for kernels in ("of gcc", "of clang")]
+    assert len({one, *compiled}) == 3
 
 
 def test_what_other_code_brought_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

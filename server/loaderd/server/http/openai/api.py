@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, Router
 
 from loaderd.server.errors import LoaderdError
 from loaderd.server.http.caller import caller
@@ -45,16 +45,17 @@ class OpenAiApi:
 
     def routes(self) -> Mount:
         """All routes."""
-        return Mount(
-            "/v1",
-            routes=[
+        router = Router(
+            [
                 Route("/models", self._list_models),
                 Route("/models/{model:path}", self._get_model),
                 Route("/chat/completions", self._chat, methods=["POST"]),
                 Route("/completions", self._complete, methods=["POST"]),
             ],
+            redirect_slashes=False,
             middleware=[Middleware(Bounded), Middleware(WhileConnected)],
         )
+        return Mount("/v1", router)
 
     async def _list_models(self, request: Request) -> Response:
         method = f"{_MODELS}/ListModels"

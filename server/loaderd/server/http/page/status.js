@@ -78,6 +78,8 @@ const VIEWS = [
 ];
 
 const problems = new Map();
+const timers = new Map();
+let round = 0;
 
 function tell(name, problem) {
   if (problem) problems.set(name, problem); else problems.delete(name);
@@ -86,18 +88,29 @@ function tell(name, problem) {
   $("problem").hidden = !first;
 }
 
-async function ask([name, interval, show]) {
+async function ask(view) {
+  const [name, interval, show] = view;
+  const mine = round;
+  let problem = "";
   try {
     const headers = token ? { authorization: `Bearer ${token}` } : {};
     const answer = await fetch(`/status/${name}`, { headers, cache: "no-store" });
     const told = await answer.json();
+    if (mine !== round) return; // it was asked again since, with another token
     if (answer.status === 401) $("access").hidden = false;
-    if (answer.ok) show(told);
-    tell(name, answer.ok ? "" : told.error.message);
+    if (answer.ok) show(told); else problem = told.error.message;
   } catch (error) {
-    tell(name, `The daemon does not answer: ${error.message}`);
+    problem = `The daemon does not answer: ${error.message}`;
   }
-  setTimeout(ask, interval, [name, interval, show]);
+  if (mine !== round) return;
+  tell(name, problem);
+  timers.set(name, setTimeout(ask, interval, view));
+}
+
+function askAll() {
+  round += 1;
+  timers.forEach((timer) => clearTimeout(timer));
+  VIEWS.forEach(ask);
 }
 
 $("access").addEventListener("submit", (event) => {
@@ -105,5 +118,6 @@ $("access").addEventListener("submit", (event) => {
   token = $("token").value;
   $("token").value = "";
   $("access").hidden = true;
+  askAll();
 });
-VIEWS.forEach(ask);
+askAll();

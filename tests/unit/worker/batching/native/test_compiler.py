@@ -26,6 +26,13 @@ def source(tmp_path: Path) -> Path:
     return source
 
 
+def compiler_that(does: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("CC", str(path))
+    return path
+
+
 def test_a_library_is_compiled_once(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "caches" / "kernels"
     assert load(source, folder).answer() == 42
@@ -70,6 +77,18 @@ def test_a_folder_that_others_write_to_is_refused(source: Path, tmp_path: Path) 
         load(source, folder)
 
 
+def test_a_folder_that_others_can_exchange_is_refused(source: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    (tmp_path / "mine").symlink_to(shared)
+    for caches in (shared, tmp_path / "mine"):
+        with pytest.raises(NotCompiledError, match=f"others may write to {shared}$"):
+            load(source, caches / "kernels")
+    shared.chmod(0o1777)  # as /tmp: what is mine stays where it is
+    assert load(source, shared / "kernels").answer() == 42
+
+
 def test_a_folder_that_cannot_be_made(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotCompiledError, match="file"):
@@ -92,11 +111,46 @@ def test_no_compiler(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_operators_compiler_goes_first(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine = tmp_path / "mine"
-    mine.write_text("#!/bin/sh\necho mine >&2; exit 3\n")
-    mine.chmod(0o755)
-    monkeypatch.setenv("CC", str(mine))
+    compiler_that("echo mine >&2; exit 3", tmp_path / "mine", monkeypatch)
     with pytest.raises(NotCompiledError, match="mine failed"):
+        load(source, tmp_path / "kernels")
+
+
+def test_another_compiler_than_the_operators_is_not_taken(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(NotCompiledError, match="CC is no program: no-such-compiler"):
+        load(source, tmp_path / "kernels")
+
+
+def test_an_updated_compiler_compiles_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = compiler_that(f'exec {compiler._compiler()} "$@"', tmp_path / "cc", monkeypatch)
+    load(source, tmp_path / "kernels")
+    os.utime(found, (1, 1))
+    load(source, tmp_path / "kernels")
+    assert len(list((tmp_path / "kernels").iterdir())) == 2
+
+
+def test_a_compiler_that_does_not_end(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler_that("exec sleep 60", tmp_path / "cc", monkeypatch)
+    monkeypatch.setattr(compiler, "_MOST_SECONDS", 0.1)
+    with pytest.raises(NotCompiledError, match=r"cc took more than 0\.1 s"):
+        load(source, tmp_path / "kernels")
+    assert list((tmp_path / "kernels").iterdir()) == []
+
+
+@pytest.mark.parametrize("made", ["", "no library"])
+def test_what_is_no_library_is_told(
+    made: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = f'while [ "$1" != -o ]; do shift; done; printf "{made}" > "$2"'
+    compiler_that(script, tmp_path / "cc", monkeypatch)
+    with pytest.raises(NotCompiledError, match=r"\.so"):
         load(source, tmp_path / "kernels")
 
 

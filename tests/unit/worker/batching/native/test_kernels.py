@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,8 +25,38 @@ def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def threads() -> Iterator[None]:
+    """Several on any box, so that work is divided."""
     torch.manual_seed(3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", TYPES[1:])
+def test_all_numbers_of_16_bits(kernels: Kernels, dtype: torch.dtype) -> None:
+    def converted(numbers: torch.Tensor, to: torch.dtype) -> torch.Tensor:
+        rows, half = len(numbers) // 64, torch.ones(len(numbers) // 64, 32)
+        projected = torch.zeros(rows, 3, 64, dtype=numbers.dtype)
+        projected[:, 2] = numbers.view(rows, 64)
+        turned = torch.empty(rows, 3, 64, dtype=to)
+        kernels.turn(
+            projected.flatten(1), half, half, turned, heads=1, head_norms=None, epsilon=0.0
+        )
+        return turned[:, 2].flatten()
+
+    def equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
+        return bool(((found == expected) | (found.isnan() & expected.isnan())).all())
+
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    assert equal(converted(every, torch.float32), every.float())
+    # Below, at and above the middles between them, and anything.
+    bits = every.float().view(torch.int32)
+    middle = 2**15 if dtype == torch.bfloat16 else 2**12
+    anything = torch.randint(-(2**31), 2**31, (2**18,)).to(torch.int32)
+    wide = torch.cat([*(bits + middle + step for step in (-1, 0, 1)), anything]).view(torch.float32)
+    assert equal(converted(wide, dtype), wide.to(dtype))
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -150,6 +181,7 @@ def test_attention_of_heads_that_do_not_stand_side_by_side(kernels: Kernels) -> 
         ),
         (torch.zeros(1, 4, 16)[..., ::2], torch.zeros(1, 2, 8), torch.zeros(1, 2, 8)),
         (torch.zeros(1, 128, 256), torch.zeros(1, 1, 256), torch.zeros(1, 1, 256)),
+        (torch.zeros(1, 4096, 2), torch.zeros(1, 1, 2), torch.zeros(1, 1, 2)),
     ],
 )
 def test_what_the_kernel_is_not_for_is_left_to_torch(
@@ -168,3 +200,18 @@ def test_what_is_no_number_stays_none(kernels: Kernels) -> None:
     keys[0, 0, 1, 3] = math.nan
     attended = kernels.attend(one, one, one, (keys, values), places, window=None, scaling=1.0)
     assert attended.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("slot", "position", "heads"), [(-1, 0, 2), (3, 0, 2), (0, -1, 2), (0, 4, 2), (0, 0, 1)]
+)
+def test_nothing_beside_the_cache_is_touched(
+    kernels: Kernels, slot: int, position: int, heads: int
+) -> None:
+    keys, values = torch.zeros(2, 3, heads, 4, 8)
+    query, key, value = torch.ones(2, 4, 8), torch.ones(2, 2, 8), torch.ones(2, 2, 8)
+    places = Rows(torch.tensor([1, slot]), torch.tensor([1, position]))
+    with pytest.raises(IndexError):
+        kernels.attend(query, key, value, (keys, values), places, window=None, scaling=1.0)
+    assert not keys.any()
+    assert not values.any()

@@ -247,6 +247,9 @@ def product_of(layer: nn.Module) -> Product:
     """What a linear layer computes, without a conversion to the type of what goes in."""
     if isinstance(layer, HybridLinear):
         return layer.hybrid
+    if not layer.weight.is_floating_point():
+        # Whole numbers with scales, which it knows how to multiply.
+        return layer  # type: ignore[no-any-return]
     return lambda inputs: layer(inputs.to(layer.weight.dtype))
 
 

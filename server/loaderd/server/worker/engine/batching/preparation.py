@@ -77,7 +77,7 @@ def prepare(
         UnsuitableError: It does not compute the same.
     """
     kernels, missing = _kernels(model, find_kernels)
-    identity = identity_of(model, has_kernels=kernels is not None)
+    identity = identity_of(model, None if kernels is None else kernels.identity)
     outcome, no_graphs = trials.find(identity), None
     if outcome is not None:
         model.set_attn_implementation(NAME)

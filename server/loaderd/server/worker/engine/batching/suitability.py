@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from loaderd.server.worker import devices
@@ -15,10 +17,12 @@ from loaderd.server.worker.engine.batching.attention import NAME
 from loaderd.server.worker.engine.batching.feed import Feed
 from loaderd.server.worker.engine.batching.forward import Forward, ModuleForward
 from loaderd.server.worker.engine.batching.kv_cache import KvCache
-from loaderd.server.worker.engine.batching.native.kernels import Kernels
+from loaderd.server.worker.engine.batching.native.kernels import Kernels, Rows
 from loaderd.server.worker.engine.batching.runner import Runner
 from loaderd.server.worker.engine.batching.static_step import Graphs, StaticSteps
 from loaderd.server.worker.layers import input_device
+
+logger = logging.getLogger(__name__)
 
 _PROMPTS = (range(1009, 5000, 331), range(2003, 9000, 719))
 """Token ids to try it with, modulo the vocabulary: no runs of special tokens, which models
@@ -51,7 +55,13 @@ class Findings:
         """Whether another way to run the model computes the same."""
         try:
             _try(model, _runner(model, forward, self._kernels), self._expected)
-        except UnsuitableError:
+        except UnsuitableError as error:
+            logger.info("another way to run it: %s", error)
+            return False
+        except Exception as error:
+            if devices.is_broken(error) or devices.is_out_of_memory(error):
+                raise
+            logger.warning("another way to run it does not work: %r", error)
             return False
         return True
 
@@ -80,6 +90,8 @@ def examine(model: PreTrainedModel, kernels: Kernels | None = None) -> Findings:
     """
     config = model.config.get_text_config(decoder=True)
     _check_claims(model, config)
+    if kernels is not None:
+        _check_long_rows(kernels)
     own = model.config._attn_implementation
     expected = [_own_logits(model, prompt) for prompt in _prompts(model)]
     try:
@@ -109,6 +121,29 @@ def _check_claims(model: PreTrainedModel, config: Any) -> None:
         raise UnsuitableError(f"its {min(ropes)} rotary embedding depends on the whole sequence")
     if getattr(config, "attention_chunk_size", None):
         raise UnsuitableError("its attention is chunked")
+
+
+def _check_long_rows(kernels: Kernels) -> None:
+    """Of more tokens than the model is tried with: in several blocks, divided among threads."""
+    lengths, window = (700, 300), 600
+    random = torch.Generator().manual_seed(0)
+    for dtype in _TOLERANCE:
+        cached = torch.randn(2, len(lengths), 2, max(lengths), 64, generator=random).to(dtype)
+        query = torch.randn(len(lengths), 4, 64, generator=random).to(dtype)
+        new = torch.randn(2, len(lengths), 2, 64, generator=random).to(dtype)
+        places = Rows(torch.arange(len(lengths)), torch.tensor(lengths) - 1)
+        found = kernels.attend(
+            query, new[0], new[1], (cached[0], cached[1]), places, window=window, scaling=0.1
+        )
+        for row, length in enumerate(lengths):
+            before = cached[:, row, :, : length - 1]
+            keys, values = torch.cat([before, new[:, row, :, None]], 2)[:, :, -window:].float()
+            expected = scaled_dot_product_attention(
+                query[row, :, None].float(), keys, values, scale=0.1, enable_gqa=True
+            )
+            rounding = torch.finfo(dtype).eps
+            if not torch.allclose(found[row].float(), expected[:, 0], rounding, 1e-5):
+                raise UnsuitableError("the kernels that were compiled compute something else")
 
 
 def _rope_types(parameters: object) -> Iterator[str]:

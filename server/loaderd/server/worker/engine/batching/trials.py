@@ -103,12 +103,12 @@ UNREMEMBERED = Trials(None)
 """Every model is tried."""
 
 
-def identity_of(model: PreTrainedModel, *, has_kernels: bool = False) -> str:
+def identity_of(model: PreTrainedModel, kernels: str | None = None) -> str:
     """A digest of all that an outcome depends on: the model's configuration and the code.
 
     Args:
         model: It.
-        has_kernels: Whether kernels of ours are to be had.
+        kernels: The identity of ours; None where there are none.
     """
     devices_used = {str(parameter.device) for parameter in model.parameters()}
     facts: dict[str, Any] = {
@@ -122,7 +122,7 @@ def identity_of(model: PreTrainedModel, *, has_kernels: bool = False) -> str:
         "transformers": transformers.__version__,
         "quantization": _quantization(model),
         "cpu": [torch.backends.cpu.get_cpu_capability(), cores(), *sorted(cpu_flags())],
-        "kernels": has_kernels,
+        "kernels": kernels,
         "engine": _code(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -42,6 +42,9 @@ def load(source: Path, folder: Path | None) -> ctypes.CDLL:
         source: Of C.
         folder: Where libraries are kept, which nobody else may write to; None to keep none.
 
+    Returns:
+        The library, from a file whose name is another for each source, compiler and CPU.
+
     Raises:
         NotCompiledError: There is no compiler, it or the loader failed, or the folder is not fit.
     """
@@ -50,6 +53,7 @@ def load(source: Path, folder: Path | None) -> ctypes.CDLL:
             return load(source, Path(scratch))
     compiler = _compiler()
     try:
+        folder = Path(os.path.realpath(folder))
         _own(folder)
         library = folder / f"{_identity(source, compiler)}.so"
         if not library.exists():
@@ -66,16 +70,20 @@ def _compiler() -> str:
     Raises:
         NotCompiledError: There is none.
     """
-    for name in filter(None, (os.environ.get("CC"), *_COMPILERS)):
+    asked = os.environ.get("CC")
+    for name in (asked,) if asked else _COMPILERS:
         found = shutil.which(name)
         if found is not None:
             return found
-    raise NotCompiledError("there is no C compiler")
+    raise NotCompiledError(f"CC is no program: {asked}" if asked else "there is no C compiler")
 
 
 def _identity(source: Path, compiler: str) -> str:
+    program = Path(compiler).resolve()
+    changed = program.stat().st_mtime_ns  # by an update, or on another box with the same home
     digest = hashlib.sha256(source.read_bytes())
-    digest.update("\0".join([os.path.realpath(compiler), *_OPTIONS, *sorted(cpu_flags())]).encode())
+    facts = [str(program), str(changed), *_OPTIONS, *sorted(cpu_flags())]
+    digest.update("\0".join(facts).encode())
     return digest.hexdigest()
 
 
@@ -89,6 +97,10 @@ def _own(folder: Path) -> None:
     status = folder.stat()
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise NotCompiledError(f"others may write to {folder}")
+    for above in folder.parents:
+        mode = above.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:  # and so put another in its place
+            raise NotCompiledError(f"others may write to {above}")
 
 
 def _compile(compiler: str, source: Path, library: Path) -> None:
@@ -97,18 +109,29 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
         command = [compiler, *_OPTIONS, "-o", str(made), str(source), "-lm"]
         try:
             done = subprocess.run(
-                command, check=False, capture_output=True, text=True, timeout=_MOST_SECONDS
+                command,
+                check=False,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_MOST_SECONDS,
             )
         except subprocess.TimeoutExpired as error:
             raise NotCompiledError(f"{compiler} took more than {_MOST_SECONDS:g} s") from error
         if done.returncode:
             logger.warning("%s failed: %s", compiler, done.stderr.strip())
             raise NotCompiledError(f"{compiler} failed")
+        with made.open("rb") as file:
+            os.fsync(file.fileno())  # else a crash of the box could leave a part of it
         made.replace(library)
 
 
 def _forget_old(folder: Path) -> None:
     """Libraries of other versions and CPUs, but for the last ones."""
-    libraries = sorted(folder.glob("*.so"), key=lambda library: library.stat().st_mtime)
-    for library in libraries[:-_MOST_KEPT]:
-        library.unlink(missing_ok=True)
+    try:
+        libraries = sorted(folder.glob("*.so"), key=lambda library: library.stat().st_mtime)
+        for library in libraries[:-_MOST_KEPT]:
+            library.unlink(missing_ok=True)
+    except FileNotFoundError:
+        logger.info("another process removes libraries from %s", folder)

@@ -18,6 +18,8 @@ from loaderd.server.worker.engine.batching.linear import Hybrid, Siblings, produ
 from loaderd.server.worker.engine.batching.native.kernels import Kernels
 
 _Product = Callable[[torch.Tensor], torch.Tensor]
+_MOST_DIMENSIONS = 4096
+"""Of a head: some of them are on a thread's stack."""
 
 
 def can_run(model: PreTrainedModel) -> bool:
@@ -25,7 +27,11 @@ def can_run(model: PreTrainedModel) -> bool:
     return (
         can_flatten(model)
         and model.device.type == "cpu"
-        and all(type(layer.mlp.act_fn) is SiLUActivation for layer in model.model.layers)
+        and all(
+            type(layer.mlp.act_fn) is SiLUActivation
+            and layer.self_attn.head_dim <= _MOST_DIMENSIONS
+            for layer in model.model.layers
+        )
     )
 
 
@@ -154,7 +160,7 @@ class _Layer:
         attended = step.attend(
             self.index, turned[:, :heads], turned[:, heads:both], turned[:, both:], self.rule
         )
-        delta = self.output(attended.view(tokens, -1))
+        delta = self.output(attended.flatten(1))
         kernels.add_and_norm(
             hidden, delta, self.second_norm.weight, self.second_norm.epsilon, normed
         )

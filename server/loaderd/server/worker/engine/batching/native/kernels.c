@@ -42,6 +42,32 @@ INLINE uint16_t to_bfloat16(float number) {
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
 }
 
+/* Not every compiler has a type for these on every CPU. */
+INLINE float from_float16(uint16_t bits) {
+    uint32_t wide = (uint32_t)(bits & 0x7fff) << 13;
+    float number;
+    memcpy(&number, &wide, 4);
+    number *= 0x1p112f; /* between the middles of the exponents */
+    memcpy(&wide, &number, 4);
+    wide |= (bits & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+    wide |= (uint32_t)(bits & 0x8000) << 16;
+    memcpy(&number, &wide, 4);
+    return number;
+}
+
+INLINE uint16_t to_float16(float number) {
+    uint32_t bits, small;
+    memcpy(&bits, &number, 4);
+    uint32_t size = bits & 0x7fffffff;
+    uint32_t rounded = (size - (112 << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+    float sum = __builtin_fabsf(number) + 0.5f; /* rounds to what the smallest exponent has */
+    memcpy(&small, &sum, 4);
+    rounded = size < 113 << 23 ? small - (126 << 23) : rounded;
+    rounded = size >= 0x477ff000 ? 0x7c00 : rounded; /* 65520 */
+    rounded = size > 0x7f800000 ? 0x7e00 : rounded;
+    return (uint16_t)(rounded | ((bits >> 16) & 0x8000));
+}
+
 INLINE void widen(const void *from, int type, long first, long count, float *to) {
     if (type == FLOAT32) {
         memcpy(to, (const float *)from + first, count * sizeof(float));
@@ -49,8 +75,8 @@ INLINE void widen(const void *from, int type, long first, long count, float *to)
         const uint16_t *numbers = (const uint16_t *)from + first;
         for (long i = 0; i < count; i++) to[i] = from_bfloat16(numbers[i]);
     } else {
-        const _Float16 *numbers = (const _Float16 *)from + first;
-        for (long i = 0; i < count; i++) to[i] = (float)numbers[i];
+        const uint16_t *numbers = (const uint16_t *)from + first;
+        for (long i = 0; i < count; i++) to[i] = from_float16(numbers[i]);
     }
 }
 
@@ -61,16 +87,15 @@ INLINE void narrow(const float *from, long count, void *to, int type, long first
         uint16_t *numbers = (uint16_t *)to + first;
         for (long i = 0; i < count; i++) numbers[i] = to_bfloat16(from[i]);
     } else {
-        _Float16 *numbers = (_Float16 *)to + first;
-        for (long i = 0; i < count; i++) numbers[i] = (_Float16)from[i];
+        uint16_t *numbers = (uint16_t *)to + first;
+        for (long i = 0; i < count; i++) numbers[i] = to_float16(from[i]);
     }
 }
 
 /* e to a number that is not positive: two factors, 2 to a whole number and a polynomial. */
 INLINE float exponential(float x) {
-    int is_nothing = x < -87.0f;
-    x = is_nothing ? -87.0f : x;
-    float whole = __builtin_rintf(x * 1.44269504088896341f);
+    float bounded = x > -87.0f ? x : -87.0f; /* a number even where x is none */
+    float whole = __builtin_rintf(bounded * 1.44269504088896341f);
     float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
     float sum = 1.0f / 720;
     sum = sum * rest + 1.0f / 120;
@@ -82,7 +107,7 @@ INLINE float exponential(float x) {
     int32_t bits = ((int32_t)whole + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
-    return is_nothing ? 0.0f : sum * power;
+    return x < -87.0f ? 0.0f : sum * power;
 }
 
 /* Rows that threads take one by one. */
@@ -358,15 +383,22 @@ static void join(const Attend *a, const Unit *units, int count) {
     narrow(sums, shared * d, a->output, a->type, first);
 }
 
+/* 0; 1 where there is no memory; 2 where the cache has no such place. */
 int attend(
     const void *queries, const void *new_keys, const void *new_values, void *keys, void *values,
     void *output, const int64_t *slots, const int64_t *positions, long rows, long query_stride,
     long query_head_stride, long key_stride, long key_head_stride, long value_stride,
-    long value_head_stride, long slot_stride, long head_stride, long window, int heads,
-    int key_heads, int dimensions, float scaling, int type, int threads
+    long value_head_stride, long cached_slots, long cached_heads, long cached_tokens,
+    long cached_dimensions, long window, int heads, int key_heads, int dimensions, float scaling,
+    int type, int threads
 ) {
     int shared = heads / key_heads, size = type == FLOAT32 ? 4 : 2;
+    long head_stride = cached_tokens * dimensions, slot_stride = key_heads * head_stride;
     long tokens = 0, units = 0;
+    if (cached_heads != key_heads || cached_dimensions != dimensions || heads % key_heads) return 2;
+    for (long r = 0; r < rows; r++)
+        if (slots[r] < 0 || slots[r] >= cached_slots || positions[r] < 0 ||
+            positions[r] >= cached_tokens) return 2;
     for (long r = 0; r < rows; r++) {
         for (int h = 0; h < key_heads; h++) {
             long place = slots[r] * slot_stride + h * head_stride + positions[r] * dimensions;

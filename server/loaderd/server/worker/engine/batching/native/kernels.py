@@ -16,8 +16,10 @@ from loaderd.server.worker.engine.batching.native.compiler import NotCompiledErr
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MOST_IN_A_HEAD = 8192
-"""Numbers of all the queries that share a key: those of a head are on a thread's stack."""
+_BLOCK = 128
+"""Tokens whose scores are computed together, as in kernels.c."""
+_MOST_IN_A_HEAD = 16384
+"""Numbers and scores of all the queries that share a key: they are on a thread's stack."""
 
 
 class Rows(NamedTuple):
@@ -50,6 +52,9 @@ class Kernels:
     Args:
         folder: See `compiler.load`.
 
+    Attributes:
+        identity: Other kernels, or the same ones from another compiler, have another.
+
     Raises:
         NotCompiledError: They are not to be had here; the text says why.
     """
@@ -59,6 +64,7 @@ class Kernels:
         if run_parallel is None:
             raise NotCompiledError("torch does not compute with GNU OpenMP here")
         library = load(_SOURCE, folder)
+        self.identity = Path(library._name).stem
         library.use_threads.argtypes = [c_void_p]
         library.use_threads(ctypes.cast(run_parallel, c_void_p))
         self._norm = _function(
@@ -71,7 +77,7 @@ class Kernels:
             library.turn, [c_void_p] * 6, [c_long, c_int, c_int, c_int, c_float, c_int, c_int]
         )
         self._attend = _function(
-            library.attend, [c_void_p] * 8, [c_long] * 10, [c_int] * 3, [c_float, c_int]
+            library.attend, [c_void_p] * 8, [c_long] * 12, [c_int] * 3, [c_float, c_int]
         )
 
     def add_and_norm(
@@ -171,7 +177,7 @@ class Kernels:
             query.dtype == key.dtype == value.dtype
             and query.dtype in _TYPES
             and key.shape == value.shape
-            and shared * key.shape[2] <= _MOST_IN_A_HEAD
+            and shared * (key.shape[2] + _BLOCK) <= _MOST_IN_A_HEAD
             and all(tensor.stride(-1) == 1 for tensor in (query, key, value))
         )
 
@@ -202,6 +208,7 @@ class Kernels:
 
         Raises:
             MemoryError: There is none.
+            IndexError: The cache has no such place, or is for other heads.
         """
         count, heads, dimensions = query.shape
         keys, values = cached
@@ -219,7 +226,7 @@ class Kernels:
             *query.stride()[:2],
             *key.stride()[:2],
             *value.stride()[:2],
-            *keys.stride()[:2],
+            *keys.shape,
             window or 0,
             heads,
             key.shape[1],
@@ -229,7 +236,7 @@ class Kernels:
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError
+            raise MemoryError if failed == 1 else IndexError(f"not in {tuple(keys.shape)}")
         return output
 
 
