@@ -261,7 +261,7 @@ def test_an_engine_replays_its_steps(architecture: str, monkeypatch: pytest.Monk
     assert [client.wait(key).token_ids for key in keys] == own
     client.engine.close()
     _trial, graphs = cuda.made
-    assert graphs.replayed > 5
+    assert graphs.replayed, "steps in which all decode are replayed"
 
 
 def test_an_engine_goes_on_when_it_cannot_record(monkeypatch: pytest.MonkeyPatch) -> None:
