@@ -42,13 +42,13 @@ class Pace:
             prompts: Requests whose prompts are not computed yet.
         """
         first, token = self._costs(decoding)
-        decode = self._decode.seconds(max(decoding, 1))
+        decode = self._decode_seconds(max(decoding, 1))
         most = max(_MOST, min(int((decode + first) / token), _MOST_FREE))
         if not decoding:
             return most
         if not decode or not self._added.count:
             return _FIRST
-        seconds = _STRETCH * (self._decode.seconds(decoding + prompts) + first) - decode
+        seconds = _STRETCH * (self._decode_seconds(decoding + prompts) + first) - decode
         tokens = seconds * max(prompts / decoding, 1) / token
         if self._added.is_varied:
             tokens = min(tokens, _GROWTH * max(self._added.x, _FIRST))
@@ -63,20 +63,28 @@ class Pace:
             seconds: What it took.
         """
         if prompt_tokens:
-            decode = self._decode.seconds(decoding)
+            decode = self._decode_seconds(decoding)
             self._added.note(prompt_tokens, max(seconds - decode, 0.0))
         else:
             self._decode.note(decoding, seconds)
 
+    @property
+    def _mean(self) -> float:
+        """Seconds that prompts added to steps, by their tokens."""
+        return self._added.y / max(self._added.x, 1) + _FREE
+
+    def _decode_seconds(self, decoding: int) -> float:
+        """What a step without prompts takes; one token more is one whoever it is of."""
+        return self._decode.seconds(decoding, self._mean)
+
     def _costs(self, decoding: int) -> tuple[float, float]:
         """Seconds that prompts add to a step before their tokens, and of each of these."""
-        added = self._added
-        mean = added.y / max(added.x, 1) + _FREE
+        added, mean = self._added, self._mean
         if added.is_varied:
             token = min(max(added.slope, _FREE), mean)
             first = added.y - token * added.x
             # Less is within what a step may take longer, and may be an error of measurement.
-            if first > _STRETCH * self._decode.seconds(decoding):
+            if first > _STRETCH * self._decode_seconds(decoding):
                 return first, token
         return 0.0, mean
 
@@ -100,18 +108,21 @@ class _DecodeTimes:
             y + _SMOOTHING * (seconds - y),
         )
 
-    def seconds(self, decoding: int) -> float:
-        """On the straight line between what was measured next to it; 0 for no idea."""
+    def seconds(self, decoding: int, token: float) -> float:
+        """On the straight line between what was measured next to it; 0 for no idea.
+
+        Args:
+            decoding: Completions.
+            token: Seconds that each of more than were ever measured adds.
+        """
         if not decoding or not self._points:
             return 0.0
         points = [self._points[size] for size in sorted(self._points)]
-        if len(points) == 1 or decoding < points[0][0]:
-            return points[0][1]
         for (x0, y0), (x1, y1) in pairwise(points):
-            slope = (y1 - y0) / (x1 - x0)
             if x0 <= decoding <= x1:
-                return y0 + slope * (decoding - x0)
-        return y1 + max(slope, 0.0) * (decoding - x1)
+                return y0 + (y1 - y0) * (decoding - x0) / (x1 - x0)
+        x, y = points[-1]
+        return points[0][1] if decoding < x else y + token * (decoding - x)
 
 
 class _Line:
