@@ -64,6 +64,15 @@ def test_more_rows_than_ever_decoded_cost_what_a_prompts_tokens_do() -> None:
     assert pace.budget(1, 1) * 0.001 == pytest.approx(1.9 * 0.016 - 0.015, abs=0.002)
 
 
+def test_what_was_slow_once_is_forgotten() -> None:
+    """As before the copies of weights were made, or while the box was busy."""
+    pace = measured(decode_seconds=0.1, token_seconds=0.02)
+    assert pace.budget(8, 1) == 16
+    for _ in range(2):
+        pace.note(8, 16, 0.1 + 16 * 0.001)
+    assert pace.budget(8, 1) * 0.001 > 0.08
+
+
 @given(st.floats(1e-6, 100), st.floats(1e-9, 10), st.integers(0, 64), st.integers(0, 2000))
 def test_every_step_takes_prompts_further_but_none_takes_for_ever(
     decode_seconds: float, token_seconds: float, decoding: int, prompts: int

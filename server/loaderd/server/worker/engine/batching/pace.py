@@ -14,6 +14,9 @@ _GROWTH = 2
 """Most tokens of a step, in those of the last ones, where what more would cost is a guess."""
 _VARIETY = 0.1
 """Deviation of the tokens of steps, as a share of them, that tells what a step costs by itself."""
+_CHANGED = 3
+"""Tokens that take so many times less than before are measured anew: the box was busy then, or the
+copies of weights were not made yet."""
 _FREE = 1e-9
 """Seconds; the least that a token takes."""
 
@@ -64,7 +67,10 @@ class Pace:
         """
         if prompt_tokens:
             decode = self._decode_seconds(decoding)
-            self._added.note(prompt_tokens, max(seconds - decode, 0.0))
+            added = max(seconds - decode, 0.0)
+            if _CHANGED * added < self._mean * prompt_tokens:
+                self._added = _Line()
+            self._added.note(prompt_tokens, added)
         else:
             self._decode.note(decoding, seconds)
 
