@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from loaderd.server.worker.engine.batching.attention import Attention, attending
 from loaderd.server.worker.engine.batching.attention_kernels import Rule
-from loaderd.server.worker.engine.batching.linear import Siblings, product_of
+from loaderd.server.worker.engine.batching.kernels import Product
+from loaderd.server.worker.engine.batching.linear import Hybrid, Siblings, product_of
 
 _LAYERS = frozenset(
     {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
@@ -150,6 +151,57 @@ def can_flatten(model: PreTrainedModel) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class PlainLayer:
+    """What a layer that `can_flatten` multiplies with, and how its heads attend.
+
+    Attributes:
+        index: Of the layer.
+        rule: Of its attention.
+        heads: Of queries.
+        key_heads: Of keys and values.
+        dimensions: Of a head.
+        queries_keys_values: The product that has them side by side.
+        output: The one behind attention.
+        gate_and_up: The one that has both side by side.
+        down: The last one.
+    """
+
+    index: int
+    rule: Rule
+    heads: int
+    key_heads: int
+    dimensions: int
+    queries_keys_values: Hybrid
+    output: Product
+    gate_and_up: Hybrid
+    down: Product
+
+    @classmethod
+    def of(cls, index: int, layer: Any, window: int | None) -> PlainLayer:
+        """That of a layer of transformers.
+
+        Raises:
+            ValueError: Its siblings are not fused.
+        """
+        attention, mlp = layer.self_attn, layer.mlp
+        dimensions = attention.head_dim
+        fused, gated = Siblings.of(attention.q_proj), Siblings.of(mlp.gate_proj)
+        if fused is None or gated is None:
+            raise ValueError("only a model that can be flattened")
+        return cls(
+            index=index,
+            rule=Rule(scaling=attention.scaling, window=window),
+            heads=attention.q_proj.weight.shape[0] // dimensions,
+            key_heads=attention.k_proj.weight.shape[0] // dimensions,
+            dimensions=dimensions,
+            queries_keys_values=fused.whole,
+            output=product_of(attention.o_proj),
+            gate_and_up=gated.whole,
+            down=product_of(mlp.down_proj),
+        )
+
+
 _Step = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -157,65 +209,44 @@ _Step = Callable[[torch.Tensor], torch.Tensor]
 class _Layer:
     """Attention and a gated perceptron, each after a norm and with a residual."""
 
-    index: int
-    rule: Rule
-    heads: int
-    key_heads: int
-    dimensions: int
+    plain: PlainLayer
     first_norm: _Step
-    queries_keys_values: _Step
     # Of queries and keys, head by head; None without.
     head_norm: _Step | None
-    output: _Step
     second_norm: _Step
-    gate_and_up: _Step
     activation: _Step
-    down: _Step
 
     def __call__(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: Attention
     ) -> torch.Tensor:
         """Changes `hidden` in place, and gives it back."""
-        heads, both = self.heads, self.heads + self.key_heads
-        projected = self.queries_keys_values(self.first_norm(hidden)).to(cos.dtype)
-        projected = projected.view(-1, both + self.key_heads, self.dimensions)
+        plain = self.plain
+        heads, both = plain.heads, plain.heads + plain.key_heads
+        projected = plain.queries_keys_values(self.first_norm(hidden)).to(cos.dtype)
+        projected = projected.view(-1, both + plain.key_heads, plain.dimensions)
         turned = projected[:, :both]
         if self.head_norm is not None:
             turned = self.head_norm(turned)
-        half = self.dimensions // 2
+        half = plain.dimensions // 2
         swapped = torch.cat((turned[..., half:], turned[..., :half]), -1)
         turned = turned * cos + swapped * sin
         attended = step.attend(
-            self.index, turned[:, :heads], turned[:, heads:], projected[:, both:], self.rule
+            plain.index, turned[:, :heads], turned[:, heads:], projected[:, both:], plain.rule
         )
-        hidden += self.output(attended.flatten(1))
-        gate, up = self.gate_and_up(self.second_norm(hidden)).chunk(2, -1)
-        hidden += self.down(self.activation(gate) * up)
+        hidden += plain.output(attended.flatten(1))
+        gate, up = plain.gate_and_up(self.second_norm(hidden)).chunk(2, -1)
+        hidden += plain.down(self.activation(gate) * up)
         return hidden
 
 
 def _layer(index: int, layer: Any, window: int | None, dtype: torch.dtype) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    dimensions = attention.head_dim
-    queries, keys = attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]
-    fused, gated = Siblings.of(attention.q_proj), Siblings.of(mlp.gate_proj)
-    if fused is None or gated is None:
-        raise ValueError("only a model that can be flattened")
-    heads, key_heads = queries // dimensions, keys // dimensions
+    plain = PlainLayer.of(index, layer, window)
     return _Layer(
-        index=index,
-        rule=Rule(scaling=attention.scaling, window=window),
-        heads=heads,
-        key_heads=key_heads,
-        dimensions=dimensions,
+        plain=plain,
         first_norm=_norm(layer.input_layernorm, dtype),
-        queries_keys_values=fused.whole,
-        head_norm=_head_norm(attention, heads, key_heads),
-        output=product_of(attention.o_proj),
+        head_norm=_head_norm(layer.self_attn, plain.heads, plain.key_heads),
         second_norm=_norm(layer.post_attention_layernorm, dtype),
-        gate_and_up=gated.whole,
-        activation=mlp.act_fn.forward,
-        down=product_of(mlp.down_proj),
+        activation=layer.mlp.act_fn.forward,
     )
 
 

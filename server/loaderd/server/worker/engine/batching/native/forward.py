@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,10 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from loaderd.server.worker.engine.batching.attention import Attention
-from loaderd.server.worker.engine.batching.attention_kernels import Rule
-from loaderd.server.worker.engine.batching.forward import can_flatten
-from loaderd.server.worker.engine.batching.linear import Hybrid, Siblings, product_of
+from loaderd.server.worker.engine.batching.forward import PlainLayer, can_flatten
+from loaderd.server.worker.engine.batching.linear import product_of
 from loaderd.server.worker.engine.batching.native.kernels import Kernels
 
-_Product = Callable[[torch.Tensor], torch.Tensor]
 _MOST_DIMENSIONS = 4096
 """Of a head: some of them are on a thread's stack."""
 
@@ -86,7 +84,7 @@ class NativeForward:
 
     def _type_for(self, rows: int) -> torch.dtype:
         """What the products of so many rows take without a conversion."""
-        return self._layers[0].queries_keys_values.type_of(rows)
+        return self._layers[0].plain.queries_keys_values.type_of(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,22 +116,14 @@ class _Layer:
     """Attention and a gated perceptron, each after a norm and with a residual."""
 
     kernels: Kernels
-    index: int
-    rule: Rule
-    heads: int
-    key_heads: int
-    dimensions: int
+    plain: PlainLayer
     size: int
     cached: torch.dtype
     first_norm: _Norm
-    queries_keys_values: Hybrid
     # Of queries and of keys; None without.
     head_norms: tuple[torch.Tensor, torch.Tensor] | None
     head_epsilon: float
-    output: _Product
     second_norm: _Norm
-    gate_and_up: _Product
-    down: _Product
 
     def __call__(
         self,
@@ -143,11 +133,11 @@ class _Layer:
         step: Attention,
     ) -> torch.Tensor:
         """Adds to `hidden` what the last layer left to be added, and returns what this one does."""
-        kernels, normed, heads = self.kernels, scratch.normed, self.heads
-        both, tokens = heads + self.key_heads, len(hidden)
+        kernels, plain, normed = self.kernels, self.plain, scratch.normed
+        heads, both, tokens = plain.heads, plain.heads + plain.key_heads, len(hidden)
         kernels.add_and_norm(hidden, delta, self.first_norm.weight, self.first_norm.epsilon, normed)
-        projected = self.queries_keys_values(normed)
-        turned = torch.empty((tokens, both + self.key_heads, self.dimensions), dtype=self.cached)
+        projected = plain.queries_keys_values(normed)
+        turned = torch.empty((tokens, both + plain.key_heads, plain.dimensions), dtype=self.cached)
         kernels.turn(
             projected,
             scratch.cosines,
@@ -158,25 +148,20 @@ class _Layer:
             epsilon=self.head_epsilon,
         )
         attended = step.attend(
-            self.index, turned[:, :heads], turned[:, heads:both], turned[:, both:], self.rule
+            plain.index, turned[:, :heads], turned[:, heads:both], turned[:, both:], plain.rule
         )
-        delta = self.output(attended.flatten(1))
+        delta = plain.output(attended.flatten(1))
         kernels.add_and_norm(
             hidden, delta, self.second_norm.weight, self.second_norm.epsilon, normed
         )
-        gate_and_up = self.gate_and_up(normed)
+        gate_and_up = plain.gate_and_up(normed)
         gated = torch.empty((tokens, self.size), dtype=gate_and_up.dtype)
         kernels.silu_and_multiply(gate_and_up, gated)
-        return self.down(gated)
+        return plain.down(gated)
 
 
 def _layer(index: int, layer: Any, window: int | None, kernels: Kernels) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    dimensions = attention.head_dim
-    queries, keys = attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]
-    fused, gated = Siblings.of(attention.q_proj), Siblings.of(mlp.gate_proj)
-    if fused is None or gated is None:
-        raise ValueError("only a model that can be flattened")
+    attention = layer.self_attn
     of_heads = [
         _Norm.of(getattr(attention, name))
         for name in ("q_norm", "k_norm")
@@ -184,19 +169,11 @@ def _layer(index: int, layer: Any, window: int | None, kernels: Kernels) -> _Lay
     ]
     return _Layer(
         kernels=kernels,
-        index=index,
-        rule=Rule(scaling=attention.scaling, window=window),
-        heads=queries // dimensions,
-        key_heads=keys // dimensions,
-        dimensions=dimensions,
-        size=mlp.gate_proj.weight.shape[0],
+        plain=PlainLayer.of(index, layer, window),
+        size=layer.mlp.gate_proj.weight.shape[0],
         cached=attention.q_proj.weight.dtype,
         first_norm=_Norm.of(layer.input_layernorm),
-        queries_keys_values=fused.whole,
         head_norms=(of_heads[0].weight, of_heads[1].weight) if of_heads else None,
         head_epsilon=of_heads[0].epsilon if of_heads else 0.0,
-        output=product_of(attention.o_proj),
         second_norm=_Norm.of(layer.post_attention_layernorm),
-        gate_and_up=gated.whole,
-        down=product_of(mlp.down_proj),
     )
