@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import psutil
 from google.protobuf.descriptor import MethodDescriptor
+from hypothesis import HealthCheck, Phase, settings
 
 from loaderd.client import Client, Lease, Model, ModelState
 from tests.daemon import SpawnedDaemon
@@ -16,6 +17,14 @@ from tests.integration.fuzz.messages import Known
 
 GROWTH_MIB = 48
 """Of the daemon and the model's worker each, by all requests after as many that warmed them up."""
+
+DRAWN = settings(
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+"""Requests come from a seed and are sent once: a daemon that was hurt is no place to shrink them."""
 
 
 @dataclass(frozen=True)

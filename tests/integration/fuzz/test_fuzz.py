@@ -15,13 +15,13 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_status import rpc_status
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given, seed, settings
 
 from loaderd.client import HealthStatus
 from loaderd.v1 import cache_pb2, generation_pb2, model_pb2, system_pb2
 from loaderd.v1.errors_pb2 import ErrorReason
 from tests.integration.fuzz.messages import messages
-from tests.integration.fuzz.target import Target, check_growth
+from tests.integration.fuzz.target import DRAWN, Target, check_growth
 
 FILES = (system_pb2, cache_pb2, model_pb2, generation_pb2, health_pb2, reflection_pb2)
 METHODS: dict[str, MethodDescriptor] = {
@@ -63,13 +63,7 @@ def send(target: Target, path: str, number: int, examples: int) -> int:
     answered = []
 
     @seed(number)
-    @settings(
-        max_examples=examples,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(DRAWN, max_examples=examples)
     @given(messages(method.input_type, target.known(method)))
     def once(request: Message) -> None:
         try:

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
 from loaderd.client import HealthStatus
@@ -26,7 +26,7 @@ from tests.integration.fuzz.http_requests import (
     nonsense,
     requests,
 )
-from tests.integration.fuzz.target import Target, check_growth
+from tests.integration.fuzz.target import DRAWN, Target, check_growth
 
 PATHS = [
     *(COMPLETIONS, CHAT, "/v1/models", "/v1/models/org/name", "/metrics", "/healthz", "/readyz"),
@@ -86,13 +86,7 @@ def send(
     statuses = []
 
     @seed(number)
-    @settings(
-        max_examples=examples,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(DRAWN, max_examples=examples)
     @given(made)
     def once(request: HttpRequest) -> None:
         assert address.port is not None
