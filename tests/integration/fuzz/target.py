@@ -24,7 +24,7 @@ DRAWN = settings(
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-"""Requests come from a seed and are sent once: a daemon that was hurt is no place to shrink them."""
+"""Requests come from a seed, each is sent once: a hurt daemon is no place to shrink them."""
 
 
 @dataclass(frozen=True)
